@@ -1,0 +1,113 @@
+"""The bidirectional transformer that denoisers are made of. Small enough to read in one sitting.
+
+Shapes: N sequences, L positions, V symbols, C coordinates per position, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+
+class Output(NamedTuple):
+    """What a backbone returns: ``logits`` (N, L, V) over symbols (never the mask) and ``hidden`` (N, L, D)."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, without dropout or biases in the projections."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, mlp_ratio * dim, bias=False)
+        self.down = nn.Linear(mlp_ratio * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, dim = x.shape
+        qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D / H)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(attended.transpose(1, 2).reshape(n, length, dim))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class CoordinateEmbedding(nn.Module):
+    """The sum of one learned embedding per coordinate: (L, C) integers in, (L, D) out.
+
+    On Sudoku this (row + column + box) is what makes the rules learnable in a few hundred steps.
+    """
+
+    def __init__(self, coordinates: Tensor, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("coordinates", coordinates.long(), persistent=False)
+        self.tables = nn.ModuleList(nn.Embedding(int(column.max()) + 1, dim) for column in coordinates.unbind(1))
+
+    def forward(self) -> Tensor:
+        return sum(table(column) for table, column in zip(self.tables, self.coordinates.unbind(1), strict=True))
+
+
+def init_weights(module: nn.Module, layers: int) -> None:
+    """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1 / sqrt(2 * layers)."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 2:
+            scale = (2 * layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+            nn.init.normal_(parameter, std=0.02 * scale)
+
+
+class Backbone(nn.Module, PyTorchModelHubMixin):
+    """A masked-diffusion denoiser: given tokens with holes, the symbol distribution at every position.
+
+    It is not told the diffusion time: for masking, the optimal prediction depends on the visible tokens only
+    (Ou et al. 2024, arXiv 2406.03736).
+
+    Args:
+        vocab_size: V, number of symbols. Input tokens are 0 .. V, where V is the mask.
+        coordinates: (L, C) integer coordinates of the positions, as nested lists.
+        dim, layers, heads: D, number of blocks, attention heads.
+        predicts: what the logits mean. ``denoiser`` is p(x_0 | visible tokens).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        coordinates: Sequence[Sequence[int]],
+        dim: int = 64,
+        layers: int = 4,
+        heads: int = 4,
+        predicts: Literal["denoiser"] = "denoiser",
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.length, self.dim, self.predicts = vocab_size, len(coordinates), dim, predicts
+        self.symbols = nn.Embedding(vocab_size + 1, dim)
+        self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size)
+        init_weights(self, layers)
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size
+
+    def forward(self, tokens: Tensor) -> Output:
+        x = self.symbols(tokens) + self.positions()  # (N, L, D)
+        for block in self.blocks:
+            x = block(x)
+        hidden = self.norm(x)
+        return Output(self.head(hidden), hidden)
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

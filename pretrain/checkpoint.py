@@ -1,0 +1,183 @@
+"""Files: atomic writes, models by name, folder or hub id, and training states that resume exactly.
+
+Only safetensors and JSON are ever read: no pickle is loaded from a file that a user names.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tasks import UnknownNameError, UnmaskError
+
+PACKAGED_DENOISERS = Path(__file__).parent / "models"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class CheckpointError(UnmaskError):
+    """A checkpoint that is missing, truncated, or not what it was taken for."""
+
+
+# ---------------------------------------------------------------------- atomic writes
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """``write`` fills a temporary file beside ``path``; it is flushed to disk, then renamed over ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+# ---------------------------------------------------------------------- models
+def save_model(model: nn.Module, folder: Path, half: bool = False) -> None:
+    """Write ``config.json`` and ``model.safetensors`` so that ``folder`` never holds half a model.
+
+    Args:
+        half: store float16 weights; they are read back into float32.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    stored = copy.deepcopy(model).cpu()
+    (stored.half() if half else stored).save_pretrained(temporary)
+    folder.mkdir(exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        os.replace(temporary / name, folder / name)
+    shutil.rmtree(temporary)
+
+
+def packaged(root: Path) -> list[str]:
+    """Names of the models that ship under ``root``."""
+    return sorted(p.parent.name for p in root.glob("*/config.json"))
+
+
+def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: str) -> Model:
+    """A model by packaged name, by folder, or by hub id (``owner/name``), on the CPU in float32.
+
+    Args:
+        cls: the model class; its constructor's required arguments tell its checkpoints from others.
+        packaged_root: folder of the models that ship under a plain name.
+        kind: what to call it in messages, for example ``"denoiser"``.
+
+    Raises:
+        CheckpointError: no such folder, a file missing, truncated or of another kind.
+        UnknownNameError: a plain name that is neither packaged nor a folder.
+    """
+    name = str(name)
+    folder = packaged_root / name if name in packaged(packaged_root) else Path(name)
+    if not folder.exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            if "/" in name:
+                raise CheckpointError(f"no {kind} at {name}: the folder does not exist")
+            raise UnknownNameError(kind, name, packaged(packaged_root))
+        try:
+            return cls.from_pretrained(name).eval()
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"no {kind} at {name}: not a folder, and not loadable from the hub ({reason})") from None
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"no {kind} at {name}: {file} is missing; a {kind} is a folder with config.json and model.safetensors")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{folder}/config.json is not a {kind}'s: it holds no settings")
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder}/config.json is not JSON ({error})") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}/model.safetensors is truncated or not safetensors ({error})") from None
+    try:
+        model = cls(**config)
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{folder} is not a {kind}: its config.json does not fit ({error})") from None
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if stored != expected:
+        odd = sorted(stored.items() ^ expected.items())[0][0]
+        raise CheckpointError(f"{folder} is not a {kind} of its config.json: tensor {odd!r} differs")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        model.load_state_dict({key: file.get_tensor(key) for key in stored})
+    return model.eval()
+
+
+# ---------------------------------------------------------------------- training states
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON with tensors replaced by references; dictionaries become pairs so that integer keys survive."""
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        # A clone on the CPU: safetensors refuses tensors that share memory.
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"pairs": [[key, _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_pack(item, tensors) for item in value]}
+    return {"value": value}
+
+
+def _unpack(value: dict, tensors: dict[str, Tensor]) -> Any:
+    match value:
+        case {"tensor": key}:
+            return tensors[key]
+        case {"pairs": pairs}:
+            return {key: _unpack(item, tensors) for key, item in pairs}
+        case {"list": items}:
+            return [_unpack(item, tensors) for item in items]
+        case {"value": plain}:
+            return plain
+    raise CheckpointError("not a training state")
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write nested dictionaries of tensors and plain values to one safetensors file, atomically."""
+    tensors: dict[str, Tensor] = {}
+    packed = json.dumps(_pack(state, tensors))
+    write_atomically(path, lambda p: save_file(tensors, p, metadata={"unmask_state": packed}))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or no training state.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"nothing to resume: {path} does not exist; start without --resume")
+    try:
+        with safe_open(path, "pt") as file:
+            packed = (file.metadata() or {}).get("unmask_state")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or not a training state ({error})") from None
+    if packed is None:
+        raise CheckpointError(f"{path} is a safetensors file but not a training state of this package")
+    return _unpack(json.loads(packed), tensors)
+
+
+def step_generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator that depends only on ``key`` (seed, step, rank, ...).
+
+    Training loops make one per step, so a resumed run draws what the uninterrupted one would have drawn, and no
+    generator state needs saving.
+    """
+    import numpy as np
+
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,179 @@
+"""A training run's folder: settings, TensorBoard logs, progress, the state to resume from, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.checkpoint import CheckpointError, load_state, save_state, write_json
+from tasks import UnmaskError
+
+MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads"}  # settings that do not change what is learned
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
+    """Ctrl-C: the state was saved; the same command with --resume goes on."""
+
+
+def resolve_device(device: str, threads: int | None = None) -> torch.device:
+    """``device`` if this machine has it; ``threads`` limits the CPU's.
+
+    Raises:
+        UnmaskError: an unknown device, or CUDA where there is none.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise UnmaskError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UnmaskError("no CUDA device is available here; use --device cpu")
+    return resolved
+
+
+class Run:
+    """Drives a loop over ``steps`` steps in the folder ``out``; use as a context manager.
+
+    Files: ``run.json`` (settings), ``state.safetensors`` (everything to resume from), ``tb/`` (TensorBoard).
+
+    Args:
+        settings: a frozen dataclass with ``out``, ``resume`` and ``save_every``; saved as ``run.json``.
+        steps: length of the loop.
+        parts: named objects with ``state_dict`` and ``load_state_dict`` that make up the state.
+        main: False on the other processes of a distributed run: they neither write nor show anything.
+
+    Raises:
+        UnmaskError: ``out`` already holds a run and ``resume`` is off, or holds one with other settings.
+        CheckpointError: there is nothing to resume, or it is damaged.
+    """
+
+    def __init__(self, settings: Any, steps: int, parts: dict[str, Any], title: str, main: bool = True) -> None:
+        self.settings, self.steps, self.parts, self.main = settings, steps, parts, main
+        self.out = Path(settings.out)
+        self.step = 0
+        self.extra: dict[str, Any] = {}
+        self._stop = False
+        self._title = title
+        state_file = self.out / "state.safetensors"
+        described = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+        if settings.resume:
+            state = load_state(state_file)
+            differing = [
+                f"{key} was {json.dumps(value)}, is {json.dumps(described.get(key))}"
+                for key, value in state["settings"].items()
+                if key not in MAY_CHANGE and described.get(key) != value
+            ]
+            if differing:
+                raise UnmaskError(f"cannot resume {self.out} with other settings: {'; '.join(differing)}")
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(state["parts"][name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{state_file} does not belong to this run ({str(error).splitlines()[0]})") from None
+            self.step, self.extra = state["step"], state["extra"]
+        elif state_file.exists():
+            raise UnmaskError(f"{self.out} already holds a run; add --resume to go on with it, or name another --out")
+        self._described = described
+        if main:
+            write_json(self.out / "run.json", described)
+            self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step if settings.resume else None)
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+
+    def __enter__(self) -> Run:
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
+        if self.main:
+            self.progress.start()
+            self._bar = self.progress.add_task(self._title, total=self.steps, completed=self.step, note="")
+        self._saved_at = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._old_handler)
+        if self.main:
+            self.progress.stop()
+            self.writer.close()
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+
+    def loop(self) -> Iterator[int]:
+        """The steps still to do. After each: save when due; on Ctrl-C save and raise :class:`Interrupted`."""
+        while self.step < self.steps:
+            yield self.step
+            self.step += 1
+            if self.main:
+                self.progress.update(self._bar, completed=self.step)
+            if self._stop or self.step % self.settings.save_every == 0 or self.step == self.steps:
+                self.save()
+            if self._stop:
+                raise Interrupted(f"stopped at step {self.step} of {self.steps}; the same command with --resume goes on")
+
+    def log(self, values: dict[str, float], note: str = "") -> None:
+        """Scalars of the current step to TensorBoard; ``note`` beside the progress bar."""
+        if self.main:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.step)
+            if note:
+                self.progress.update(self._bar, note=note)
+
+    def save(self) -> None:
+        if self.main:
+            state = {
+                "step": self.step,
+                "settings": self._described,
+                "extra": self.extra,
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            }
+            save_state(self.out / "state.safetensors", state)
+
+
+def distributed() -> tuple[int, int]:
+    """(rank, world size) under torchrun, (0, 1) otherwise; starts the process group on first use."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), world
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: matrices decay, vectors (norms, biases) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+Schedule = Callable[[int], float]

@@ -1,0 +1,124 @@
+"""The one training loop for denoisers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import tasks
+from pretrain.backbone import Backbone, parameter_count
+from pretrain.checkpoint import save_model, step_generator
+from pretrain.objectives.masked import masked_diffusion_loss
+from pretrain.run import Run, decayed_groups, distributed, resolve_device, set_learning_rate
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of a pretraining run; each is an option of ``unmask pretrain``."""
+
+    task: str
+    """what to learn, for example sudoku6 (``unmask list`` shows all)"""
+    out: str
+    """folder for the weights, the logs and the state to resume from"""
+    steps: int = 4000
+    batch: int = 256
+    """sequences per step, over all processes"""
+    dim: int = 96
+    layers: int = 4
+    heads: int = 4
+    lr: float = 2e-3
+    warmup: int = 100
+    """steps of linear warm-up"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.998
+    """decay of the exponential moving average of the weights, which is what is saved"""
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    """CPU threads; the default is torch's"""
+    bf16: bool = False
+    compile: bool = False
+    resume: bool = False
+    """go on from the state in ``out``"""
+    log_every: int = 50
+    save_every: int = 500
+
+
+def learning_rate(config: PretrainConfig, step: int) -> float:
+    """Linear warm-up, then cosine decay to a tenth, or constant."""
+    scale = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "cosine":
+        scale *= 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / config.steps))
+    return config.lr * scale
+
+
+def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone:
+    """Train a masked-diffusion denoiser on ``task.clean`` and save its moving average in ``config.out``.
+
+    Under ``torchrun`` the batch is split over the processes.
+
+    Args:
+        task: used instead of looking ``config.task`` up.
+
+    Raises:
+        UnmaskError: unknown task or device, settings that do not fit, an ``out`` that cannot be used or resumed.
+        Interrupted: after Ctrl-C, with the state saved.
+    """
+    task = task or tasks.get(config.task)
+    rank, world = distributed()
+    device = resolve_device(config.device, config.threads)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    for name, value in (("steps", config.steps), ("batch", config.batch), ("layers", config.layers), ("save_every", config.save_every)):
+        if value < 1:
+            raise tasks.UnmaskError(f"{name} must be at least 1, not {value}")
+    if config.dim % config.heads:
+        raise tasks.UnmaskError(f"dim must be a multiple of heads; {config.dim} is not one of {config.heads}")
+    if config.batch % world:
+        raise tasks.UnmaskError(f"batch {config.batch} does not split over {world} processes")
+
+    torch.manual_seed(config.seed)  # the initial weights
+    model = Backbone(task.vocab_size, task.coordinates.tolist(), config.dim, config.layers, config.heads).to(device)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer = torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
+    run = Run(config, config.steps, parts, f"pretrain {task.name} ({parameter_count(model):,} parameters)", main=rank == 0)
+    forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
+    if config.compile:
+        forward = torch.compile(forward)
+    precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
+
+    total = torch.zeros((), device=device)
+    model.train()
+    with run:
+        for step in run.loop():
+            generator = step_generator(device, config.seed, step, rank)
+            clean = task.clean(config.batch // world, generator)
+            with precision:
+                loss = masked_diffusion_loss(forward, clean, task.mask_id, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            set_learning_rate(optimizer, learning_rate(config, step))
+            optimizer.step()
+            averaged.update_parameters(model)
+            total += loss.detach()
+            if (step + 1) % config.log_every == 0:
+                mean = float(total) / config.log_every
+                total.zero_()
+                run.log({"loss": mean, "grad_norm": float(norm), "lr": learning_rate(config, step)}, f"loss {mean:.4f}")
+    trained: Backbone = averaged.module
+    if rank == 0:
+        save_model(trained, Path(config.out))
+    return trained.eval()

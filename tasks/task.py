@@ -1,0 +1,121 @@
+"""What a task is: it draws instances, rewards finished sequences and says how a sequence looks to a person.
+
+Everything above this floor (denoisers, environments, agents) knows a task only through this file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Instances:
+    """A batch of problems: sequences with holes, and their answers kept apart.
+
+    Attributes:
+        tokens: (N, L) int64. A hole holds the task's ``mask_id``.
+        answers: (N, L) int64, complete. Never part of an observation.
+    """
+
+    tokens: Tensor
+    answers: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Instances:
+        """The instances of ``rows`` (an index tensor, a boolean mask or a slice)."""
+        return Instances(self.tokens[rows], self.answers[rows])
+
+    def to(self, device: torch.device | str) -> Instances:
+        return Instances(self.tokens.to(device), self.answers.to(device))
+
+    def repeat(self, times: int) -> Instances:
+        """Each instance ``times`` times in a row: the layout of groups, (N * times, L)."""
+        return Instances(self.tokens.repeat_interleave(times, 0), self.answers.repeat_interleave(times, 0))
+
+
+class Task(ABC):
+    """Data and truth of one family of problems over sequences of fixed length.
+
+    A subclass sets the attributes below, then implements :meth:`sample`, :meth:`reward` and, where they say more
+    than the reward, :meth:`metrics`. Tokens ``0 .. vocab_size - 1`` are symbols; ``mask_id == vocab_size`` is a hole.
+
+    Attributes:
+        name: what the task is called in logs and error messages.
+        symbols: one string per token, as people see it.
+        shape: (rows, columns) of the drawing; ``rows * columns`` is the length L.
+        box: (height, width) of the boxes that the drawing frames, or None.
+    """
+
+    name: str
+    symbols: tuple[str, ...]
+    shape: tuple[int, int]
+    box: tuple[int, int] | None = None
+
+    # ------------------------------------------------------------------ sizes
+    @property
+    def length(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def mask_id(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def coordinates(self) -> Tensor:
+        """(L, C) int64: where each position stands. The default is its index; a board gives row, column, box."""
+        return torch.arange(self.length).unsqueeze(1)
+
+    # ------------------------------------------------------------------ data and truth
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        """``n`` training instances, on the generator's device."""
+
+    def clean(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n, L) complete sequences to train a denoiser on. The default is the answers of :meth:`sample`."""
+        return self.sample(n, generator).answers
+
+    def heldout(self, n: int | None = None, split: str = "test") -> Instances:
+        """The first ``n`` instances of a fixed split that training never sees, always in the same order.
+
+        The default draws them from a generator seeded apart from training; a task with files reads its files.
+        """
+        seed = 2**31 + SPLITS.index(split)
+        return self.sample(1000 if n is None else n, torch.Generator().manual_seed(seed))
+
+    @abstractmethod
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        """(N,) float32 reward in [0, 1] of the finished sequences ``tokens`` (N, L)."""
+
+    def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+        """Named (N,) float32 measures of finished sequences; the first is the one that tables are read for."""
+        return {"reward": self.reward(tokens, instances)}
+
+    # ------------------------------------------------------------------ for people
+    def symbol(self, token: int) -> str:
+        return "." if token == self.mask_id else self.symbols[token]
+
+    def draw(self, tokens: Tensor) -> str:
+        """One sequence (L,) as text, boxes framed by blanks and bars."""
+        rows, columns = self.shape
+        height, width = self.box or (rows, columns)
+        wide = max(len(s) for s in self.symbols)
+        lines = []
+        for r in range(rows):
+            if r and r % height == 0:
+                lines.append("")
+            cells = [self.symbol(int(tokens[r * columns + c])).rjust(wide) for c in range(columns)]
+            groups = [" ".join(cells[c : c + width]) for c in range(0, columns, width)]
+            lines.append(" | ".join(groups))
+        return "\n".join(lines)

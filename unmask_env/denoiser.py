@@ -1,0 +1,110 @@
+"""The frozen denoiser that the environment is built around."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.backbone import Backbone
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
+from tasks import Task, UnmaskError
+from unmask_env.core import Denoised
+
+
+class IncompatibleDenoiserError(UnmaskError):
+    """A denoiser whose vocabulary or length is not the task's, or that predicts something else."""
+
+
+class Denoiser(Protocol):
+    """Maps tokens (N, L) to :class:`Denoised`; counts its forwards in ``calls``."""
+
+    calls: int
+
+    def __call__(self, tokens: Tensor) -> Denoised: ...
+
+
+class FrozenDenoiser:
+    """A pretrained backbone in evaluation mode, without gradients.
+
+    Args:
+        model: returns an output with ``logits`` (N, L, V) and ``hidden`` (N, L, D).
+        task: checked against the model's vocabulary and length.
+        device: where the model is put.
+
+    Raises:
+        IncompatibleDenoiserError: saying what the task needs.
+    """
+
+    def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
+        check_fits(model.vocab_size, model.length, task)
+        if model.predicts != "denoiser":
+            raise IncompatibleDenoiserError(f"a masked denoiser is needed here; this checkpoint predicts {model.predicts!r}")
+        self.model: nn.Module = model.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.hidden_dim: int | None = model.dim
+        self.calls = 0
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Denoised:
+        self.calls += 1
+        logits, hidden = self.model(tokens)
+        return Denoised(logits.float().log_softmax(-1), hidden)
+
+
+class TableDenoiser:
+    """The exact denoiser of an enumerated joint distribution: p(x_i | visible tokens) by summation.
+
+    For tests and small studies: with it every order, filled by sampling, gives the joint itself.
+
+    Args:
+        joint: (V,) * L probabilities; they are normalised.
+
+    Raises:
+        IncompatibleDenoiserError: the table's shape is not the task's.
+    """
+
+    hidden_dim: int | None = None
+
+    def __init__(self, joint: Tensor, task: Task | None = None) -> None:
+        vocab_size, length = joint.shape[0], joint.ndim
+        if task is not None:
+            check_fits(vocab_size, length, task)
+        self.mask_id = vocab_size
+        self.sequences = torch.cartesian_prod(*[torch.arange(vocab_size)] * length).view(-1, length)  # (V**L, L)
+        self.probabilities = (joint / joint.sum()).flatten().double()
+        self.one_hot = torch.nn.functional.one_hot(self.sequences, vocab_size).double()  # (V**L, L, V)
+        self.device = joint.device
+        self.calls = 0
+
+    def __call__(self, tokens: Tensor) -> Denoised:
+        self.calls += 1
+        visible = tokens.unsqueeze(1)  # (N, 1, L)
+        agrees = ((visible == self.mask_id) | (visible == self.sequences)).all(2)  # (N, V**L)
+        weight = agrees * self.probabilities
+        marginal = torch.einsum("ns,slv->nlv", weight, self.one_hot)
+        return Denoised((marginal / marginal.sum(-1, keepdim=True).clamp(min=1e-300)).log().float())
+
+
+def check_fits(vocab_size: int, length: int, task: Task) -> None:
+    """Raises :class:`IncompatibleDenoiserError` unless the sizes are the task's."""
+    if (vocab_size, length) != (task.vocab_size, task.length):
+        raise IncompatibleDenoiserError(
+            f"task {task.name} has {task.vocab_size} symbols and {task.length} positions; "
+            f"this denoiser was trained for {vocab_size} symbols and {length} positions"
+        )
+
+
+def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: torch.device | str = "cpu") -> Denoiser:
+    """A denoiser by packaged name, folder or hub id; a backbone is wrapped; a denoiser is returned as it is.
+
+    Raises:
+        CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
+    """
+    if isinstance(source, str | Path):
+        source = load_model(Backbone, source, PACKAGED_DENOISERS, "denoiser")
+    if isinstance(source, Backbone):
+        return FrozenDenoiser(source, task, device)
+    return source

@@ -1,0 +1,213 @@
+"""Reference policies: every customary unmasking order as an object with log-probabilities.
+
+Each has ``log_prob(observation) -> (N, L)``: one on the open positions in total, -inf elsewhere; and
+``sample(observation, generator) -> (N,)``. Deterministic heuristics split ties evenly.
+
+p_i is the denoiser's distribution at position i, p_i(1) >= p_i(2) >= ... its sorted probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tasks import UnknownNameError, UnmaskError
+from unmask_env.core import Observation, choose, masked_log_softmax
+
+
+class Reference:
+    """Base of the reference policies. ``deterministic`` ones put all mass on the best positions."""
+
+    deterministic = False
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        """(N, L) log-probabilities over the open positions; -inf elsewhere."""
+        raise NotImplementedError
+
+    def sample(self, observation: Observation, generator: torch.Generator) -> Tensor:
+        """(N,) positions drawn from :meth:`log_prob`."""
+        return choose(self.log_prob(observation), generator)
+
+
+class _Greedy(Reference):
+    """All mass on the open positions of the highest score, split evenly where several tie."""
+
+    deterministic = True
+
+    def score(self, observation: Observation) -> Tensor:
+        """(N, L) scores; the highest open one is chosen."""
+        raise NotImplementedError
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        score = self.score(observation).masked_fill(~observation.open, -torch.inf)
+        best = (score == score.max(1, keepdim=True).values) & observation.open
+        return masked_log_softmax(torch.zeros_like(score), best)
+
+
+def confidence(observation: Observation) -> Tensor:
+    """(N, L) probability of the most likely symbol, max_v p_iv."""
+    return observation.denoised.log_probs.max(-1).values.exp()
+
+
+def margin(observation: Observation) -> Tensor:
+    """(N, L) p_i(1) - p_i(2), the top-probability margin (Kim et al. 2025, arXiv 2502.06768, section 4)."""
+    top = observation.denoised.log_probs.topk(2, -1).values.exp()
+    return top[..., 0] - top[..., 1]
+
+
+def entropy(observation: Observation) -> Tensor:
+    """(N, L) entropy of p_i in nats, with 0 log 0 = 0."""
+    log_probs = observation.denoised.log_probs
+    return -torch.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+
+
+class Random(Reference):
+    """Uniform over the open positions."""
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        return masked_log_softmax(torch.zeros_like(observation.open, dtype=torch.float32), observation.open)
+
+
+class LeftToRight(_Greedy):
+    """The lowest open index."""
+
+    def score(self, observation: Observation) -> Tensor:
+        length = observation.open.shape[1]
+        return -torch.arange(length, device=observation.open.device).float().expand(observation.open.shape)
+
+
+class MaxConfidence(_Greedy):
+    """argmax_i p_i(1); LLaDA's ``low_confidence`` remasking."""
+
+    def score(self, observation: Observation) -> Tensor:
+        return confidence(observation)
+
+
+class Margin(_Greedy):
+    """argmax_i p_i(1) - p_i(2)."""
+
+    def score(self, observation: Observation) -> Tensor:
+        return margin(observation)
+
+
+class Entropy(_Greedy):
+    """The least entropy."""
+
+    def score(self, observation: Observation) -> Tensor:
+        return -entropy(observation)
+
+
+@dataclass(frozen=True)
+class SoftmaxConfidence(Reference):
+    """g(i) proportional to exp(p_i(1) / tau); UPO's stochastic reference (Hong et al. 2025, arXiv 2510.05725).
+
+    Args:
+        tau: temperature; UPO uses 0.05.
+        literal: the released code's form, sum_v exp(p_iv / tau) over the whole vocabulary. The two coincide for small
+            vocabularies; at LLaDA's 126,464 symbols the literal one is nearly uniform below p_i(1) of about 0.58.
+    """
+
+    tau: float = 0.05
+    literal: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("tau", self.tau)
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        if self.literal:
+            scores = (observation.denoised.log_probs.exp() / self.tau).logsumexp(-1)
+        else:
+            scores = confidence(observation) / self.tau
+        return masked_log_softmax(scores, observation.open)
+
+
+@dataclass(frozen=True)
+class SoftmaxMargin(Reference):
+    """g(i) proportional to exp((p_i(1) - p_i(2)) / tau): the margin heuristic with full support."""
+
+    tau: float = 0.05
+
+    def __post_init__(self) -> None:
+        _positive("tau", self.tau)
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        return masked_log_softmax(margin(observation) / self.tau, observation.open)
+
+
+@dataclass(frozen=True)
+class TopK(Reference):
+    """Uniform over the k most confident open positions (all of them where fewer are open); UPO uses k = 5.
+
+    Positions that tie for the last place are taken by lowest index.
+    """
+
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        _positive("k", self.k)
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        score = confidence(observation).masked_fill(~observation.open, -torch.inf)
+        order = score.sort(1, descending=True, stable=True).indices
+        among = torch.zeros_like(observation.open).scatter(1, order[:, : self.k], True) & observation.open
+        return masked_log_softmax(torch.zeros_like(score), among)
+
+
+@dataclass(frozen=True)
+class Oracle(Reference):
+    """Sees the answers and never picks a position whose top symbol is wrong while a right one is open.
+
+    Uniform over the open positions whose top symbol is right; over all open ones where none is. For pretraining and
+    as the upper-bound row of tables only. :func:`unmask_env.core.rollout` hands it the answers.
+    """
+
+    answers: Tensor | None = None
+
+    def with_answers(self, answers: Tensor) -> Oracle:
+        return replace(self, answers=answers)
+
+    def right(self, observation: Observation) -> Tensor:
+        """(N, L) bool: open, and the denoiser's most likely symbol is the answer's."""
+        if self.answers is None:
+            raise UnmaskError("the oracle order sees the answers; give them with .with_answers(instances.answers)")
+        return observation.open & (observation.denoised.log_probs.argmax(-1) == self.answers)
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        right = self.right(observation)
+        among = torch.where(right.any(1, keepdim=True), right, observation.open)
+        return masked_log_softmax(torch.zeros_like(among, dtype=torch.float32), among)
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise UnmaskError(f"{name} must be greater than 0, not {value}")
+
+
+REFERENCES: dict[str, Callable[..., Reference]] = {
+    "random": Random,
+    "left_to_right": LeftToRight,
+    "max_confidence": MaxConfidence,
+    "margin": Margin,
+    "entropy": Entropy,
+    "softmax_confidence": SoftmaxConfidence,
+    "softmax_margin": SoftmaxMargin,
+    "top_k": TopK,
+    "oracle": Oracle,
+}
+
+
+def get(name: str, **options: float) -> Reference:
+    """The reference policy called ``name``, for example ``get("top_k", k=5)``.
+
+    Raises:
+        UnknownNameError: listing the known names. UnmaskError: an option that it does not have or that is out of range.
+    """
+    if name not in REFERENCES:
+        raise UnknownNameError("reference policy", name, REFERENCES)
+    try:
+        return REFERENCES[name](**options)
+    except TypeError:
+        raise UnmaskError(f"reference policy {name!r} does not take {', '.join(options)}") from None
