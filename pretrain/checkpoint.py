@@ -90,10 +90,14 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
             return cls.from_pretrained(name).eval()
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"no {kind} at {name}: not a folder, and not loadable from the hub ({reason})") from None
+            raise CheckpointError(
+                f"no {kind} at {name}: not a folder, and not loadable from the hub ({reason})"
+            ) from None
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
-            raise CheckpointError(f"no {kind} at {name}: {file} is missing; a {kind} is a folder with config.json and model.safetensors")
+            raise CheckpointError(
+                f"no {kind} at {name}: {file} is missing; a {kind} is a folder with config.json and model.safetensors"
+            )
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):

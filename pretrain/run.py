@@ -83,7 +83,9 @@ class Run:
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
             except (KeyError, RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{state_file} does not belong to this run ({str(error).splitlines()[0]})") from None
+                raise CheckpointError(
+                    f"{state_file} does not belong to this run ({str(error).splitlines()[0]})"
+                ) from None
             self.step, self.extra = state["step"], state["extra"]
         elif state_file.exists():
             raise UnmaskError(f"{self.out} already holds a run; add --resume to go on with it, or name another --out")
@@ -131,7 +133,9 @@ class Run:
             if self._stop or self.step % self.settings.save_every == 0 or self.step == self.steps:
                 self.save()
             if self._stop:
-                raise Interrupted(f"stopped at step {self.step} of {self.steps}; the same command with --resume goes on")
+                raise Interrupted(
+                    f"stopped at step {self.step} of {self.steps}; the same command with --resume goes on"
+                )
 
     def log(self, values: dict[str, float], note: str = "") -> None:
         """Scalars of the current step to TensorBoard; ``note`` beside the progress bar."""

@@ -80,7 +80,12 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     device = resolve_device(config.device, config.threads)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    for name, value in (("steps", config.steps), ("batch", config.batch), ("layers", config.layers), ("save_every", config.save_every)):
+    for name, value in (
+        ("steps", config.steps),
+        ("batch", config.batch),
+        ("layers", config.layers),
+        ("save_every", config.save_every),
+    ):
         if value < 1:
             raise tasks.UnmaskError(f"{name} must be at least 1, not {value}")
     if config.dim % config.heads:
@@ -93,7 +98,9 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    run = Run(config, config.steps, parts, f"pretrain {task.name} ({parameter_count(model):,} parameters)", main=rank == 0)
+    run = Run(
+        config, config.steps, parts, f"pretrain {task.name} ({parameter_count(model):,} parameters)", main=rank == 0
+    )
     forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
     if config.compile:
         forward = torch.compile(forward)

@@ -6,7 +6,17 @@ from tasks.errors import PuzzleFileError, UnknownNameError, UnmaskError
 from tasks.sudoku import Sudoku
 from tasks.task import Instances, Task
 
-__all__ = ["Instances", "PuzzleFileError", "Sudoku", "Task", "UnknownNameError", "UnmaskError", "get", "names", "register"]
+__all__ = [
+    "Instances",
+    "PuzzleFileError",
+    "Sudoku",
+    "Task",
+    "UnknownNameError",
+    "UnmaskError",
+    "get",
+    "names",
+    "register",
+]
 
 _TASKS: dict[str, Callable[..., Task]] = {}
 

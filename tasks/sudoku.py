@@ -1,7 +1,8 @@
 """Sudoku as a task, for boxes of any shape: 4x4, 6x6 (boxes of 2 rows by 3 columns) and 9x9 are packaged.
 
 Digit d is token d - 1 and a blank is ``mask_id``. Training never sees a grid that a symmetry relates to a held-out
-grid (see :func:`tasks.sudoku_puzzles.split_of`).
+grid (see :func:`tasks.sudoku_puzzles.split_of`), and shows its grids in random symmetric guises; 4x4 is split by grid,
+so there a symmetry would carry training grids into the held-out ones and is not used.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ class Sudoku(Task):
         blanks: if given, clues of the solution are revealed at random until exactly that many blanks are left
             (a minimal puzzle with more clues stays unique). The default leaves minimal puzzles as they are.
         reward: which metric :meth:`reward` returns.
-        augment: apply random symmetries to training instances; off by default for 4x4, where a symmetry would carry
-            training grids into the held-out ones.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class Sudoku(Task):
         box_width: int,
         blanks: int | None = None,
         reward: Reward = "solved",
-        augment: bool | None = None,
     ) -> None:
         n = box_height * box_width
         self.name = f"sudoku{n}"
@@ -52,13 +50,13 @@ class Sudoku(Task):
             raise UnmaskError(f"blanks must be between 1 and {n * n - 1}, not {blanks}")
         self.blanks = blanks
         self.reward_metric = reward
-        self.augment = (n != 4) if augment is None else augment
+        self.symmetric = n != 4
 
     # ------------------------------------------------------------------ sizes
     @cached_property
     def coordinates(self) -> Tensor:
         """(L, 3): row, column and box of each cell."""
-        return torch.tensor(sudoku_puzzles._units(*self._box))
+        return torch.tensor(sudoku_puzzles.units(*self._box))
 
     @property
     def _box(self) -> tuple[int, int]:
@@ -87,17 +85,19 @@ class Sudoku(Task):
         puzzles = self._files["train_puzzles"]
         rows = torch.randint(len(puzzles), (n,), generator=generator, device=generator.device).cpu()
         instances = self._instances(puzzles[rows], self._files["train_solutions"][rows]).to(generator.device)
-        instances = self._reveal(instances, generator)
-        if self.augment:
-            tokens, answers = self.random_symmetry([instances.tokens, instances.answers], generator)
-            instances = Instances(tokens, answers)
-        return instances
+        return self.augment(self._reveal(instances, generator), generator)
 
     def clean(self, n: int, generator: torch.Generator) -> Tensor:
         grids = self._files["train_grids"]
         rows = torch.randint(len(grids), (n,), generator=generator, device=generator.device).cpu()
         boards = self._encode(grids[rows]).to(generator.device)
-        return self.random_symmetry([boards], generator)[0] if self.augment else boards
+        return self.random_symmetry([boards], generator)[0] if self.symmetric else boards
+
+    def augment(self, instances: Instances, generator: torch.Generator) -> Instances:
+        if not self.symmetric:
+            return instances
+        tokens, answers = self.random_symmetry([instances.tokens, instances.answers], generator)
+        return Instances(tokens, answers)
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
         """The first ``n`` packaged puzzles of ``validation`` or ``test`` (or of ``train``, unaugmented)."""
@@ -125,7 +125,12 @@ class Sudoku(Task):
         hole = instances.tokens == self.mask_id
         if int(hole.sum(1).min()) < self.blanks:
             raise UnmaskError(f"a puzzle of {self.name} has fewer than {self.blanks} blanks; ask for fewer")
-        rank = torch.rand(hole.shape, generator=generator, device=hole.device).masked_fill(~hole, 2.0).argsort(1).argsort(1)
+        rank = (
+            torch.rand(hole.shape, generator=generator, device=hole.device)
+            .masked_fill(~hole, 2.0)
+            .argsort(1)
+            .argsort(1)
+        )
         return Instances(torch.where(rank < self.blanks, self.mask_id, instances.answers), instances.answers)
 
     def random_symmetry(self, boards: list[Tensor], generator: torch.Generator) -> list[Tensor]:

@@ -1,22 +1,17 @@
-"""Sudoku without a network: solving, generating with proved uniqueness, canonical forms, the packaged files, users' files.
+"""Sudoku without a network: solving, generating with proved uniqueness, canonical forms, users' files.
 
 Boards are flat arrays of ``n * n`` integers, 0 for a blank, with boxes of ``h`` rows by ``w`` columns, ``n = h * w``.
-
-The packaged files are made by this module:
-
-    python -m tasks.sudoku_puzzles sudoku4 sudoku6 sudoku9 --seed 0
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +23,27 @@ BOXES = {"sudoku4": (2, 2), "sudoku6": (2, 3), "sudoku9": (3, 3)}
 
 
 # ---------------------------------------------------------------------- solving
-@lru_cache(maxsize=None)
-def _units(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
+@cache
+def units(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
     """(row, column, box) of every cell."""
     n = h * w
     return tuple((i // n, i % n, (i // n) // h * h + (i % n) // w) for i in range(n * n))
 
 
-def solutions(puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Random | None = None) -> list[list[int]]:
+def solutions(
+    puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Random | None = None
+) -> list[list[int]]:
     """Up to ``limit`` solutions by backtracking on the most constrained cell; one solution found with limit 2 is a proof.
 
     ``rng`` tries digits in random order, which makes the first solution of an empty board a random grid.
     """
-    n, units = h * w, _units(h, w)
+    n, unit_of = h * w, units(h, w)
     full = (1 << n) - 1
     rows, cols, boxes = [0] * n, [0] * n, [0] * n
     board = [int(v) for v in puzzle]
     for i, v in enumerate(board):
         if v:
-            r, c, b = units[i]
+            r, c, b = unit_of[i]
             bit = 1 << (v - 1)
             if (rows[r] | cols[c] | boxes[b]) & bit:
                 return []
@@ -62,7 +59,7 @@ def solutions(puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random
             return
         fewest, best, at = n + 1, 0, 0
         for j in range(k):
-            r, c, b = units[empty[j]]
+            r, c, b = unit_of[empty[j]]
             free = full & ~(rows[r] | cols[c] | boxes[b])
             size = free.bit_count()
             if size < fewest:
@@ -73,7 +70,7 @@ def solutions(puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random
             return
         empty[at], empty[k - 1] = empty[k - 1], empty[at]
         i = empty[k - 1]
-        r, c, b = units[i]
+        r, c, b = unit_of[i]
         values = [v for v in range(n) if best >> v & 1]
         if rng is not None:
             rng.shuffle(values)
@@ -121,15 +118,15 @@ def dig(grid: Sequence[int], h: int, w: int, rng: random.Random, clues: int | No
 
 def solvable_by_singles(puzzle: Sequence[int], h: int, w: int) -> bool:
     """True if naked and hidden singles alone fill the board: the easier of our two grades."""
-    n, units = h * w, _units(h, w)
+    n, unit_of = h * w, units(h, w)
     board, candidates = [0] * (n * n), [set(range(1, n + 1)) for _ in range(n * n)]
-    members: list[list[int]] = [[i for i in range(n * n) if units[i][k] == u] for k in range(3) for u in range(n)]
+    members: list[list[int]] = [[i for i in range(n * n) if unit_of[i][k] == u] for k in range(3) for u in range(n)]
 
     def place(i: int, v: int) -> None:
         board[i] = v
         candidates[i] = set()
         for k in range(3):
-            for j in members[k * n + units[i][k]]:
+            for j in members[k * n + unit_of[i][k]]:
                 candidates[j].discard(v)
 
     for i, v in enumerate(puzzle):
@@ -149,7 +146,7 @@ def solvable_by_singles(puzzle: Sequence[int], h: int, w: int) -> bool:
 
 
 # ---------------------------------------------------------------------- symmetry
-@lru_cache(maxsize=None)
+@cache
 def _column_orders(h: int, w: int) -> np.ndarray:
     """(K, n) every order of the columns that keeps stacks together: (n / w)! * (w!) ** (n / w) of them."""
     stacks = [range(s * w, (s + 1) * w) for s in range(h)]
@@ -261,12 +258,13 @@ def read_csv(path: str | Path, h: int, w: int) -> PuzzleFile:
             raise fail(number, f"{len(cells)} columns; the header has {len(header)}")
         puzzle = parse(cells[0].strip(), number, "puzzle")
         given = cells[1].strip() if len(cells) > 1 else ""
+        unit_of = units(h, w)
         for k, kind in enumerate(("row", "column", "box")):
             seen: set[tuple[int, int]] = set()
             for i, v in enumerate(puzzle):
-                if v and (_units(h, w)[i][k], v) in seen:
-                    raise fail(number, f"illegal clue: digit {v} twice in {kind} {_units(h, w)[i][k] + 1}")
-                seen.add((_units(h, w)[i][k], v))
+                if v and (unit_of[i][k], v) in seen:
+                    raise fail(number, f"illegal clue: digit {v} twice in {kind} {unit_of[i][k] + 1}")
+                seen.add((unit_of[i][k], v))
         if all(puzzle):
             raise fail(number, "the puzzle has no blank")
         if given:
@@ -285,68 +283,3 @@ def read_csv(path: str | Path, h: int, w: int) -> PuzzleFile:
     if not puzzles:
         raise PuzzleFileError(f"{path}: no puzzle after the header")
     return PuzzleFile(np.array(puzzles, np.uint8), np.array(answers, np.uint8))
-
-
-# ---------------------------------------------------------------------- the packaged files
-COUNTS = {  # grids to train denoisers on; puzzles to train policies on; puzzles per held-out split (and grade, 9x9)
-    "sudoku4": {"grids": 230, "train": 4000, "validation": 1000, "test": 2000},
-    "sudoku6": {"grids": 5000, "train": 6000, "validation": 2000, "test": 2000},
-    "sudoku9": {"grids": 10000, "train": 3000, "validation": 400, "test": 4000},
-}
-
-
-def build(name: str, seed: int, log=print) -> dict[str, np.ndarray]:
-    """The arrays of one packaged file: ``train_grids`` and, per split, minimal ``puzzles``, ``solutions``, ``singles``.
-
-    For 9x9 the test split holds equally many puzzles of each grade (solvable by singles or not).
-    """
-    h, w = BOXES[name]
-    want, rng = COUNTS[name], random.Random(f"{name}-{seed}")
-    graded = name == "sudoku9"
-    grids: set[tuple[int, ...]] = set()
-    seen: set[tuple[int, ...]] = set()
-    puzzles: dict[str, list] = {"train": [], "validation": [], "test": []}
-    stale = 0
-    while stale < 3000 and (len(grids) < want["grids"] or any(len(p) < want[s] for s, p in puzzles.items())):
-        grid = random_grid(h, w, rng)
-        split = split_of(grid, h, w)
-        stale += 1
-        if split == "train" and len(grids) < want["grids"] and tuple(grid) not in grids:
-            grids.add(tuple(grid))
-            stale = 0
-        if len(puzzles[split]) >= want[split]:
-            continue
-        puzzle = dig(grid, h, w, rng)
-        if tuple(puzzle) in seen:
-            continue
-        singles = solvable_by_singles(puzzle, h, w)
-        if graded and split == "test" and sum(s == singles for *_, s in puzzles[split]) >= want[split] // 2:
-            continue
-        seen.add(tuple(puzzle))
-        puzzles[split].append((puzzle, grid, singles))
-        stale = 0
-        if len(seen) % 1000 == 0:
-            log(f"{name}: {len(grids)} grids, " + ", ".join(f"{s} {len(p)}" for s, p in puzzles.items()))
-    arrays = {"train_grids": np.array(sorted(grids), np.uint8)}
-    rng.shuffle(puzzles["test"])
-    for split, rows in puzzles.items():
-        arrays[f"{split}_puzzles"] = np.array([p for p, _, _ in rows], np.uint8)
-        arrays[f"{split}_solutions"] = np.array([g for _, g, _ in rows], np.uint8)
-        arrays[f"{split}_singles"] = np.array([s for _, _, s in rows], bool)
-    return arrays
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Generate the packaged Sudoku files.")
-    parser.add_argument("names", nargs="+", choices=sorted(BOXES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=DATA)
-    args = parser.parse_args()
-    for name in args.names:
-        arrays = build(name, args.seed)
-        np.savez_compressed(args.out / f"{name}.npz", **arrays)
-        print(name, {key: value.shape for key, value in arrays.items()})
-
-
-if __name__ == "__main__":
-    main()

@@ -86,6 +86,10 @@ class Task(ABC):
         """(n, L) complete sequences to train a denoiser on. The default is the answers of :meth:`sample`."""
         return self.sample(n, generator).answers
 
+    def augment(self, instances: Instances, generator: torch.Generator) -> Instances:
+        """The instances in another guise with the same difficulty (a random symmetry). The default changes nothing."""
+        return instances
+
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
         """The first ``n`` instances of a fixed split that training never sees, always in the same order.
 

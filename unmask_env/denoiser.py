@@ -41,7 +41,9 @@ class FrozenDenoiser:
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
         check_fits(model.vocab_size, model.length, task)
         if model.predicts != "denoiser":
-            raise IncompatibleDenoiserError(f"a masked denoiser is needed here; this checkpoint predicts {model.predicts!r}")
+            raise IncompatibleDenoiserError(
+                f"a masked denoiser is needed here; this checkpoint predicts {model.predicts!r}"
+            )
         self.model: nn.Module = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.hidden_dim: int | None = model.dim

@@ -1,0 +1,224 @@
+"""The command line: ``unmask``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+import tasks
+from agents import demo, evaluate, imitation, upo
+from agents.policy import PACKAGED_POLICIES
+from pretrain.checkpoint import PACKAGED_DENOISERS, packaged, write_json
+from pretrain.run import Interrupted, resolve_device
+from pretrain.train import PretrainConfig, pretrain
+from tasks import Instances, Sudoku, UnmaskError
+from unmask_env import core, ids, reference, render
+from unmask_env.denoiser import load_denoiser
+
+
+@dataclass(frozen=True)
+class ListCommand:
+    """Tasks, environment ids, packaged denoisers, reference policies, packaged order policies."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Compare orders on the same held-out instances and denoiser: one table, with 95 % confidence intervals."""
+
+    task: str
+    """for example sudoku6"""
+    denoiser: str
+    """packaged name, folder or hub id"""
+    orders: tuple[str, ...] = ("random", "left_to_right", "max_confidence", "margin", "entropy", "top_k")
+    """reference policies, and order policies by packaged name, folder or hub id"""
+    puzzles: Path | None = None
+    """your own CSV with header Puzzle,Solution: a digit string per board, 0 or . for a blank; Solution may be absent"""
+    json: Path | None = None
+    """write the rows here"""
+    limit: int | None = None
+    """use the first LIMIT instances only"""
+    blanks: int | None = None
+    """reveal clues at random until this many blanks are left"""
+    seed: int = 0
+    """of the stochastic orders"""
+    batch: int = 500
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ShowCommand:
+    """Watch one instance being filled, with the order and the denoiser's confidence."""
+
+    task: str
+    denoiser: str
+    order: str = "margin"
+    """reference policy, or order policy by packaged name, folder or hub id"""
+    index: int = 0
+    """which held-out instance"""
+    gif: Path | None = None
+    """write a replay here"""
+    delay: float = 0.15
+    """seconds between steps"""
+    seed: int = 0
+
+
+def list_everything() -> None:
+    console = Console()
+    for title, names in {
+        "tasks": tasks.names(),
+        "environments": ids(),
+        "packaged denoisers": packaged(PACKAGED_DENOISERS),
+        "reference policies": list(reference.REFERENCES),
+        "packaged order policies": packaged(PACKAGED_POLICIES),
+    }.items():
+        console.print(f"[bold]{title}[/bold]: {', '.join(names) or '(none)'}", highlight=False)
+
+
+def instances_of(task: tasks.Task, puzzles: Path | None, limit: int | None) -> Instances:
+    """A user's file or the held-out split, cut to ``limit``."""
+    if limit is not None and limit < 1:
+        raise UnmaskError(f"limit must be at least 1, not {limit}")
+    if puzzles is None:
+        return task.heldout(limit)
+    if not isinstance(task, Sudoku):
+        raise UnmaskError(f"--puzzles is for Sudoku tasks; {task.name} is not one")
+    instances = task.from_csv(puzzles)
+    return instances if limit is None else instances[:limit]
+
+
+def run_evaluate(command: EvaluateCommand) -> None:
+    device = resolve_device(command.device)
+    if command.blanks is not None and command.puzzles is not None:
+        raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
+    task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
+    instances = instances_of(task, command.puzzles, command.limit)
+    orders = {name: evaluate.load_order(name, task) for name in command.orders}
+    if not orders:
+        raise UnmaskError("--orders needs at least one order")
+    for order in orders.values():
+        if isinstance(order, torch.nn.Module):
+            order.to(device)
+    denoiser = load_denoiser(command.denoiser, task, device)
+    results = evaluate.evaluate(task, denoiser, orders, instances, command.seed, command.batch, progress=True)
+    evaluate.show_table(results, f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances")
+    if command.json is not None:
+        write_json(command.json, [result.row() for result in results])
+
+
+def run_show(command: ShowCommand) -> None:
+    task = tasks.get(command.task)
+    available = len(task.heldout())
+    if not 0 <= command.index < available:
+        raise UnmaskError(f"index must be between 0 and {available - 1}, not {command.index}")
+    instances = task.heldout()[command.index : command.index + 1]
+    order = evaluate.load_order(command.order, task)
+    denoiser = load_denoiser(command.denoiser, task)
+    generator = torch.Generator().manual_seed(command.seed) if isinstance(order, reference.Reference) else None
+    played = core.rollout(task, denoiser, order, instances, order_generator=generator, record=True)
+    boards = [step.observation.tokens[0] for step in played.steps] + [played.state.tokens[0]]
+    clue = instances.tokens[0] != task.mask_id
+    with Live(console=Console(), auto_refresh=False) as live:
+        for k, board in enumerate(boards):
+            caption = "the puzzle"
+            if k:
+                step = played.steps[k - 1]
+                at = int(step.action[0])
+                sure = float(reference.confidence(step.observation)[0, at])
+                right = "right" if board[at] == instances.answers[0, at] else "WRONG"
+                row, column = divmod(at, task.shape[1])
+                caption = (
+                    f"step {k}: row {row + 1}, column {column + 1} becomes {task.symbol(int(board[at]))} "
+                    f"(confidence {sure:.3f}, order {float(step.log_prob[0].exp()):.2f}) {right}"
+                )
+            live.update(Text(f"{task.draw(board)}\n\n{caption}"), refresh=True)
+            if command.delay and live.console.is_terminal:
+                threading_wait(command.delay)
+            elif not live.console.is_terminal and k:
+                live.console.print(caption, highlight=False)
+    if command.gif is not None:
+        render.replay(task, clue, instances.answers[0], {command.order: boards}, command.gif)
+
+
+def threading_wait(seconds: float) -> None:
+    import time
+
+    time.sleep(seconds)
+
+
+def application() -> tyro.extras.SubcommandApp:
+    app = tyro.extras.SubcommandApp()
+    app.command(ListCommand, name="list")
+    pretraining = tyro.extras.SubcommandApp()
+    pretraining.command(PretrainConfig, name="mdm")
+    app.command(pretraining, name="pretrain")
+    training = tyro.extras.SubcommandApp()
+    training.command(upo.UPOConfig, name="upo")
+    training.command(imitation.ImitationConfig, name="imitation")
+    app.command(training, name="train")
+    app.command(EvaluateCommand, name="evaluate")
+    app.command(ShowCommand, name="show")
+    app.command(demo.DemoConfig, name="demo")
+    return app
+
+
+def parse(args: Sequence[str] | None) -> Any:
+    """The settings that ``args`` mean; tyro's framed complaint becomes one line on stderr and exit code 2."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return application().cli(args=args, prog="unmask", config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", captured.getvalue())
+            print("unmask: " + re.sub(r"\s+", " ", text).strip(), file=sys.stderr)
+        raise
+
+
+def dispatch(command: Any) -> None:
+    match command:
+        case ListCommand():
+            list_everything()
+        case PretrainConfig():
+            pretrain(command)
+        case upo.UPOConfig():
+            upo.train(command)
+        case imitation.ImitationConfig():
+            imitation.train(command)
+        case EvaluateCommand():
+            run_evaluate(command)
+        case ShowCommand():
+            run_show(command)
+        case demo.DemoConfig():
+            demo.run(command)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point: exit code 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    command = parse(args)
+    try:
+        dispatch(command)
+    except UnmaskError as error:
+        print(f"unmask: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"unmask: {stop}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("unmask: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

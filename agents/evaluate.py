@@ -1,0 +1,162 @@
+"""Evaluation: orders side by side on the same instances and denoiser, with intervals."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from agents.policy import PACKAGED_POLICIES, load_policy
+from pretrain.checkpoint import packaged
+from tasks import Instances, Task, UnknownNameError, UnmaskError
+from unmask_env import reference
+from unmask_env.core import Order, rollout
+from unmask_env.denoiser import Denoiser
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Result:
+    """One order's row.
+
+    Attributes:
+        metrics: per metric of the task, (n,) values per instance; the first one is the solve rate of tables.
+        nfe: mean denoiser forwards per instance.
+    """
+
+    order: str
+    metrics: dict[str, Tensor]
+    nfe: float
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def solved(self) -> Tensor:
+        return next(iter(self.metrics.values()))
+
+    def row(self) -> dict[str, Any]:
+        """The JSON row."""
+        mean = {name: float(values.mean()) for name, values in self.metrics.items()}
+        n = len(self.solved)
+        names = {"solved": "solve_rate", "valid": "valid_rate"}
+        return {
+            "order": self.order,
+            **{names.get(name, name): value for name, value in mean.items()},
+            "nfe": self.nfe,
+            "n": n,
+            "ci95": list(wilson(int(self.solved.sum()), n) if _binary(self.solved) else normal_interval(self.solved)),
+            "seconds": self.seconds,
+        }
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927): right also near 0 and 1, where the normal one is not."""
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def normal_interval(values: Tensor) -> tuple[float, float]:
+    """95 % normal interval of a mean."""
+    mean = float(values.mean())
+    half = Z95 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return mean - half, mean + half
+
+
+def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """Mean of a - b over the same instances, with its 95 % normal interval: (mean, low, high)."""
+    return (float((a - b).mean()), *normal_interval(a - b))
+
+
+def _binary(values: Tensor) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def load_order(name: str, task: Task) -> Order:
+    """A reference policy by name, or a learned policy by packaged name, folder or hub id.
+
+    Raises:
+        UnknownNameError, CheckpointError: in one line.
+    """
+    if name in reference.REFERENCES:
+        return reference.get(name)
+    try:
+        return load_policy(name, task)
+    except UnknownNameError:
+        raise UnknownNameError("order", name, [*reference.REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
+
+
+def evaluate(
+    task: Task,
+    denoiser: Denoiser,
+    orders: dict[str, Order],
+    instances: Instances,
+    seed: int = 0,
+    batch: int = 500,
+    progress: bool = False,
+) -> list[Result]:
+    """Play every instance once with every order.
+
+    Reference policies are sampled (a deterministic one only where positions tie), learned ones take their most likely
+    position. Filling is greedy.
+
+    Args:
+        orders: by the name of their row. seed: of the stochastic orders. batch: instances per forward.
+    """
+    if batch < 1:
+        raise UnmaskError(f"batch must be at least 1, not {batch}")
+    by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
+    device = getattr(denoiser, "device", torch.device("cpu"))
+    results = []
+    with Progress(transient=True, disable=not progress) as bar:
+        work = bar.add_task("evaluate", total=len(orders) * len(instances))
+        for name, order in orders.items():
+            bar.update(work, description=name)
+            started = time.perf_counter()
+            generator = torch.Generator(device).manual_seed(seed) if isinstance(order, reference.Reference) else None
+            measured: dict[str, list[Tensor]] = {}
+            nfe = 0.0
+            for rows in by_length.split(batch):
+                part = instances[rows].to(device)
+                played = rollout(task, denoiser, order, part, order_generator=generator)
+                for metric, values in task.metrics(played.state.tokens, part).items():
+                    measured.setdefault(metric, []).append(values.cpu())
+                nfe += float(played.nfe.sum())
+                bar.advance(work, len(rows))
+            back = by_length.argsort()
+            metrics = {metric: torch.cat(values)[back] for metric, values in measured.items()}
+            results.append(Result(name, metrics, nfe / len(instances), time.perf_counter() - started))
+    return results
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """A rich table: each metric in per cent with its 95 % interval, NFE and seconds."""
+    names = {"solved": "solve rate", "cell_accuracy": "cell accuracy", "valid": "rules valid"}
+    view = Table(title=title, caption="per cent, with 95 % confidence intervals")
+    view.add_column("order")
+    for name in results[0].metrics:
+        view.add_column(names.get(name, name), justify="right")
+    view.add_column("NFE", justify="right")
+    view.add_column("seconds", justify="right")
+    for result in results:
+        cells = []
+        for values in result.metrics.values():
+            low, high = wilson(int(values.sum()), len(values)) if _binary(values) else normal_interval(values)
+            cells.append(f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        label = f"{result.order} (sees the answers)" if result.order == "oracle" else result.order
+        view.add_row(label, *cells, f"{result.nfe:.1f}", f"{result.seconds:.1f}")
+    return view
+
+
+def show_table(results: Sequence[Result], title: str, write: Callable[..., None] | None = None) -> None:
+    (write or Console().print)(table(results, title))

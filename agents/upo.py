@@ -1,0 +1,388 @@
+"""UPO: an order policy trained against a reference policy (Hong et al. 2025, arXiv 2510.05725).
+
+Read from top to bottom: settings, regularisers, the loss, the loop. For each instance a group of G trajectories is
+sampled from the policy; a trajectory's advantage is its reward minus the group's mean; clipped ratios raise the
+probability of the positions chosen on better trajectories; and a divergence holds the policy near the reference g:
+
+    maximise  E[ r(x_0) ] - beta * D(pi || g)
+
+Denoiser outputs are cached in the rollout (the paper's Algorithm 2), so an update runs the small policy only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from agents.mining import Pool
+from agents.policy import OrderPolicy, load_policy
+from pretrain.checkpoint import save_model, step_generator
+from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
+from tasks import Task, UnmaskError
+from unmask_env import reference as references
+from unmask_env import registration
+from unmask_env.core import Denoised, Observation, Rollout, rollout
+from unmask_env.denoiser import Denoiser, load_denoiser
+from unmask_env.reference import Reference
+
+Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl"]
+ReferenceName = Literal[
+    "random", "left_to_right", "max_confidence", "margin", "entropy", "softmax_confidence", "softmax_margin", "top_k"
+]
+
+
+@dataclass(frozen=True)
+class UPOConfig:
+    """Settings of a UPO run; each is an option of ``unmask train upo``."""
+
+    out: str
+    """folder for the policy, the logs and the state to resume from"""
+    env: str = "Unmask/Sudoku6x6-v0"
+    denoiser: str | None = None
+    """packaged name, folder or hub id; the default is the environment's"""
+    reference: ReferenceName = "softmax_confidence"
+    regulariser: Regulariser = "auto"
+    """cross_entropy to a deterministic reference, UPO's trajectory_kl estimate, or the exact step_kl; auto takes
+    cross_entropy where the reference is deterministic and step_kl elsewhere"""
+    beta: float = 1e-4
+    """weight of the regulariser (the paper's value); 0 switches it off"""
+    tau: float = 0.05
+    """temperature of the softmax references (the paper's value)"""
+    top_k: int = 5
+    """positions that the top_k reference, and then the policy, choose among (the paper's value)"""
+    init: str | None = None
+    """an order policy to start from; the default starts at the reference"""
+    iterations: int = 100
+    puzzles: int = 32
+    """groups per iteration"""
+    group: int = 8
+    """trajectories per group"""
+    epochs: int = 2
+    """passes over each iteration's trajectories"""
+    minibatches: int = 4
+    clip: float = 0.2
+    lr: float = 3e-4
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    temperature: float = 1.0
+    """of the order while sampling; log-probabilities are those of the distribution sampled from"""
+    over_steps: Literal["sum", "mean"] = "sum"
+    """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
+    normalise: bool = False
+    """divide advantages by the group's standard deviation: the paper's formula does, the released code does not"""
+    mine: float = 0.5
+    """share of instances resampled among those that went wrong before; 0 trains on fresh ones only"""
+    dim: int = 48
+    layers: int = 2
+    heads: int = 4
+    loops: int = 1
+    tokens: bool = True
+    """the policy sees the symbols on the board"""
+    top_tokens: bool = True
+    """the policy sees the denoiser's most likely symbols"""
+    hidden: bool = False
+    """the policy sees the denoiser's last hidden states"""
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    resume: bool = False
+    """go on from the state in ``out``"""
+    log_every: int = 1
+    save_every: int = 10
+
+
+# ---------------------------------------------------------------------- what a rollout leaves for the update
+class Batch(NamedTuple):
+    """Steps of T trajectories, S in all, flattened.
+
+    ``observation`` has S rows; ``action`` (S,); ``old_log_prob`` (S,) of the actions under the sampling distribution;
+    ``trajectory`` (S,) and ``time`` (S,) indices; ``advantage`` (S,).
+    """
+
+    observation: Observation
+    action: Tensor
+    old_log_prob: Tensor
+    trajectory: Tensor
+    time: Tensor
+    advantage: Tensor
+
+    def rows(self, index: Tensor) -> Batch:
+        return Batch(*(part[index] for part in self))
+
+
+class Tempered:
+    """An order at a sampling temperature: pi(i)^(1/T), renormalised."""
+
+    def __init__(self, policy: OrderPolicy, temperature: float) -> None:
+        self.policy, self.temperature = policy, temperature
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        log_prob = self.policy.log_prob(observation)
+        if self.temperature == 1.0:
+            return log_prob
+        open_somewhere = observation.open.any(1, keepdim=True)
+        allowed = log_prob > -torch.inf
+        scaled = (log_prob.masked_fill(~allowed, 0.0) / self.temperature).masked_fill(~allowed, -torch.inf)
+        return torch.where(open_somewhere, scaled.log_softmax(1), log_prob)
+
+
+def group_advantage(reward: Tensor, group: int, normalise: bool) -> Tensor:
+    """(T,) reward minus its group's mean, over the group's standard deviation if asked for.
+
+    A group whose rewards are all equal has advantage exactly 0: it carries no signal.
+    """
+    grouped = reward.view(-1, group)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    centred = torch.where((grouped == grouped[:, :1]).all(1, keepdim=True), 0.0, centred)
+    if normalise:
+        centred = centred / (grouped.std(1, keepdim=True) + 1e-4)
+    return centred.flatten()
+
+
+def flatten(played: Rollout, advantage: Tensor) -> Batch:
+    """The live steps of a recorded rollout, side by side; rows may have had different numbers of holes."""
+    steps = played.steps
+    alive = torch.stack([s.alive for s in steps])  # (steps, T)
+    time, trajectory = alive.nonzero(as_tuple=True)
+    hidden = [s.observation.denoised.hidden for s in steps]
+    observation = Observation(
+        torch.stack([s.observation.tokens for s in steps])[alive],
+        torch.stack([s.observation.open for s in steps])[alive],
+        Denoised(
+            torch.stack([s.observation.denoised.log_probs for s in steps])[alive],
+            None if hidden[0] is None else torch.stack([h for h in hidden if h is not None])[alive],
+        ),
+    )
+    action = torch.stack([s.action for s in steps])[alive]
+    old = torch.stack([s.log_prob for s in steps])[alive]
+    return Batch(observation, action, old, trajectory, time, advantage[trajectory])
+
+
+# ---------------------------------------------------------------------- regularisers
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(S,) KL(p || q) of rows of log-probabilities; positions with p = 0 contribute 0."""
+    inside = log_p > -torch.inf
+    difference = log_p.masked_fill(~inside, 0.0) - log_q.masked_fill(~inside, 0.0)
+    return torch.where(inside, log_p.exp() * difference, 0.0).sum(1)
+
+
+def cross_entropy(log_target: Tensor, log_prob: Tensor) -> Tensor:
+    """(S,) -sum_i t(i) log pi(i): UPO's divergence from a deterministic reference, ties split evenly."""
+    return -torch.where(
+        log_target > -torch.inf, log_target.exp() * log_prob.masked_fill(log_target == -torch.inf, 0.0), 0.0
+    ).sum(1)
+
+
+def trajectory_kl_surrogate(taken: Tensor, old: Tensor, target: Tensor, trajectory: Tensor, count: int) -> Tensor:
+    """(T,) UPO's score-function surrogate for the trajectory-level KL, which bounds the terminal KL from above.
+
+    stopgrad[ w (1 + log P - log P_ref) ] log P with w = clamp(P / P_old, 0.5, 2), as in the released ``compute_loss``
+    but in log space throughout. Its value means nothing; its gradient estimates that of the KL.
+
+    Args:
+        taken, old, target: (S,) log-probabilities of the chosen positions under the policy, the sampling policy and
+            the reference. trajectory: (S,) index of the trajectory, below ``count``.
+    """
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, trajectory, values)
+
+    log_p, log_old, log_ref = total(taken), total(old), total(target)
+    weight = (log_p - log_old).clamp(-10, 10).exp().clamp(0.5, 2.0)
+    return (weight * (1 + log_p - log_ref)).detach() * log_p
+
+
+def check_regulariser(config: UPOConfig, reference: Reference) -> str:
+    """The regulariser that ``config`` means.
+
+    Raises:
+        UnmaskError: a KL to a reference that gives some open positions probability 0 (it would be infinite).
+    """
+    chosen = config.regulariser
+    if chosen == "auto":
+        chosen = "cross_entropy" if reference.deterministic else "step_kl"
+    if config.beta == 0:
+        return "none"
+    if chosen in ("trajectory_kl", "step_kl") and reference.deterministic:
+        raise UnmaskError(
+            f"the KL to the deterministic reference {config.reference} is infinite; use regulariser cross_entropy, "
+            "or a softmax reference"
+        )
+    return chosen
+
+
+# ---------------------------------------------------------------------- the loss
+def upo_loss(
+    policy: Tempered,
+    reference: Reference,
+    batch: Batch,
+    regulariser: str,
+    beta: float,
+    clip: float,
+    over_steps: str = "sum",
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean over trajectories of the clipped policy-gradient loss plus ``beta`` times the divergence.
+
+    L_pg = - sum_n min(rho_n A, clip(rho_n, 1 - eps, 1 + eps) A), rho_n = pi(a_n | x_n) / pi_old(a_n | x_n).
+
+    Returns:
+        The scalar loss, and parts to log.
+    """
+    log_prob = policy.log_prob(batch.observation)  # (S, L)
+    taken = log_prob.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    trajectories, index = batch.trajectory.unique(return_inverse=True)
+    count = len(trajectories)
+    length = torch.zeros(count, device=taken.device).index_add(0, index, torch.ones_like(taken))
+    per_step = 1.0 / (count * (length[index] if over_steps == "mean" else 1.0))
+
+    ratio = (taken - batch.old_log_prob).clamp(-10, 10).exp()
+    gain = torch.minimum(ratio * batch.advantage, ratio.clamp(1 - clip, 1 + clip) * batch.advantage)
+    loss = -(gain * per_step).sum()
+    clipped = ((ratio - 1).abs() > clip).float().mean()
+    parts = {"loss/policy": loss.item(), "ratio/clipped": clipped.item()}
+    if regulariser == "none":
+        return loss, parts
+    with torch.no_grad():
+        log_ref = reference.log_prob(batch.observation)
+    if regulariser == "trajectory_kl":
+        target = log_ref.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+        divergence = trajectory_kl_surrogate(taken, batch.old_log_prob, target, index, count)
+        regular = (divergence / (length if over_steps == "mean" else 1.0)).mean()
+    else:
+        each = categorical_kl(log_prob, log_ref) if regulariser == "step_kl" else cross_entropy(log_ref, log_prob)
+        regular = (each * per_step).sum()
+        parts[f"divergence/{regulariser}"] = each.mean().item()
+    return loss + beta * regular, parts
+
+
+def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> Tensor:
+    """(S,) advantages with the divergence still to come as a cost: A - beta * (future KL - its group's mean).
+
+    The exact gradient of E[r] - beta * E[sum_n KL_n] has this term beside the gradient of each KL_n, because an action
+    also decides which states, and so which KLs, follow (derived; policy gradient with reward-to-go).
+
+    Args:
+        kl: (S,) exact per-step KL under the sampling policy.
+    """
+    trajectories, steps = int(batch.trajectory.max()) + 1, int(batch.time.max()) + 1
+    table = torch.zeros(trajectories, steps, device=kl.device).index_put((batch.trajectory, batch.time), kl)
+    future = table.flip(1).cumsum(1).flip(1) - table
+    grouped = future.view(-1, group, steps)
+    centred = (grouped - grouped.mean(1, keepdim=True)).view(trajectories, steps)
+    return batch.advantage - beta * centred[batch.trajectory, batch.time]
+
+
+# ---------------------------------------------------------------------- the loop
+def new_policy(config: UPOConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
+    """A policy that equals the reference where that is stochastic, its softmax where it is deterministic."""
+    base = {
+        "softmax_confidence": "softmax_confidence",
+        "max_confidence": "softmax_confidence",
+        "softmax_margin": "softmax_margin",
+        "margin": "softmax_margin",
+    }.get(config.reference, "none")
+    if config.hidden and denoiser.hidden_dim is None:
+        raise UnmaskError("this denoiser has no hidden states; leave hidden off")
+    return OrderPolicy(
+        task.vocab_size,
+        task.coordinates.tolist(),
+        base=base,
+        base_tau=config.tau,
+        candidates=config.top_k if config.reference == "top_k" else None,
+        tokens=config.tokens,
+        top_tokens=config.top_tokens,
+        hidden_dim=(denoiser.hidden_dim or 0) if config.hidden else 0,
+        dim=config.dim,
+        layers=config.layers,
+        heads=config.heads,
+        loops=config.loops,
+    )
+
+
+def make_reference(config: UPOConfig) -> Reference:
+    options: dict[str, float] = {}
+    if config.reference.startswith("softmax"):
+        options["tau"] = config.tau
+    if config.reference == "top_k":
+        options["k"] = config.top_k
+    return references.get(config.reference, **options)
+
+
+def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
+    """Train an order policy with UPO and save it in ``config.out``.
+
+    Args:
+        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+
+    Raises:
+        UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
+        Interrupted: after Ctrl-C, with the state saved.
+    """
+    device = resolve_device(config.device, config.threads)
+    if config.group < 2:
+        raise UnmaskError(f"group must be at least 2 to compare trajectories, not {config.group}")
+    if config.temperature <= 0:
+        raise UnmaskError(f"temperature must be greater than 0, not {config.temperature}")
+    if not 0 <= config.mine < 1:
+        raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
+    if task is None:
+        registered = registration.lookup(config.env)
+        task = registration.resolve_task(registered.task)
+        denoiser = load_denoiser(config.denoiser or registered.denoiser, task, device)
+    if denoiser is None:
+        raise UnmaskError("a task given as an object needs a denoiser given as one")
+    reference = make_reference(config)
+    regulariser = check_regulariser(config, reference)
+    torch.manual_seed(config.seed)  # the initial weights
+    policy = load_policy(config.init, task) if config.init else new_policy(config, task, denoiser)
+    policy = policy.to(device)
+    behaviour = Tempered(policy, config.temperature)
+    optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    pool = Pool(task, config.mine)
+    run = Run(config, config.iterations, {"policy": policy, "optimizer": optimizer, "pool": pool}, f"upo {task.name}")
+    with run:
+        for iteration in run.loop():
+            generator = step_generator(device, config.seed, iteration)
+            instances, fresh = pool.sample(config.puzzles, generator)
+            policy.eval()
+            played = rollout(
+                task, denoiser, behaviour, instances.repeat(config.group), order_generator=generator, record=True
+            )
+            reward = played.reward.view(config.puzzles, config.group)
+            pool.add(instances, reward.mean(1) < 1)
+            batch = flatten(played, group_advantage(played.reward, config.group, config.normalise))
+            if regulariser == "step_kl":
+                with torch.no_grad():
+                    kl = categorical_kl(behaviour.log_prob(batch.observation), reference.log_prob(batch.observation))
+                batch = batch._replace(advantage=regularised_advantage(batch, kl, config.beta, config.group))
+
+            policy.train()
+            set_learning_rate(optimizer, config.lr * min(1.0, (iteration + 1) / 5))
+            trajectories = config.puzzles * config.group
+            parts: dict[str, float] = {}
+            for _ in range(config.epochs):
+                shuffled = torch.randperm(trajectories, generator=generator, device=device)
+                for chosen in shuffled.chunk(config.minibatches):
+                    part = batch.rows(torch.isin(batch.trajectory, chosen).nonzero().squeeze(1))
+                    loss, parts = upo_loss(
+                        behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps
+                    )
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+                    optimizer.step()
+            informative = (reward != reward[:, :1]).any(1).float().mean().item()
+            parts |= {"reward/fresh": reward[:fresh].mean().item(), "groups/informative": informative}
+            if fresh < config.puzzles:
+                parts["reward/mined"] = reward[fresh:].mean().item()
+            run.log(parts, f"reward {parts['reward/fresh']:.3f}, {informative:.0%} of groups informative")
+    policy.eval()
+    save_model(policy, Path(config.out))
+    return policy
+
+
+__all__ = ["UPOConfig", "train", "upo_loss"]

@@ -1,0 +1,69 @@
+"""Environment ids: what is registered, and how a new task becomes an environment in one call."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+import tasks
+from tasks import Task, UnknownNameError, UnmaskError
+
+if TYPE_CHECKING:  # registration stays light: torch models load when an environment is made
+    from unmask_env.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What an id stands for: a task (by name or object) and its default denoiser."""
+
+    task: str | Task
+    denoiser: Any
+
+
+_REGISTERED: dict[str, Registered] = {}
+
+
+def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None = None) -> None:
+    """Make ``gym.make(id)`` and ``gym.make_vec(id)`` play ``task`` with ``denoiser``.
+
+    Args:
+        id: Gymnasium's grammar, ``Namespace/Name-v0``.
+        task: a :class:`tasks.Task`, or the name of a registered one.
+        denoiser: packaged name, folder, hub id, backbone or denoiser; it may also be given to ``gym.make``.
+
+    Raises:
+        UnmaskError: an id outside the grammar. UnknownNameError: an unknown task name.
+    """
+    if not re.fullmatch(r"(?:[\w:-]+/)?[\w:.-]+-v\d+", id):
+        raise UnmaskError(f"malformed environment id {id!r}; write it as Namespace/Name-v0")
+    if isinstance(task, str) and task not in tasks.names():
+        raise UnknownNameError("task", task, tasks.names())
+    _REGISTERED[id] = Registered(task, denoiser)
+    if id in gymnasium.registry:
+        del gymnasium.registry[id]
+    gymnasium.register(
+        id,
+        entry_point="unmask_env.gym_env:UnmaskEnv",
+        vector_entry_point="unmask_env.vector:UnmaskVectorEnv",
+        kwargs={"id": id},
+    )
+
+
+def ids() -> list[str]:
+    """All ids registered with :func:`register`."""
+    return sorted(_REGISTERED)
+
+
+def lookup(id: str) -> Registered:
+    """What ``id`` stands for. Raises :class:`tasks.UnknownNameError`."""
+    if id not in _REGISTERED:
+        raise UnknownNameError("environment", id, _REGISTERED)
+    return _REGISTERED[id]
+
+
+def resolve_task(task: str | Task) -> Task:
+    return tasks.get(task) if isinstance(task, str) else task
