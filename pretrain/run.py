@@ -1,4 +1,4 @@
-"""A training run's folder: settings, TensorBoard logs, progress, the state to resume from, and a clean stop on Ctrl-C."""
+"""A training run's folder: settings, TensorBoard logs, progress, the state to resume from, a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one family of errors that mean "the user can mend this": the command line prints them as one line and exits with 2."""
+"""The errors that mean "the user can mend this": the command line prints them as one line and exits with 2."""
 
 from collections.abc import Iterable
 

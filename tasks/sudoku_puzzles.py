@@ -33,7 +33,7 @@ def units(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
 def solutions(
     puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Random | None = None
 ) -> list[list[int]]:
-    """Up to ``limit`` solutions by backtracking on the most constrained cell; one solution found with limit 2 is a proof.
+    """Up to ``limit`` solutions by backtracking on the most constrained cell; one found with limit 2 proves it unique.
 
     ``rng`` tries digits in random order, which makes the first solution of an empty board a random grid.
     """

@@ -1,4 +1,4 @@
-"""Unmasking as a Markov decision process around a frozen denoiser. Importing this package registers the ``Unmask/`` ids."""
+"""Unmasking as a Markov decision process around a frozen denoiser. Importing it registers the ``Unmask/`` ids."""
 
 from unmask_env.registration import ids, register
 

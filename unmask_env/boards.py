@@ -26,6 +26,11 @@ FLOOR = -20.0  # least log-probability shown, so that spaces are bounded
 _AHEAD = 16  # instances drawn per call of task.sample
 
 
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy on the host: observations must not share memory with the state."""
+    return tensor.numpy(force=True).copy()
+
+
 class Boards:
     """See the module docstring. ``state`` and ``denoised`` always belong together after :meth:`observe`."""
 
@@ -155,8 +160,8 @@ class Boards:
         else:
             values, likely = denoised.log_probs.topk(self.top, -1)
         return {
-            "tokens": np.array(tokens.cpu()),
-            "action_mask": np.array(open.cpu(), dtype=np.int8),
-            "top_tokens": np.array(likely.cpu()),
-            "top_log_probs": np.array(values.clamp(min=FLOOR, max=0.0).cpu()),
+            "tokens": to_numpy(tokens),
+            "action_mask": to_numpy(open).astype(np.int8),
+            "top_tokens": to_numpy(likely),
+            "top_log_probs": to_numpy(values.clamp(min=FLOOR, max=0.0)),
         }

@@ -26,7 +26,7 @@ class InvalidActionError(UnmaskError):
 
 
 class Denoised(NamedTuple):
-    """What one denoiser forward says: ``log_probs`` (N, L, V) float32 at every position, ``hidden`` (N, L, D) or None."""
+    """One denoiser forward: ``log_probs`` (N, L, V) float32 at every position, ``hidden`` (N, L, D) or None."""
 
     log_probs: Tensor
     hidden: Tensor | None = None

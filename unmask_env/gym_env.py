@@ -11,7 +11,7 @@ import numpy as np
 from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
-from unmask_env.boards import Boards
+from unmask_env.boards import Boards, to_numpy
 from unmask_env.core import Denoised, OnIllegal
 from unmask_env.denoiser import Denoiser
 
@@ -98,7 +98,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
 
     def action_masks(self) -> np.ndarray:
         """(L,) bool: the open positions (sb3-contrib's convention)."""
-        return np.array(self.boards.state.open[0].cpu())
+        return to_numpy(self.boards.state.open[0])
 
     def render(self) -> str | np.ndarray | None:
         if self.render_mode is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
-from unmask_env.boards import Boards
+from unmask_env.boards import Boards, to_numpy
 from unmask_env.core import Denoised, OnIllegal, Transition
 from unmask_env.denoiser import Denoiser
 
@@ -106,8 +106,8 @@ class UnmaskVectorEnv(VectorEnv):
             rows = np.flatnonzero(self._done).tolist()
             raise UnmaskError(f"rows {rows} are finished; reset them with options={{'reset_mask': ...}} first")
         stale = self._done.copy()  # NEXT_STEP: finished in the step before; whatever the action, they restart now
-        # Complete boards idle by themselves; a truncated one is kept from an illegal action, and what it did is dropped.
-        actions = np.where(stale, np.array(self.boards.state.open.int().argmax(1).cpu()), actions)
+        # Complete boards idle by themselves; a truncated one is kept from an illegal action, its step is dropped.
+        actions = np.where(stale, to_numpy(self.boards.state.open.int().argmax(1)), actions)
         transition = self.boards.step(actions)
         if stale.any():
             restarted = torch.as_tensor(stale, device=self.boards.device)
@@ -119,7 +119,7 @@ class UnmaskVectorEnv(VectorEnv):
                 transition.illegal & ~restarted,
             )
             self.boards.begin(np.flatnonzero(stale).tolist())
-        terminated, truncated = np.array(transition.terminated.cpu()), np.array(transition.truncated.cpu())
+        terminated, truncated = to_numpy(transition.terminated), to_numpy(transition.truncated)
         done = terminated | truncated
         info: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
@@ -135,12 +135,12 @@ class UnmaskVectorEnv(VectorEnv):
             self._done = done
             if done.any():
                 info = self._ended(transition, done)
-        info |= self._info() | {"illegal": np.array(transition.illegal.cpu())}
-        return self._observation(), np.array(transition.reward.cpu()), terminated, truncated, info
+        info |= self._info() | {"illegal": to_numpy(transition.illegal)}
+        return self._observation(), to_numpy(transition.reward), terminated, truncated, info
 
     def action_masks(self) -> np.ndarray:
         """(N, L) bool: the open positions; all True on finished rows, where any action is ignored."""
-        return np.array(self.boards.state.open.cpu()) | self._done[:, None]
+        return to_numpy(self.boards.state.open) | self._done[:, None]
 
     def render(self) -> tuple[str | np.ndarray, ...] | None:
         if self.render_mode is None:
@@ -152,20 +152,20 @@ class UnmaskVectorEnv(VectorEnv):
         state = self.boards.state
         arrays = self.boards.arrays(state.tokens, state.open, self.boards.denoised)
         arrays["action_mask"] = self.action_masks().astype(np.int8)
-        finished = ~np.array(state.open.any(1).cpu())
+        finished = ~to_numpy(state.open.any(1))
         for name in ("top_tokens", "top_log_probs"):
             arrays[name][finished] = 0
         return arrays
 
     def _info(self) -> dict[str, Any]:
-        return {"action_mask": self.action_masks().astype(np.int8), "nfe": np.array(self.boards.state.steps.cpu())}
+        return {"action_mask": self.action_masks().astype(np.int8), "nfe": to_numpy(self.boards.state.steps)}
 
     def _ended(self, transition: Transition, done: np.ndarray) -> dict[str, Any]:
         """The task's metrics of finished rows, in Gymnasium's vector layout (value and ``_`` mask)."""
         state = transition.state
-        measured = {k: np.array(v.cpu()) for k, v in self.task.metrics(state.tokens, state.instances).items()}
-        measured["nfe"] = np.array(state.steps.cpu())
-        measured["illegal"] = np.array(transition.illegal.cpu())
+        measured = {k: to_numpy(v) for k, v in self.task.metrics(state.tokens, state.instances).items()}
+        measured["nfe"] = to_numpy(state.steps)
+        measured["illegal"] = to_numpy(transition.illegal)
         out: dict[str, Any] = {}
         for name, value in measured.items():
             out[name], out[f"_{name}"] = np.where(done, value, np.zeros_like(value)), done.copy()
@@ -178,7 +178,7 @@ class UnmaskVectorEnv(VectorEnv):
         if extra is not None:
             truncated = self.boards.arrays(tokens[cut], open[cut], extra)
             for name in ("top_tokens", "top_log_probs"):
-                finished[name][np.array(cut.cpu())] = truncated[name]
+                finished[name][to_numpy(cut)] = truncated[name]
         final = np.full(self.num_envs, None, dtype=object)
         for row in rows:
             final[row] = {name: value[row] for name, value in finished.items()}
