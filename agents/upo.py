@@ -11,7 +11,7 @@ Denoiser outputs are cached in the rollout (the paper's Algorithm 2), so an upda
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from agents.mining import Pool
-from agents.policy import OrderPolicy, load_policy
+from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
 from tasks import Task, UnmaskError
 from unmask_env import reference as references
 from unmask_env import registration
 from unmask_env.core import Denoised, Observation, Rollout, rollout
-from unmask_env.denoiser import Denoiser, load_denoiser
+from unmask_env.denoiser import Denoiser
 from unmask_env.reference import Reference
 
 Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl"]
@@ -76,16 +76,7 @@ class UPOConfig:
     """divide advantages by the group's standard deviation: the paper's formula does, the released code does not"""
     mine: float = 0.5
     """share of instances resampled among those that went wrong before; 0 trains on fresh ones only"""
-    dim: int = 48
-    layers: int = 2
-    heads: int = 4
-    loops: int = 1
-    tokens: bool = True
-    """the policy sees the symbols on the board"""
-    top_tokens: bool = True
-    """the policy sees the denoiser's most likely symbols"""
-    hidden: bool = False
-    """the policy sees the denoiser's last hidden states"""
+    shape: PolicyShape = field(default_factory=PolicyShape)
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -277,30 +268,17 @@ def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> 
 
 
 # ---------------------------------------------------------------------- the loop
-def new_policy(config: UPOConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
-    """A policy that equals the reference where that is stochastic, its softmax where it is deterministic."""
-    base = {
-        "softmax_confidence": "softmax_confidence",
-        "max_confidence": "softmax_confidence",
-        "softmax_margin": "softmax_margin",
-        "margin": "softmax_margin",
-    }.get(config.reference, "none")
-    if config.hidden and denoiser.hidden_dim is None:
-        raise UnmaskError("this denoiser has no hidden states; leave hidden off")
-    return OrderPolicy(
-        task.vocab_size,
-        task.coordinates.tolist(),
-        base=base,
-        base_tau=config.tau,
-        candidates=config.top_k if config.reference == "top_k" else None,
-        tokens=config.tokens,
-        top_tokens=config.top_tokens,
-        hidden_dim=(denoiser.hidden_dim or 0) if config.hidden else 0,
-        dim=config.dim,
-        layers=config.layers,
-        heads=config.heads,
-        loops=config.loops,
-    )
+def start(config: UPOConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
+    """``config.init``, or a policy that equals the reference (its softmax where it is deterministic)."""
+    if config.init is not None:
+        return load_policy(config.init, task)
+    base: Base = "none"
+    if config.reference in ("max_confidence", "softmax_confidence"):
+        base = "softmax_confidence"
+    elif config.reference in ("margin", "softmax_margin"):
+        base = "softmax_margin"
+    candidates = config.top_k if config.reference == "top_k" else None
+    return new_policy(config.shape, task, denoiser, config.seed, base, config.tau, candidates)
 
 
 def make_reference(config: UPOConfig) -> Reference:
@@ -329,17 +307,11 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
         raise UnmaskError(f"temperature must be greater than 0, not {config.temperature}")
     if not 0 <= config.mine < 1:
         raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
-    if task is None:
-        registered = registration.lookup(config.env)
-        task = registration.resolve_task(registered.task)
-        denoiser = load_denoiser(config.denoiser or registered.denoiser, task, device)
-    if denoiser is None:
-        raise UnmaskError("a task given as an object needs a denoiser given as one")
+    if task is None or denoiser is None:
+        task, denoiser = registration.resolve(config.env, config.denoiser, device)
     reference = make_reference(config)
     regulariser = check_regulariser(config, reference)
-    torch.manual_seed(config.seed)  # the initial weights
-    policy = load_policy(config.init, task) if config.init else new_policy(config, task, denoiser)
-    policy = policy.to(device)
+    policy = start(config, task, denoiser).to(device)
     behaviour = Tempered(policy, config.temperature)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     pool = Pool(task, config.mine)

@@ -19,9 +19,14 @@ class IncompatibleDenoiserError(UnmaskError):
 
 
 class Denoiser(Protocol):
-    """Maps tokens (N, L) to :class:`Denoised`; counts its forwards in ``calls``."""
+    """Maps tokens (N, L) to :class:`Denoised` on ``device``; counts its forwards in ``calls``.
+
+    ``hidden_dim`` is the number of channels of its hidden states, None where it gives none.
+    """
 
     calls: int
+    hidden_dim: int | None
+    device: torch.device
 
     def __call__(self, tokens: Tensor) -> Denoised: ...
 

@@ -13,6 +13,8 @@ import tasks
 from tasks import Task, UnknownNameError, UnmaskError
 
 if TYPE_CHECKING:  # registration stays light: torch models load when an environment is made
+    import torch
+
     from unmask_env.denoiser import Denoiser
 
 
@@ -67,3 +69,21 @@ def lookup(id: str) -> Registered:
 
 def resolve_task(task: str | Task) -> Task:
     return tasks.get(task) if isinstance(task, str) else task
+
+
+def resolve(
+    id: str, denoiser: str | Path | Denoiser | None = None, device: torch.device | str = "cpu"
+) -> tuple[Task, Denoiser]:
+    """The task of ``id`` and its denoiser, or the one named instead.
+
+    Raises:
+        UnknownNameError, CheckpointError, IncompatibleDenoiserError: each in one line.
+    """
+    from unmask_env.denoiser import load_denoiser
+
+    found = lookup(id)
+    task = resolve_task(found.task)
+    source = denoiser if denoiser is not None else found.denoiser
+    if source is None:
+        raise UnmaskError(f"{id} was registered without a denoiser; name one")
+    return task, load_denoiser(source, task, device)

@@ -1,0 +1,139 @@
+"""The demonstration: train an order policy on 6x6 Sudoku and compare it with every heuristic, in minutes on a CPU.
+
+Three stages in one folder, each of which a second call resumes or skips: imitation of the oracle on stuck states,
+UPO from there, and the table, the learning curve and the replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents import evaluate, imitation, upo
+from agents.imitation import ImitationConfig
+from agents.upo import UPOConfig
+from pretrain.checkpoint import write_atomically, write_json
+from tasks import Instances, Task
+from unmask_env import core, registration, render
+from unmask_env.core import Order
+from unmask_env.denoiser import Denoiser
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HEURISTICS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "top_k")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train with UPO against a frozen 6x6-Sudoku denoiser, then print one table for all orders."""
+
+    out: str = "runs/demo"
+    env: str = "Unmask/Sudoku6x6-v0"
+    denoiser: str = "sudoku6-tiny"
+    limit: int = 1000
+    """held-out puzzles in the table"""
+    puzzles: int = 3000
+    """training puzzles played to collect stuck states"""
+    steps: int = 1500
+    """of imitation"""
+    iterations: int = 40
+    """of UPO"""
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+
+
+def train_stages(config: DemoConfig) -> upo.OrderPolicy:
+    """Imitation of the oracle, then UPO from it; both resumed if begun before."""
+    out = Path(config.out)
+    shared = {"env": config.env, "denoiser": config.denoiser, "seed": config.seed}
+    machine = {"device": config.device, "threads": config.threads}
+    first = ImitationConfig(
+        out=str(out / "imitation"),
+        puzzles=config.puzzles,
+        steps=config.steps,
+        resume=(out / "imitation" / "state.safetensors").exists(),
+        **shared,
+        **machine,
+    )
+    imitation.train(first)
+    second = UPOConfig(
+        out=str(out),
+        init=str(out / "imitation"),
+        iterations=config.iterations,
+        resume=(out / "state.safetensors").exists(),
+        **shared,
+        **machine,
+    )
+    return upo.train(second)
+
+
+def run(config: DemoConfig) -> list[evaluate.Result]:
+    """Train, then leave ``table.json``, ``curve.png`` and ``replay.gif`` beside the policy in ``config.out``."""
+    out, console = Path(config.out), Console()
+    task, denoiser = registration.resolve(config.env, config.denoiser, config.device)
+    instances = task.heldout(config.limit)
+    policy = train_stages(config)
+    orders: dict[str, Order] = {name: evaluate.load_order(name, task) for name in HEURISTICS}
+    orders["learned (UPO)"] = policy
+    results = evaluate.evaluate(task, denoiser, orders, instances, config.seed, progress=True)
+    evaluate.show_table(results, f"{task.name}, denoiser {config.denoiser}, {len(instances)} held-out puzzles")
+    write_json(out / "table.json", [result.row() for result in results])
+    curve(out)
+    picture(task, denoiser, orders, results, instances, out / "replay.gif")
+    console.print(
+        f"in {out}: table.json, curve.png, replay.gif, tb/ (TensorBoard), config.json + model.safetensors (policy)"
+    )
+    return results
+
+
+def curve(out: Path) -> None:
+    """The learning curve of both stages, from their TensorBoard logs."""
+
+    def scalars(folder: Path, tag: str) -> tuple[list[int], list[float]]:
+        events = EventAccumulator(str(folder / "tb"))
+        events.Reload()
+        if tag not in events.Tags()["scalars"]:
+            return [], []
+        points = events.Scalars(tag)
+        return [p.step for p in points], [p.value for p in points]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(*scalars(out / "imitation", "loss"))
+    left.set(title="imitation of the oracle", xlabel="step", ylabel="loss (nats)")
+    for tag, label in (("reward/fresh", "fresh puzzles"), ("reward/mined", "puzzles that went wrong before")):
+        right.plot(*scalars(out, tag), label=label)
+    right.set(title="UPO", xlabel="iteration", ylabel="solved while sampling", ylim=(0, 1.02))
+    right.legend()
+    write_atomically(out / "curve.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    plt.close(figure)
+
+
+def picture(
+    task: Task,
+    denoiser: Denoiser,
+    orders: dict[str, Order],
+    results: list[evaluate.Result],
+    instances: Instances,
+    path: Path,
+) -> None:
+    """A replay of one puzzle by random, the best heuristic and the learned order: where it can be had, one that the
+    learned order solves and the heuristic does not."""
+    best = max(results[1:-1], key=lambda result: float(result.solved.mean()))
+    telling = ((results[-1].solved == 1) & (best.solved == 0)).nonzero().flatten()
+    index = int(telling[0]) if len(telling) else 0
+    one = instances[index : index + 1].to(denoiser.device)
+    trajectories = {}
+    for name in ("random", best.order, results[-1].order):
+        generator = torch.Generator(denoiser.device).manual_seed(0) if name == "random" else None
+        played = core.rollout(task, denoiser, orders[name], one, order_generator=generator, record=True)
+        boards = [step.observation.tokens[0].cpu() for step in played.steps] + [played.state.tokens[0].cpu()]
+        trajectories[name] = boards
+    clue = (one.tokens[0] != task.mask_id).cpu()
+    render.replay(task, clue, one.answers[0].cpu(), trajectories, path)

@@ -1,0 +1,180 @@
+"""Supervised pretraining of an order policy: imitate a reference, or an oracle that sees the answers.
+
+Nearly all states are easy: on minimal 6x6 puzzles a confident denoiser is right, and what decides a board is one or
+two *stuck* states where no position is sure. So the run first plays boards to collect stuck states (and a few others),
+then trains on those, each time in a fresh symmetric guise and with a fresh denoiser forward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.policy import OrderPolicy, PolicyShape, new_policy
+from pretrain.checkpoint import save_model, step_generator
+from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
+from tasks import Instances, Task, UnmaskError
+from unmask_env import core, reference, registration
+from unmask_env.core import Observation, masked_log_softmax
+from unmask_env.denoiser import Denoiser
+from unmask_env.reference import Oracle, Reference
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """Settings of an imitation run; each is an option of ``unmask train imitation``."""
+
+    out: str
+    """folder for the policy, the logs and the state to resume from"""
+    env: str = "Unmask/Sudoku6x6-v0"
+    denoiser: str | None = None
+    """packaged name, folder or hub id; the default is the environment's"""
+    reference: Literal["oracle", "max_confidence", "margin", "entropy", "softmax_confidence", "softmax_margin"] = (
+        "oracle"
+    )
+    """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong"""
+    puzzles: int = 4000
+    """instances played to collect states"""
+    sure: float = 0.97
+    """a state is stuck if no open position's confidence reaches this"""
+    easy: float = 0.15
+    """share of each batch that is not stuck"""
+    steps: int = 1500
+    batch: int = 128
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    shape: PolicyShape = field(default_factory=PolicyShape)
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    resume: bool = False
+    """go on from the state in ``out``"""
+    log_every: int = 20
+    save_every: int = 200
+
+
+class States:
+    """Boards in mid-play: ``tokens`` and ``answers`` (S, L), and which of them are ``stuck`` (S,) bool."""
+
+    def __init__(self, task: Task) -> None:
+        empty = torch.zeros(0, task.length, dtype=torch.long)
+        self.tokens, self.answers, self.stuck = empty, empty.clone(), torch.zeros(0, dtype=torch.bool)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "answers": self.answers, "stuck": self.stuck}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens, self.answers, self.stuck = state["tokens"], state["answers"], state["stuck"]
+
+    @torch.no_grad()
+    def collect(self, task: Task, denoiser: Denoiser, instances: Instances, sure: float, generator: torch.Generator):
+        """Play ``instances`` by margin among the right positions, so that boards stay solvable; keep the states where
+        an open position's top symbol is wrong: all stuck ones, and one in twenty of the others."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for part in (instances[rows] for rows in torch.arange(len(instances)).split(500)):
+            state, oracle = core.begin(part, task.mask_id), Oracle(part.answers)
+            while bool(state.open.any()):
+                observation = Observation(state.tokens, state.open, denoiser(state.tokens))
+                right = oracle.right(observation)
+                open_confidence = reference.confidence(observation).masked_fill(~state.open, 0.0)
+                stuck = open_confidence.max(1).values < sure
+                spared = torch.rand(stuck.shape, generator=generator, device=stuck.device) < 0.05
+                keep = (state.open & ~right).any(1) & right.any(1) & (stuck | spared)
+                found.append((state.tokens[keep].cpu(), part.answers[keep].cpu(), stuck[keep].cpu()))
+                among = torch.where(right.any(1, keepdim=True), right, state.open)
+                action = reference.margin(observation).masked_fill(~among, -1.0).argmax(1)
+                state = core.step(task, state, observation.denoised, action).state
+        self.tokens, self.answers, self.stuck = (torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def sample(self, task: Task, n: int, easy: float, generator: torch.Generator) -> Instances:
+        """``n`` states in new guises; a share ``easy`` of them not stuck (all of one kind where the other is empty)."""
+        stuck, rest = self.stuck.nonzero().squeeze(1), (~self.stuck).nonzero().squeeze(1)
+        few = n if not len(stuck) else 0 if not len(rest) else int(n * easy)
+        parts = []
+        for pool, count in ((stuck, n - few), (rest, few)):
+            if count:
+                pick = torch.randint(len(pool), (count,), generator=generator, device=generator.device).cpu()
+                parts.append(pool[pick])
+        rows = torch.cat(parts)
+        return task.augment(Instances(self.tokens[rows], self.answers[rows]).to(generator.device), generator)
+
+
+def oracle_loss(score: Tensor, right: Tensor, open: Tensor) -> Tensor:
+    """(N,) -log of the probability of choosing a right position, plus how badly each score tells right from wrong.
+
+    The first term is the cross-entropy to the oracle reference, indifferent among its right positions. The second, a
+    binary cross-entropy averaged over the open positions with the score as log-odds of being right, teaches at every
+    position and keeps scores comparable; without it most states, already safe, would teach nothing.
+
+    Args:
+        score: (N, L) network scores. right, open: (N, L) bool, some position right in every row.
+    """
+    log_prob = masked_log_softmax(score, open)
+    choose_right = -log_prob.masked_fill(~right, -torch.inf).logsumexp(1)
+    each = F.binary_cross_entropy_with_logits(score, right.float(), reduction="none") * open
+    return choose_right + each.sum(1) / open.sum(1)
+
+
+def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observation, answers: Tensor) -> Tensor:
+    """Scalar: :func:`oracle_loss` for the oracle, cross-entropy -sum_i g(i) log pi(i) for other references."""
+    if isinstance(target, Oracle):
+        right = target.with_answers(answers).right(observation)
+        some = right.any(1)
+        score = policy.logits(observation).masked_fill(~observation.open, 0.0)
+        return oracle_loss(score[some], right[some], observation.open[some]).mean()
+    log_target = target.log_prob(observation)
+    inside = log_target > -torch.inf
+    log_prob = policy.log_prob(observation).masked_fill(~inside, 0.0)
+    return -torch.where(inside, log_target.exp() * log_prob, 0.0).sum(1).mean()
+
+
+def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
+    """Train an order policy by imitation and save it in ``config.out``.
+
+    Args:
+        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+
+    Raises:
+        UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
+        Interrupted: after Ctrl-C, with the state saved.
+    """
+    device = resolve_device(config.device, config.threads)
+    if not 0 <= config.easy <= 1:
+        raise UnmaskError(f"easy must be between 0 and 1, not {config.easy}")
+    if task is None or denoiser is None:
+        task, denoiser = registration.resolve(config.env, config.denoiser, device)
+    target = reference.get(config.reference)
+    policy = new_policy(config.shape, task, denoiser, config.seed).to(device)
+    optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    states = States(task)
+    run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
+    with run:
+        if not len(states.tokens):
+            run.progress.update(run.bar, note="collecting states")
+            generator = step_generator(device, config.seed, 2**31)
+            states.collect(task, denoiser, task.sample(config.puzzles, generator), config.sure, generator)
+            run.progress.console.print(f"collected {len(states.stuck)} states, {int(states.stuck.sum())} of them stuck")
+        policy.train()
+        for step in run.loop():
+            generator = step_generator(device, config.seed, step)
+            boards = states.sample(task, config.batch, config.easy, generator)
+            observation = Observation(boards.tokens, boards.tokens == task.mask_id, denoiser(boards.tokens))
+            loss = imitation_loss(policy, target, observation, boards.answers)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+            decay = 0.52 + 0.48 * math.cos(math.pi * step / config.steps)
+            set_learning_rate(optimizer, config.lr * decay * min(1.0, (step + 1) / 50))
+            optimizer.step()
+            if (step + 1) % config.log_every == 0:
+                run.log({"loss": loss.item()}, f"loss {loss.item():.3f}")
+    policy.eval()
+    save_model(policy, Path(config.out))
+    return policy
