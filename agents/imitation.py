@@ -157,13 +157,13 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
     with run:
         if not len(states.tokens):
-            run.progress.update(run.bar, note="collecting states")
-            generator = step_generator(device, config.seed, 2**31)
+            run.note("collecting states")
+            generator = step_generator(device, config.seed, 0, 3 << 16)
             states.collect(task, denoiser, task.sample(config.puzzles, generator), config.sure, generator)
-            run.progress.console.print(f"collected {len(states.stuck)} states, {int(states.stuck.sum())} of them stuck")
+            run.log({"states": len(states.stuck), "states/stuck": int(states.stuck.sum())})
         policy.train()
         for step in run.loop():
-            generator = step_generator(device, config.seed, step)
+            generator = step_generator(device, config.seed, step, 2 << 16)
             boards = states.sample(task, config.batch, config.easy, generator)
             observation = Observation(boards.tokens, boards.tokens == task.mask_id, denoiser(boards.tokens))
             loss = imitation_loss(policy, target, observation, boards.answers)

@@ -318,7 +318,7 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
     run = Run(config, config.iterations, {"policy": policy, "optimizer": optimizer, "pool": pool}, f"upo {task.name}")
     with run:
         for iteration in run.loop():
-            generator = step_generator(device, config.seed, iteration)
+            generator = step_generator(device, config.seed, iteration, 1 << 16)
             instances, fresh = pool.sample(config.puzzles, generator)
             policy.eval()
             played = rollout(

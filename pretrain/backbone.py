@@ -96,6 +96,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         predicts: Literal["denoiser"] = "denoiser",
     ) -> None:
         super().__init__()
+        if min(vocab_size, dim, layers, heads) < 1 or dim % heads or predicts != "denoiser":
+            raise ValueError(
+                f"vocab_size {vocab_size}, dim {dim}, layers {layers}, heads {heads}, predicts {predicts!r}: all sizes "
+                "must be at least 1, dim a multiple of heads, and predicts 'denoiser'"
+            )
         self.vocab_size, self.length, self.dim, self.predicts = vocab_size, len(coordinates), dim, predicts
         self.symbols = nn.Embedding(vocab_size + 1, dim)
         self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)

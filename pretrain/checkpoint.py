@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,10 +36,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a temporary file beside ``path``; it is flushed to disk, then renamed over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,20 +51,17 @@ def write_json(path: Path, value: Any) -> None:
 
 # ---------------------------------------------------------------------- models
 def save_model(model: nn.Module, folder: Path, half: bool = False) -> None:
-    """Write ``config.json`` and ``model.safetensors`` so that ``folder`` never holds half a model.
+    """Write ``config.json`` and ``model.safetensors``, each atomically, the weights last.
 
     Args:
         half: store float16 weights; they are read back into float32.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     stored = copy.deepcopy(model).cpu()
-    (stored.half() if half else stored).save_pretrained(temporary)
-    folder.mkdir(exist_ok=True)
-    for name in ("model.safetensors", "config.json"):
-        os.replace(temporary / name, folder / name)
-    shutil.rmtree(temporary)
+    with tempfile.TemporaryDirectory() as temporary:
+        (stored.half() if half else stored).save_pretrained(temporary)
+        for name in ("config.json", "model.safetensors"):
+            content = (Path(temporary) / name).read_bytes()
+            write_atomically(folder / name, lambda path, content=content: path.write_bytes(content))
 
 
 def packaged(root: Path) -> list[str]:
@@ -82,17 +84,12 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
     name = str(name)
     folder = packaged_root / name if name in packaged(packaged_root) else Path(name)
     if not folder.exists():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            if "/" in name:
-                raise CheckpointError(f"no {kind} at {name}: the folder does not exist")
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            folder = _download(name, kind)
+        elif "/" in name:
+            raise CheckpointError(f"no {kind} at {name}: the folder does not exist")
+        else:
             raise UnknownNameError(kind, name, packaged(packaged_root))
-        try:
-            return cls.from_pretrained(name).eval()
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"no {kind} at {name}: not a folder, and not loadable from the hub ({reason})"
-            ) from None
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise CheckpointError(
@@ -110,7 +107,7 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
         raise CheckpointError(f"{folder}/model.safetensors is truncated or not safetensors ({error})") from None
     try:
         model = cls(**config)
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
         raise CheckpointError(f"{folder} is not a {kind}: its config.json does not fit ({error})") from None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if stored != expected:
@@ -119,6 +116,16 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
     with safe_open(folder / "model.safetensors", "pt") as file:
         model.load_state_dict({key: file.get_tensor(key) for key in stored})
     return model.eval()
+
+
+def _download(name: str, kind: str) -> Path:
+    """The folder of hub id ``name`` in the local cache: its two files and nothing else, so never a pickle."""
+    try:
+        paths = [Path(hf_hub_download(name, file)) for file in ("config.json", "model.safetensors")]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"no {kind} at {name}: not a folder, and not on the hub ({reason})") from None
+    return paths[0].parent
 
 
 # ---------------------------------------------------------------------- training states
@@ -172,16 +179,17 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is truncated or not a training state ({error})") from None
     if packed is None:
         raise CheckpointError(f"{path} is a safetensors file but not a training state of this package")
-    return _unpack(json.loads(packed), tensors)
+    try:
+        return _unpack(json.loads(packed), tensors)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{path} is a damaged training state ({error})") from None
 
 
 def step_generator(device: torch.device | str, *key: int) -> torch.Generator:
     """A generator that depends only on ``key`` (seed, step, rank, ...).
 
     Training loops make one per step, so a resumed run draws what the uninterrupted one would have drawn, and no
-    generator state needs saving.
+    generator state needs saving. Keys that differ only in trailing zeros coincide.
     """
-    import numpy as np
-
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)

@@ -7,8 +7,7 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,17 +31,29 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
     """``device`` if this machine has it; ``threads`` limits the CPU's.
 
     Raises:
-        UnmaskError: an unknown device, or CUDA where there is none.
+        UnmaskError: an unknown device, CUDA where there is none, or fewer than one thread.
     """
     if threads is not None:
+        require_at_least(1, threads=threads)
         torch.set_num_threads(threads)
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise UnmaskError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise UnmaskError("no CUDA device is available here; use --device cpu")
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
+        raise UnmaskError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
+    if resolved.type == "cuda" and not (resolved.index or 0) < torch.cuda.device_count():
+        raise UnmaskError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices, so no {device}; use --device cpu"
+        )
     return resolved
+
+
+def require_at_least(least: float, **settings: float) -> None:
+    """Raises :class:`tasks.UnmaskError` naming the first of ``settings`` that is below ``least``."""
+    for name, value in settings.items():
+        if not value >= least:
+            raise UnmaskError(f"{name} must be at least {least}, not {value}")
 
 
 class Run:
@@ -65,13 +76,15 @@ class Run:
         self.settings, self.steps, self.parts, self.main = settings, steps, parts, main
         self.out = Path(settings.out)
         self.step = 0
-        self.extra: dict[str, Any] = {}
         self._stop = False
+        self._flag_device = _process_device()
         self._title = title
         state_file = self.out / "state.safetensors"
         described = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
         if settings.resume:
             state = load_state(state_file)
+            if not {"settings", "parts", "step"} <= state.keys():
+                raise CheckpointError(f"{state_file} is not the state of a run")
             differing = [
                 f"{key} was {json.dumps(value)}, is {json.dumps(described.get(key))}"
                 for key, value in state["settings"].items()
@@ -83,10 +96,9 @@ class Run:
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
             except (KeyError, RuntimeError, ValueError) as error:
-                raise CheckpointError(
-                    f"{state_file} does not belong to this run ({str(error).splitlines()[0]})"
-                ) from None
-            self.step, self.extra = state["step"], state["extra"]
+                reason = str(error).splitlines()[0]
+                raise CheckpointError(f"{state_file} does not belong to this run ({reason})") from None
+            self.step = state["step"]
         elif state_file.exists():
             raise UnmaskError(f"{self.out} already holds a run; add --resume to go on with it, or name another --out")
         self._described = described
@@ -108,7 +120,6 @@ class Run:
         if self.main:
             self.progress.start()
             self._bar = self.progress.add_task(self._title, total=self.steps, completed=self.step, note="")
-        self._saved_at = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -130,6 +141,7 @@ class Run:
             self.step += 1
             if self.main:
                 self.progress.update(self._bar, completed=self.step)
+            self._agree_to_stop()
             if self._stop or self.step % self.settings.save_every == 0 or self.step == self.steps:
                 self.save()
             if self._stop:
@@ -137,33 +149,55 @@ class Run:
                     f"stopped at step {self.step} of {self.steps}; the same command with --resume goes on"
                 )
 
+    def _agree_to_stop(self) -> None:
+        """Under torchrun one process's Ctrl-C stops all of them after the same step."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = torch.tensor(float(self._stop), device=self._flag_device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self._stop = bool(flag)
+
     def log(self, values: dict[str, float], note: str = "") -> None:
         """Scalars of the current step to TensorBoard; ``note`` beside the progress bar."""
         if self.main:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.step)
             if note:
-                self.progress.update(self._bar, note=note)
+                self.note(note)
+
+    def note(self, text: str) -> None:
+        """Show ``text`` beside the progress bar."""
+        if self.main:
+            self.progress.update(self._bar, note=text)
 
     def save(self) -> None:
         if self.main:
             state = {
                 "step": self.step,
                 "settings": self._described,
-                "extra": self.extra,
                 "parts": {name: part.state_dict() for name, part in self.parts.items()},
             }
             save_state(self.out / "state.safetensors", state)
 
 
-def distributed() -> tuple[int, int]:
-    """(rank, world size) under torchrun, (0, 1) otherwise; starts the process group on first use."""
+def distributed(device: torch.device) -> tuple[int, int, torch.device]:
+    """(rank, world size, device of this process), having joined the process group if under torchrun."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return 0, 1
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return torch.distributed.get_rank(), world
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), world, device
+
+
+def _process_device() -> torch.device:
+    """Where collectives of the process group run."""
+    available = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if available and torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -178,6 +212,3 @@ def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-Schedule = Callable[[int], float]

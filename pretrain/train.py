@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ import tasks
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.objectives.masked import masked_diffusion_loss
-from pretrain.run import Run, decayed_groups, distributed, resolve_device, set_learning_rate
+from pretrain.run import Run, decayed_groups, distributed, require_at_least, resolve_device, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -76,25 +75,24 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         Interrupted: after Ctrl-C, with the state saved.
     """
     task = task or tasks.get(config.task)
-    rank, world = distributed()
     device = resolve_device(config.device, config.threads)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    for name, value in (
-        ("steps", config.steps),
-        ("batch", config.batch),
-        ("layers", config.layers),
-        ("save_every", config.save_every),
-    ):
-        if value < 1:
-            raise tasks.UnmaskError(f"{name} must be at least 1, not {value}")
+    require_at_least(
+        1, steps=config.steps, batch=config.batch, dim=config.dim, layers=config.layers, heads=config.heads
+    )
+    require_at_least(1, save_every=config.save_every, log_every=config.log_every)
+    require_at_least(0, seed=config.seed, lr=config.lr, warmup=config.warmup, grad_clip=config.grad_clip)
+    if not 0 <= config.ema < 1:
+        raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {config.ema}")
     if config.dim % config.heads:
         raise tasks.UnmaskError(f"dim must be a multiple of heads; {config.dim} is not one of {config.heads}")
+    rank, world, device = distributed(device)
     if config.batch % world:
         raise tasks.UnmaskError(f"batch {config.batch} does not split over {world} processes")
 
-    torch.manual_seed(config.seed)  # the initial weights
-    model = Backbone(task.vocab_size, task.coordinates.tolist(), config.dim, config.layers, config.heads).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Backbone(task.vocab_size, task.coordinates.tolist(), config.dim, config.layers, config.heads)
+    model = model.to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
@@ -106,7 +104,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         forward = torch.compile(forward)
     precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
 
-    total = torch.zeros((), device=device)
+    total, counted = torch.zeros((), device=device), 0
     model.train()
     with run:
         for step in run.loop():
@@ -120,10 +118,9 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             set_learning_rate(optimizer, learning_rate(config, step))
             optimizer.step()
             averaged.update_parameters(model)
-            total += loss.detach()
+            total, counted = total + loss.detach(), counted + 1
             if (step + 1) % config.log_every == 0:
-                mean = float(total) / config.log_every
-                total.zero_()
+                mean, total, counted = float(total) / counted, torch.zeros_like(total), 0
                 run.log({"loss": mean, "grad_norm": float(norm), "lr": learning_rate(config, step)}, f"loss {mean:.4f}")
     trained: Backbone = averaged.module
     if rank == 0:

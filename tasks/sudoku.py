@@ -111,7 +111,9 @@ class Sudoku(Task):
         return self._reveal(instances, torch.Generator().manual_seed(0))
 
     def singles(self, n: int | None = None, split: str = "test") -> Tensor:
-        """(n,) bool: which held-out puzzles naked and hidden singles alone solve."""
+        """(n,) bool: which puzzles of :meth:`heldout` naked and hidden singles alone solve."""
+        if split not in SPLITS:
+            raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         return self._files[f"{split}_singles"][:n]
 
     def from_csv(self, path: str | Path) -> Instances:

@@ -37,14 +37,14 @@ class Boards:
     def __init__(
         self,
         n: int,
-        id: str | None,
+        env_id: str | None,
         task: str | Task | None,
         denoiser: str | Path | Backbone | Denoiser | None,
         on_illegal: OnIllegal,
         temperature: float,
         device: str,
     ) -> None:
-        found = registration.lookup(id) if id is not None else None
+        found = registration.lookup(env_id) if env_id is not None else None
         task = task if task is not None else (found.task if found else None)
         denoiser = denoiser if denoiser is not None else (found.denoiser if found else None)
         if task is None or denoiser is None:
@@ -81,12 +81,15 @@ class Boards:
         return observation, spaces.Discrete(length)
 
     # ------------------------------------------------------------------ randomness
-    def seed(self, seeds: Sequence[int]) -> None:
-        """One seed per row."""
+    def seed(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> None:
+        """One seed per row; with ``rows`` only those take theirs."""
         if len(seeds) != self.n:
             raise UnmaskError(f"{self.n} rows need {self.n} seeds, not {len(seeds)}")
-        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self._ahead = [None] * self.n
+        if self._generators is None:
+            self._generators = [torch.Generator() for _ in seeds]
+        for row in range(self.n) if rows is None else rows:
+            self._generators[row].manual_seed(int(seeds[row]))
+            self._ahead[row] = None
 
     @property
     def seeded(self) -> bool:
@@ -101,10 +104,13 @@ class Boards:
         self._ahead[row] = (instances, at + 1)
         return instances[at : at + 1]
 
-    def _noise(self, like: Tensor) -> Tensor:
+    def _noise(self, like: Tensor, idle: np.ndarray | None) -> Tensor:
         if self._generators is None:
             raise UnmaskError("call reset() before anything else")
-        return torch.stack([torch.rand(like.shape[1], generator=g) for g in self._generators]).to(like)
+        unused = torch.full((like.shape[1],), 0.5)  # an idle row's stream must not advance
+        rows = enumerate(self._generators)
+        drawn = [unused if idle is not None and idle[i] else torch.rand(like.shape[1], generator=g) for i, g in rows]
+        return torch.stack(drawn).to(like)
 
     # ------------------------------------------------------------------ play
     def begin(self, rows: Sequence[int], instances: Instances | None = None) -> None:
@@ -116,6 +122,8 @@ class Boards:
             instances = Instances(torch.cat([d.tokens for d in drawn]), torch.cat([d.answers for d in drawn]))
         elif instances.tokens.shape != (len(rows), self.task.length):
             raise UnmaskError(f"options['instances'] must hold {len(rows)} instances of length {self.task.length}")
+        if not bool((instances.tokens == self.task.mask_id).any(1).all()):
+            raise UnmaskError("every instance needs at least one hole; an episode without one would never end")
         index = torch.as_tensor(rows, device=self.device)
         self.state = core.reset_rows(self.state, index, instances.to(self.device), self.task.mask_id)
 
@@ -128,8 +136,11 @@ class Boards:
         self.denoised = Denoised(log_probs[: self.n], None if hidden is None else hidden[: self.n])
         return Denoised(log_probs[self.n :], None if hidden is None else hidden[self.n :])
 
-    def step(self, action: Any) -> Transition:
-        """Apply one action per row to the state; the caller decides on resets, then calls :meth:`observe`."""
+    def step(self, action: Any, idle: np.ndarray | None = None) -> Transition:
+        """Apply one action per row to the state; the caller decides on resets, then calls :meth:`observe`.
+
+        Rows marked in ``idle`` (N,) draw nothing from their streams: the caller drops their step.
+        """
         if self.denoised is None:
             raise UnmaskError("call reset() before step()")
         transition = core.step(
@@ -138,7 +149,7 @@ class Boards:
             self.denoised,
             torch.as_tensor(np.asarray(action), device=self.device).long().view(self.n),
             temperature=self.temperature,
-            noise=self._noise if self.temperature > 0 else None,
+            noise=(lambda like: self._noise(like, idle)) if self.temperature > 0 else None,
             on_illegal=self.on_illegal,
             max_steps=self.max_steps,
         )

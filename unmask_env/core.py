@@ -228,9 +228,11 @@ def rollout(
         order: chooses positions; an order that needs the answers (``with_answers``) is given them here.
         order_generator: sample positions from the order; without it the most likely position is taken, ties by
             lowest index.
-        temperature, fill_generator: as in :func:`step`; greedy by default.
+        temperature, fill_generator: as in :func:`step`; both or neither, greedy by default.
         record: keep the observations and actions (for training).
     """
+    if (temperature > 0) != (fill_generator is not None):
+        raise UnmaskError("sampled filling needs both a temperature above 0 and a fill_generator")
     if hasattr(order, "with_answers"):
         order = order.with_answers(instances.answers)
     state = begin(instances, task.mask_id)

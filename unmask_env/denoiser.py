@@ -15,7 +15,7 @@ from unmask_env.core import Denoised
 
 
 class IncompatibleDenoiserError(UnmaskError):
-    """A denoiser whose vocabulary or length is not the task's, or that predicts something else."""
+    """A denoiser whose vocabulary or length is not the task's."""
 
 
 class Denoiser(Protocol):
@@ -45,13 +45,10 @@ class FrozenDenoiser:
 
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
         check_fits(model.vocab_size, model.length, task)
-        if model.predicts != "denoiser":
-            raise IncompatibleDenoiserError(
-                f"a masked denoiser is needed here; this checkpoint predicts {model.predicts!r}"
-            )
         self.model: nn.Module = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.hidden_dim: int | None = model.dim
+        self.vocab_size, self.length = model.vocab_size, model.length
         self.calls = 0
 
     @torch.no_grad()
@@ -77,10 +74,16 @@ class TableDenoiser:
 
     def __init__(self, joint: Tensor, task: Task | None = None) -> None:
         vocab_size, length = joint.shape[0], joint.ndim
+        if joint.shape != (vocab_size,) * length:
+            raise IncompatibleDenoiserError(
+                f"a joint has one axis of the same size per position, not {tuple(joint.shape)}"
+            )
         if task is not None:
             check_fits(vocab_size, length, task)
-        self.mask_id = vocab_size
-        self.sequences = torch.cartesian_prod(*[torch.arange(vocab_size)] * length).view(-1, length)  # (V**L, L)
+        self.vocab_size, self.length, self.mask_id = vocab_size, length, vocab_size
+        self.sequences = torch.cartesian_prod(*[torch.arange(vocab_size, device=joint.device)] * length).view(
+            -1, length
+        )  # (V**L, L)
         self.probabilities = (joint / joint.sum()).flatten().double()
         self.one_hot = torch.nn.functional.one_hot(self.sequences, vocab_size).double()  # (V**L, L, V)
         self.device = joint.device
@@ -114,4 +117,6 @@ def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: 
         source = load_model(Backbone, source, PACKAGED_DENOISERS, "denoiser")
     if isinstance(source, Backbone):
         return FrozenDenoiser(source, task, device)
+    if hasattr(source, "vocab_size") and hasattr(source, "length"):
+        check_fits(source.vocab_size, source.length, task)
     return source

@@ -59,7 +59,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
 
     def __init__(
         self,
-        id: str | None = None,
+        env_id: str | None = None,
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
         on_illegal: OnIllegal = "noop",
@@ -70,7 +70,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         self.render_mode = render_mode
-        self.boards = Boards(1, id, task, denoiser, on_illegal, temperature, device)
+        self.boards = Boards(1, env_id, task, denoiser, on_illegal, temperature, device)
         self.task = self.boards.task
         self.observation_space, self.action_space = self.boards.spaces()
 

@@ -8,6 +8,7 @@ p_i is the denoiser's distribution at position i, p_i(1) >= p_i(2) >= ... its so
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -59,9 +60,9 @@ def margin(observation: Observation) -> Tensor:
 
 
 def entropy(observation: Observation) -> Tensor:
-    """(N, L) entropy of p_i in nats, with 0 log 0 = 0."""
-    log_probs = observation.denoised.log_probs
-    return -torch.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+    """(N, L) entropy of p_i in nats, with 0 log 0 = 0; summed in sorted order, so that equal distributions tie."""
+    probabilities = observation.denoised.log_probs.sort(-1).values.exp()
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
 
 
 class Random(Reference):
@@ -147,11 +148,13 @@ class TopK(Reference):
     k: int = 5
 
     def __post_init__(self) -> None:
+        if not isinstance(self.k, int):
+            raise UnmaskError(f"k must be a whole number, not {self.k!r}")
         _positive("k", self.k)
 
     def log_prob(self, observation: Observation) -> Tensor:
         score = confidence(observation).masked_fill(~observation.open, -torch.inf)
-        order = score.sort(1, descending=True, stable=True).indices
+        order = score.sort(dim=1, descending=True, stable=True).indices
         among = torch.zeros_like(observation.open).scatter(1, order[:, : self.k], True) & observation.open
         return masked_log_softmax(torch.zeros_like(score), among)
 
@@ -182,8 +185,8 @@ class Oracle(Reference):
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise UnmaskError(f"{name} must be greater than 0, not {value}")
+    if not isinstance(value, int | float) or not value > 0:
+        raise UnmaskError(f"{name} must be a number greater than 0, not {value!r}")
 
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
@@ -207,7 +210,8 @@ def get(name: str, **options: float) -> Reference:
     """
     if name not in REFERENCES:
         raise UnknownNameError("reference policy", name, REFERENCES)
-    try:
-        return REFERENCES[name](**options)
-    except TypeError:
-        raise UnmaskError(f"reference policy {name!r} does not take {', '.join(options)}") from None
+    factory = REFERENCES[name]
+    unknown = sorted(options.keys() - inspect.signature(factory).parameters.keys())
+    if unknown:
+        raise UnmaskError(f"reference policy {name!r} does not take {', '.join(unknown)}")
+    return factory(**options)

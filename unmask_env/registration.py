@@ -38,20 +38,22 @@ def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None =
         denoiser: packaged name, folder, hub id, backbone or denoiser; it may also be given to ``gym.make``.
 
     Raises:
-        UnmaskError: an id outside the grammar. UnknownNameError: an unknown task name.
+        UnmaskError: an id outside the grammar, or another package's. UnknownNameError: an unknown task name.
     """
     if not re.fullmatch(r"(?:[\w:-]+/)?[\w:.-]+-v\d+", id):
         raise UnmaskError(f"malformed environment id {id!r}; write it as Namespace/Name-v0")
     if isinstance(task, str) and task not in tasks.names():
         raise UnknownNameError("task", task, tasks.names())
-    _REGISTERED[id] = Registered(task, denoiser)
     if id in gymnasium.registry:
+        if id not in _REGISTERED:
+            raise UnmaskError(f"{id} is already registered by another package; choose another id")
         del gymnasium.registry[id]
+    _REGISTERED[id] = Registered(task, denoiser)
     gymnasium.register(
         id,
         entry_point="unmask_env.gym_env:UnmaskEnv",
         vector_entry_point="unmask_env.vector:UnmaskVectorEnv",
-        kwargs={"id": id},
+        kwargs={"env_id": id},
     )
 
 

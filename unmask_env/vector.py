@@ -41,7 +41,7 @@ class UnmaskVectorEnv(VectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        id: str | None = None,
+        env_id: str | None = None,
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
         on_illegal: OnIllegal = "noop",
@@ -62,7 +62,7 @@ class UnmaskVectorEnv(VectorEnv):
         self.autoreset_mode = mode
         self.metadata = {**self.metadata, "autoreset_mode": mode}
         self.render_mode, self.num_envs = render_mode, num_envs
-        self.boards = Boards(num_envs, id, task, denoiser, on_illegal, temperature, device)
+        self.boards = Boards(num_envs, env_id, task, denoiser, on_illegal, temperature, device)
         if max_episode_steps is not None:
             self.boards.max_steps = max_episode_steps
         self.task = self.boards.task
@@ -70,17 +70,16 @@ class UnmaskVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._done = np.ones(num_envs, dtype=bool)
+        self._terminated = np.zeros(num_envs, dtype=bool)  # of those: their boards show no features
 
     def reset(
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start all rows anew, or those of ``options["reset_mask"]``, from ``options["instances"]`` if given."""
         options = options or {}
+        if isinstance(seed, int | np.integer):
+            seed = int(seed)
         super().reset(seed=seed if isinstance(seed, int) else None)
-        if seed is not None or not self.boards.seeded:
-            if seed is None:
-                seed = int(self.np_random.integers(2**31))
-            self.boards.seed([seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed)
         chosen = options.get("reset_mask")
         if chosen is None:
             chosen = np.ones(self.num_envs, dtype=bool)
@@ -93,8 +92,13 @@ class UnmaskVectorEnv(VectorEnv):
             raise UnmaskError(
                 f"options['reset_mask'] must be a numpy bool array of shape ({self.num_envs},) with a True in it"
             )
+        if seed is not None or not self.boards.seeded:
+            if seed is None:
+                seed = int(self.np_random.integers(2**31))
+            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+            self.boards.seed(seeds, np.flatnonzero(chosen).tolist() if self.boards.seeded else None)
         self.boards.begin(np.flatnonzero(chosen).tolist(), options.get("instances"))
-        self._done[chosen] = False
+        self._done[chosen] = self._terminated[chosen] = False
         self.boards.observe()
         return self._observation(), self._info()
 
@@ -102,13 +106,15 @@ class UnmaskVectorEnv(VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         actions = np.array(actions)
+        if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
+            raise UnmaskError(f"actions must be {self.num_envs} integers, not {actions.dtype} of shape {actions.shape}")
         if self.autoreset_mode == AutoresetMode.DISABLED and self._done.any():
             rows = np.flatnonzero(self._done).tolist()
             raise UnmaskError(f"rows {rows} are finished; reset them with options={{'reset_mask': ...}} first")
         stale = self._done.copy()  # NEXT_STEP: finished in the step before; whatever the action, they restart now
         # Complete boards idle by themselves; a truncated one is kept from an illegal action, its step is dropped.
         actions = np.where(stale, to_numpy(self.boards.state.open.int().argmax(1)), actions)
-        transition = self.boards.step(actions)
+        transition = self.boards.step(actions, idle=stale)
         if stale.any():
             restarted = torch.as_tensor(stale, device=self.boards.device)
             transition = Transition(
@@ -132,7 +138,7 @@ class UnmaskVectorEnv(VectorEnv):
             }
         else:
             self.boards.observe()
-            self._done = done
+            self._done, self._terminated = done, terminated.copy()
             if done.any():
                 info = self._ended(transition, done)
         info |= self._info() | {"illegal": to_numpy(transition.illegal)}
@@ -152,9 +158,8 @@ class UnmaskVectorEnv(VectorEnv):
         state = self.boards.state
         arrays = self.boards.arrays(state.tokens, state.open, self.boards.denoised)
         arrays["action_mask"] = self.action_masks().astype(np.int8)
-        finished = ~to_numpy(state.open.any(1))
         for name in ("top_tokens", "top_log_probs"):
-            arrays[name][finished] = 0
+            arrays[name][self._terminated] = 0
         return arrays
 
     def _info(self) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""The backbone: shapes, what its coordinates share, and its initialisation."""
+
+import pytest
+import torch
+
+import tasks
+from pretrain.backbone import Backbone, CoordinateEmbedding, parameter_count
+
+
+def tiny(coordinates: list[list[int]], vocab_size: int = 5, seed: int = 0, **sizes: int) -> Backbone:
+    torch.manual_seed(seed)
+    return Backbone(vocab_size, coordinates, **{"dim": 16, "layers": 2, "heads": 4, **sizes}).eval()
+
+
+GRID = [[r, c] for r in range(2) for c in range(3)]
+
+
+def tokens(n: int, length: int, symbols: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, symbols, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("n", "coordinates", "vocab_size"), [(3, GRID, 5), (1, [[i] for i in range(7)], 2)])
+def test_output_shapes(n, coordinates, vocab_size):
+    model = tiny(coordinates, vocab_size)
+    output = model(tokens(n, len(coordinates), vocab_size + 1))
+    assert output.logits.shape == (n, len(coordinates), vocab_size), "the mask is never predicted"
+    assert output.hidden.shape == (n, len(coordinates), 16)
+    assert output.logits.dtype == torch.float32
+    torch.testing.assert_close(output.logits, model.head(output.hidden))
+    assert (model.length, model.mask_id, model.predicts) == (len(coordinates), vocab_size, "denoiser")
+
+
+def test_parameter_count_by_hand():
+    d, v = 16, 5
+    block = 3 * d * d + d * d + 2 * 4 * d * d + 2 * 2 * d  # attention, its output, the MLP, two norms
+    expected = (v + 1) * d + (2 + 3) * d + 2 * block + 2 * d + (d * v + v)
+    assert parameter_count(tiny(GRID)) == expected
+
+
+def test_positions_share_the_embeddings_of_their_coordinates():
+    embedding = CoordinateEmbedding(torch.tensor(GRID), 8)
+    positions = embedding().view(2, 3, 8)
+    rows, columns = (table.weight for table in embedding.tables)
+    torch.testing.assert_close(positions, rows[:, None] + columns[None])
+    assert rows.shape == (2, 8)
+    assert columns.shape == (3, 8)
+    # One step on the position (0, 0) moves its whole row and column, and nothing else.
+    positions[0, 0].sum().backward()
+    with torch.no_grad():
+        for table in embedding.tables:
+            table.weight -= table.weight.grad
+    moved = (embedding().view(2, 3, 8) - positions).abs().sum(2) > 0
+    assert moved.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_positions_with_equal_coordinates_are_interchangeable():
+    model = tiny([[0], [0], [1]])
+    x = torch.tensor([[1, 3, 5]])
+    swapped = model(x[:, [1, 0, 2]]).logits[:, [1, 0, 2]]
+    torch.testing.assert_close(swapped, model(x).logits)
+    distinct = tiny([[0], [1], [2]])
+    assert not torch.allclose(distinct(x[:, [1, 0, 2]]).logits[:, [1, 0, 2]], distinct(x).logits, atol=1e-3)
+
+
+def test_only_the_coordinates_tell_positions_apart():
+    """Permuting the positions together with their coordinates permutes the output."""
+    order = [4, 0, 5, 2, 1, 3]
+    model, permuted = tiny(GRID), tiny([GRID[i] for i in order], seed=1)
+    permuted.load_state_dict(model.state_dict())
+    x = tokens(4, 6, 6)
+    torch.testing.assert_close(permuted(x[:, order]).logits, model(x).logits[:, order])
+
+
+def test_every_position_sees_every_other_and_rows_do_not_mix():
+    model = tiny(GRID)
+    x = tokens(2, 6, 5)
+    before = model(x).logits
+    for changed in range(6):
+        y = x.clone()
+        y[0, changed] = 5
+        difference = (model(y).logits - before).abs().amax(2)
+        assert (difference[0] > 1e-6).all(), f"all positions depend on {changed}"
+        torch.testing.assert_close(model(y).logits[1], before[1])
+
+
+def test_initialisation_depends_on_fan_in():
+    torch.manual_seed(0)
+    model = Backbone(9, [[i] for i in range(50)], dim=128, layers=8, heads=4)
+    block = model.blocks[3]
+    for weight, std in [
+        (block.qkv.weight, 128**-0.5),
+        (block.up.weight, 128**-0.5),
+        (block.out.weight, 128**-0.5 / 4),  # sqrt(2 * 8 layers) = 4
+        (block.down.weight, 512**-0.5 / 4),
+        (model.positions.tables[0].weight, 0.1),
+    ]:
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert not model.head.bias.any()
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_it_fits_the_registered_tasks(name):
+    task = tasks.get(name)
+    model = tiny(task.coordinates.tolist(), task.vocab_size)
+    instances = task.heldout(2)
+    assert model(instances.tokens).logits.shape == (2, task.length, task.vocab_size)

@@ -1,0 +1,318 @@
+"""The decision process against hand-computed boards and exact enumeration."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tasks
+from tasks import Instances
+from tests.oracles import enumeration
+from unmask_env import core, reference
+from unmask_env.core import Denoised
+from unmask_env.denoiser import TableDenoiser
+
+M = 4  # the hole of a 4-symbol board
+
+# A board of two rows: 3 positions, 4 symbols. Row 0 has holes at 0 and 2, row 1 at 1 only.
+INSTANCES = Instances(torch.tensor([[M, 1, M], [2, M, 0]]), torch.tensor([[3, 1, 0], [2, 2, 0]]))
+# The denoiser's favourites: row 0 says 3, 1, 2 (position 2 should be 0: a mistake); row 1 says 0, 2, 3.
+FAVOURITE = torch.tensor([[3, 1, 2], [0, 2, 3]])
+DENOISED = Denoised(torch.nn.functional.one_hot(FAVOURITE, 4).float().mul(0.6).add(0.1).log())
+
+
+class Line(tasks.Task):
+    """Three positions of four symbols; the reward is the share of positions that equal the answer."""
+
+    name, symbols, shape = "line", ("a", "b", "c", "d"), (1, 3)
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        answers = torch.randint(4, (n, 3), generator=generator)
+        return Instances(torch.full((n, 3), M), answers)
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return (tokens == instances.answers).float().mean(1)
+
+
+def step(state: core.State, action: list[int], **options) -> core.Transition:
+    return core.step(Line(), state, DENOISED, torch.tensor(action), **options)
+
+
+def test_begin_opens_the_holes() -> None:
+    state = core.begin(INSTANCES, M)
+    assert state.tokens.tolist() == [[M, 1, M], [2, M, 0]]
+    assert state.open.tolist() == [[True, False, True], [False, True, False]]
+    assert state.steps.tolist() == [0, 0]
+
+
+def test_two_steps_by_hand() -> None:
+    first = step(core.begin(INSTANCES, M), [2, 1])
+    assert first.state.tokens.tolist() == [[M, 1, 2], [2, 2, 0]]
+    assert first.state.open.tolist() == [[True, False, False], [False, False, False]]
+    assert first.reward.tolist() == [0.0, 1.0]  # row 1 is complete and right; row 0 is not finished
+    assert first.reward.dtype == torch.float32
+    assert first.terminated.tolist() == [False, True]
+    assert first.truncated.tolist() == first.illegal.tolist() == [False, False]
+    assert first.state.steps.tolist() == [1, 1]
+
+    second = step(first.state, [0, 1])  # row 1 is finished: it idles, and its action is not illegal
+    assert second.state.tokens.tolist() == [[3, 1, 2], [2, 2, 0]]
+    assert second.reward.tolist() == pytest.approx([2 / 3, 0.0])  # position 2 was filled wrongly
+    assert second.terminated.tolist() == [True, False]
+    assert second.illegal.tolist() == second.truncated.tolist() == [False, False]
+    assert second.state.steps.tolist() == [2, 1]
+
+
+def test_the_given_state_is_not_written_to() -> None:
+    state = core.begin(INSTANCES, M)
+    step(state, [0, 1])
+    core.reset_rows(state, torch.tensor([0]), INSTANCES[1:], M)
+    assert state.tokens.tolist() == INSTANCES.tokens.tolist() == [[M, 1, M], [2, M, 0]]
+    assert state.open.tolist() == [[True, False, True], [False, True, False]]
+
+
+@pytest.mark.parametrize("action", [1, -1, 3, 99])
+def test_illegal_noop_changes_nothing_but_counts(action: int) -> None:
+    after = step(core.begin(INSTANCES, M), [action, 1])
+    assert after.state.tokens.tolist() == [[M, 1, M], [2, 2, 0]]
+    assert after.state.open[0].tolist() == [True, False, True]
+    assert after.illegal.tolist() == [True, False]
+    assert after.terminated.tolist() == [False, True]
+    assert after.reward.tolist() == [0.0, 1.0]
+    assert after.state.steps.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("action", [1, -1, 3])
+def test_illegal_terminate_ends_the_episode_without_reward(action: int) -> None:
+    after = step(core.begin(INSTANCES, M), [action, 1], on_illegal="terminate", max_steps=1)
+    assert after.terminated.tolist() == [True, True]
+    assert after.truncated.tolist() == [False, False]
+    assert after.reward.tolist() == [0.0, 1.0]
+    assert after.state.tokens[0].tolist() == [M, 1, M]
+
+
+@pytest.mark.parametrize("action", [1, -1, 3])
+def test_illegal_raise_names_the_row_and_the_open_positions(action: int) -> None:
+    state = core.begin(INSTANCES, M)
+    with pytest.raises(core.InvalidActionError, match=rf"row 0: position {action} is not open; open are \[0, 2\]"):
+        step(state, [action, 1], on_illegal="raise")
+    step(state, [0, 1], on_illegal="raise")
+
+
+def test_a_finished_row_may_act_anywhere_even_under_raise() -> None:
+    state = step(core.begin(INSTANCES, M), [0, 1]).state
+    after = step(state, [2, 77], on_illegal="raise", max_steps=1)
+    assert after.illegal.tolist() == [False, False]
+    assert after.truncated.tolist() == [False, False]
+
+
+def test_truncation_by_hand() -> None:
+    state = core.begin(INSTANCES, M)
+    outcomes = []
+    for _ in range(3):
+        after = step(state, [1, 0], max_steps=2)
+        state = after.state
+        outcomes.append((after.truncated.tolist(), after.terminated.tolist()))
+    assert outcomes[0] == ([False, False], [False, False])
+    assert outcomes[1] == ([True, True], [False, False])
+    last = step(step(core.begin(INSTANCES, M), [1, 0], max_steps=2).state, [0, 1], max_steps=2)
+    assert last.truncated.tolist() == [True, False]  # row 1 became complete with its last action: terminated
+    assert last.terminated.tolist() == [False, True]
+
+
+def test_reset_rows_by_hand() -> None:
+    state = step(core.begin(INSTANCES, M), [0, 1]).state
+    fresh = Instances(torch.tensor([[0, M, 3]]), torch.tensor([[0, 1, 3]]))
+    after = core.reset_rows(state, torch.tensor([1]), fresh, M)
+    assert after.tokens.tolist() == [[3, 1, M], [0, M, 3]]
+    assert after.open.tolist() == [[False, False, True], [False, True, False]]
+    assert after.instances.answers.tolist() == [[3, 1, 0], [0, 1, 3]]
+    assert after.instances.tokens.tolist() == [[M, 1, M], [0, M, 3]]
+    assert after.steps.tolist() == [1, 0]
+
+
+def test_fill_is_greedy_at_temperature_zero_and_sharper_below_one() -> None:
+    p = torch.tensor([[0.2, 0.5, 0.3, 0.0]], dtype=torch.float64)
+    assert core.fill(p.log(), 0.0, torch.rand_like).tolist() == [1]
+    n, generator = 40_000, torch.Generator().manual_seed(0)
+    for temperature in (1.0, 0.5):
+        drawn = core.fill(
+            p.log().expand(n, -1), temperature, lambda like: torch.rand(like.shape, generator=generator)
+        ).bincount(minlength=4)
+        expected = p[0] ** (1 / temperature) / (p[0] ** (1 / temperature)).sum()
+        deviation = (drawn / n - expected).abs()
+        assert (deviation <= 5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+# ---------------------------------------------------------------------- rows are independent
+@st.composite
+def boards(draw, n: int) -> core.State:
+    tokens = torch.tensor(draw(st.lists(st.integers(0, M), min_size=n * 3, max_size=n * 3))).view(n, 3)
+    answers = torch.tensor(draw(st.lists(st.integers(0, M - 1), min_size=n * 3, max_size=n * 3))).view(n, 3)
+    steps = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)))
+    return core.State(tokens, tokens == M, Instances(tokens, answers), steps)
+
+
+@st.composite
+def pairs(draw):
+    """Two batches that agree in row ``keep`` only: states, forwards, noise and actions."""
+    n = draw(st.integers(1, 4))
+    keep = draw(st.integers(0, n - 1))
+    seed = draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(2):
+        actions = torch.tensor(draw(st.lists(st.integers(-1, 3), min_size=n, max_size=n)))
+        log_probs = torch.randn(n, 3, 4, generator=generator).log_softmax(-1)
+        batches.append((draw(boards(n)), log_probs, torch.rand(n, 4, generator=generator), actions))
+    (state, log_probs, noise, actions), (state2, log_probs2, noise2, actions2) = batches
+    parts = (*flat(state), log_probs, noise, actions)
+    others = (*flat(state2), log_probs2, noise2, actions2)
+    for mine, theirs in zip(parts, others, strict=True):
+        theirs[keep] = mine[keep]
+    state2 = core.State(state2.tokens, state2.tokens == M, state2.instances, state2.steps)
+    return keep, batches[0], (state2, log_probs2, noise2, actions2)
+
+
+def flat(state: core.State) -> tuple[Tensor, ...]:
+    # The state's own tokens come last: they share memory with the instance's where an episode has just begun.
+    return state.instances.answers, state.instances.tokens, state.open, state.steps, state.tokens
+
+
+@given(pair=pairs(), on_illegal=st.sampled_from(["noop", "terminate"]), temperature=st.sampled_from([0.0, 1.0]))
+def test_a_step_of_one_row_never_touches_another(pair, on_illegal, temperature) -> None:
+    keep, *batches = pair
+    results = []
+    for state, log_probs, noise, actions in batches:
+        results.append(
+            core.step(
+                Line(), state, Denoised(log_probs), actions,
+                temperature=temperature, noise=lambda _, u=noise: u, on_illegal=on_illegal, max_steps=4,
+            )
+        )  # fmt: skip
+    one, two = results
+    for a, b in zip((*flat(one.state), *one[1:]), (*flat(two.state), *two[1:]), strict=True):
+        assert torch.equal(a[keep], b[keep])
+
+
+@given(data=st.data(), n=st.integers(1, 5))
+def test_reset_rows_touches_its_rows_only(data, n: int) -> None:
+    state, fresh = data.draw(boards(n)), data.draw(boards(n)).instances
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), unique=True)), dtype=torch.long)
+    after = core.reset_rows(state, rows, fresh[: len(rows)], M)
+    begun = core.begin(fresh[: len(rows)], M)
+    others = torch.ones(n, dtype=torch.bool)
+    others[rows] = False
+    for old, new, first in zip(flat(state), flat(after), flat(begun), strict=True):
+        assert torch.equal(new[others], old[others])
+        assert torch.equal(new[rows], first)
+
+
+# ---------------------------------------------------------------------- every order gives the data distribution
+JOINTS = [enumeration.random_joint(3, 3, seed=0), enumeration.random_joint(3, 3, seed=1, zeros=12)]
+ORDERS = {
+    "random": reference.Random(),
+    "left_to_right": reference.LeftToRight(),
+    "max_confidence": reference.MaxConfidence(),
+    "margin": reference.Margin(),
+    "entropy": reference.Entropy(),
+    "softmax_confidence": reference.SoftmaxConfidence(tau=0.2),
+    "softmax_confidence, literal": reference.SoftmaxConfidence(tau=0.2, literal=True),
+    "softmax_margin": reference.SoftmaxMargin(tau=0.2),
+    "top_k": reference.TopK(2),
+    "oracle": reference.Oracle(),
+}
+
+
+@pytest.mark.parametrize("joint", JOINTS, ids=["positive", "with zeros"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_every_order_gives_the_joint_exactly(name: str, joint: Tensor) -> None:
+    denoiser = TableDenoiser(joint)
+    order = ORDERS[name]
+    if name == "oracle":  # whatever the answer, an order cannot bend an exact denoiser's distribution
+        order = order.with_answers(torch.tensor([[2, 0, 1]]))
+    terminal = enumeration.terminal_distribution(order, denoiser, [3, 3, 3], vocab_size=3)
+    torch.testing.assert_close(terminal, joint, atol=1e-6, rtol=0)
+
+    given_clue = joint.clone()
+    given_clue[:, [0, 2]] = 0
+    terminal = enumeration.terminal_distribution(order, denoiser, [3, 1, 3], vocab_size=3)
+    torch.testing.assert_close(terminal, given_clue / given_clue.sum(), atol=1e-6, rtol=0)
+
+
+def test_the_enumeration_notices_a_denoiser_that_is_not_exact() -> None:
+    joint = JOINTS[0]
+    marginals = TableDenoiser(joint)(torch.tensor([[3, 3, 3]])).log_probs
+
+    def independent(tokens: Tensor) -> Denoised:
+        return Denoised(marginals.expand(len(tokens), -1, -1))
+
+    terminal = enumeration.terminal_distribution(reference.Random(), independent, [3, 3, 3], vocab_size=3)
+    torch.testing.assert_close(terminal.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert (terminal - joint).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_sampled_rollouts_follow_the_joint(name: str) -> None:
+    joint, n = JOINTS[1], 20_000
+    task, order = enumeration.TableTask(joint), ORDERS[name]
+    denoiser = TableDenoiser(joint, task)
+    done = core.rollout(
+        task,
+        denoiser,
+        order,
+        Instances(torch.full((n, 3), 3), torch.tensor([[2, 0, 1]]).expand(n, -1)),
+        order_generator=torch.Generator().manual_seed(1),
+        temperature=1.0,
+        fill_generator=torch.Generator().manual_seed(2),
+    )
+    assert denoiser.calls == 3
+    counts = (done.state.tokens @ torch.tensor([9, 3, 1])).bincount(minlength=27)
+    p = joint.flatten()
+    assert (counts[p == 0] == 0).all()
+    possible = p > 0
+    chi2 = float(((counts - n * p)[possible] ** 2 / (n * p[possible])).sum())
+    freedom = int(possible.sum()) - 1
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_greedy_filling_takes_the_most_likely_symbol_and_random_orders_then_differ() -> None:
+    # p(0, 0) = .4, p(1, 1) = .35, p(1, 0) = .25: symbol 1 leads in position 0 (.6), symbol 0 in position 1 (.65).
+    joint = torch.tensor([[0.4, 0.0], [0.25, 0.35]])
+    task = enumeration.TableTask(joint)
+    start = Instances(torch.full((1, 2), 2), torch.tensor([[1, 1]]))
+
+    def finish(order: core.Order) -> list[int]:
+        return core.rollout(task, TableDenoiser(joint), order, start).state.tokens[0].tolist()
+
+    assert finish(reference.LeftToRight()) == [1, 1]  # 1 first; then p(1 | 1) = .35 / .6
+    assert finish(reference.MaxConfidence()) == [0, 0]  # position 1 (.65 > .6) first; then p(0 | 0) = .4 / .65
+
+
+def test_rollout_idles_short_rows_and_records_what_was_done() -> None:
+    joint = enumeration.random_joint(3, 3, seed=2)
+    task = enumeration.TableTask(joint)
+    denoiser = TableDenoiser(joint, task)
+    answers = torch.tensor([[0, 0, 0], [2, 1, 0], [2, 1, 0]])
+    instances = Instances(torch.tensor([[3, 3, 3], [3, 1, 0], [2, 1, 0]]), answers)
+    done = core.rollout(
+        task, denoiser, reference.Random(), instances, order_generator=torch.Generator().manual_seed(0), record=True
+    )
+    assert done.nfe.tolist() == [3, 1, 0]
+    assert denoiser.calls == len(done.steps) == 3
+    assert [s.alive.tolist() for s in done.steps] == [[True, True, False], [True, False, False], [True, False, False]]
+    for k, recorded in enumerate(done.steps):
+        assert float(recorded.log_prob[0].exp()) == pytest.approx(1 / (3 - k))
+        assert bool(recorded.observation.open[0, recorded.action[0]])
+    expected = task.reward(done.state.tokens, instances)
+    assert done.reward.tolist() == [*expected[:2].tolist(), 0.0]  # the last row was complete from the start
+    assert not done.state.open.any()
+
+
+def test_rollout_gives_the_oracle_its_answers() -> None:
+    joint = torch.tensor([[0.4, 0.0], [0.25, 0.35]])
+    task = enumeration.TableTask(joint)
+    start = Instances(torch.full((2, 2), 2), torch.tensor([[1, 1], [0, 0]]))
+    done = core.rollout(task, TableDenoiser(joint), reference.Oracle(), start)
+    assert done.reward.tolist() == [1.0, 1.0]  # it starts where the denoiser's favourite is right: 0, and 1

@@ -1,0 +1,100 @@
+"""Denoisers: the exact table against brute force, the frozen backbone, and refusals."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import tasks
+from pretrain.backbone import Backbone
+from tasks import UnmaskError
+from tests.oracles import enumeration
+from unmask_env.denoiser import FrozenDenoiser, IncompatibleDenoiserError, TableDenoiser, load_denoiser
+
+
+def backbone(task: tasks.Task, **options) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(task.vocab_size, task.coordinates.tolist(), dim=16, layers=1, heads=2, **options)
+
+
+@pytest.mark.parametrize(("vocab", "length"), [(3, 3), (2, 4), (4, 2), (3, 1)])
+def test_table_conditionals_equal_brute_force(vocab: int, length: int) -> None:
+    joint = enumeration.random_joint(vocab, length, seed=vocab + 10 * length)
+    boards = list(itertools.product(range(vocab + 1), repeat=length))  # every partial board
+    log_probs = TableDenoiser(joint)(torch.tensor(boards)).log_probs
+    assert log_probs.dtype == torch.float32
+    expected = torch.stack([enumeration.conditional(joint, list(board)) for board in boards])
+    torch.testing.assert_close(log_probs.double().exp(), expected, atol=1e-6, rtol=0)
+
+
+def test_table_by_hand() -> None:
+    # p(00) = 0.5, p(01) = 0.1, p(10) = 0.0, p(11) = 0.4; the table need not be normalised.
+    denoiser = TableDenoiser(torch.tensor([[5.0, 1.0], [0.0, 4.0]]))
+    p = denoiser(torch.tensor([[2, 2], [0, 2], [1, 2], [2, 1]])).log_probs.exp()
+    torch.testing.assert_close(p[0], torch.tensor([[0.6, 0.4], [0.5, 0.5]]))
+    torch.testing.assert_close(p[1], torch.tensor([[1.0, 0.0], [5 / 6, 1 / 6]]))
+    torch.testing.assert_close(p[2, 1], torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(p[3, 0], torch.tensor([0.2, 0.8]))
+
+
+def test_table_with_an_impossible_context_gives_no_nan() -> None:
+    denoiser = TableDenoiser(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+    log_probs = denoiser(torch.tensor([[1, 2]])).log_probs
+    assert not log_probs.isnan().any()
+    assert (log_probs == -math.inf).all()
+
+
+def test_calls_are_counted_and_batches_agree_with_single_rows() -> None:
+    joint = enumeration.random_joint(3, 3, seed=1)
+    denoiser = TableDenoiser(joint)
+    boards = torch.tensor([[3, 3, 3], [0, 3, 3], [3, 2, 1]])
+    together = denoiser(boards).log_probs
+    assert denoiser.calls == 1
+    apart = torch.cat([denoiser(board[None]).log_probs for board in boards])
+    assert denoiser.calls == 4
+    torch.testing.assert_close(together, apart)
+
+
+def test_frozen_backbone_normalises_has_no_gradient_and_counts() -> None:
+    task = tasks.get("sudoku4")
+    model = backbone(task).train()
+    denoiser = load_denoiser(model, task)
+    assert isinstance(denoiser, FrozenDenoiser)
+    assert not model.training
+    tokens = task.heldout(3).tokens
+    log_probs, hidden = denoiser(tokens)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, 16))
+    torch.testing.assert_close(log_probs, model(tokens).logits.log_softmax(-1))
+    assert hidden is not None
+    assert hidden.shape == (3, 16, denoiser.hidden_dim)
+    assert not log_probs.requires_grad
+    assert not any(p.requires_grad for p in model.parameters())
+    assert denoiser.calls == 1
+
+
+def test_a_denoiser_object_is_returned_as_it_is() -> None:
+    task = enumeration.TableTask(enumeration.random_joint(2, 2, seed=0))
+    denoiser = TableDenoiser(task.joint, task)
+    assert load_denoiser(denoiser, task) is denoiser
+
+
+def test_incompatible_sizes_are_refused_with_both_sizes() -> None:
+    sudoku4, sudoku6 = tasks.get("sudoku4"), tasks.get("sudoku6")
+    with pytest.raises(IncompatibleDenoiserError, match=r"sudoku4 has 4 symbols and 16 .* 6 symbols and 36 positions"):
+        load_denoiser(backbone(sudoku6), sudoku4)
+    with pytest.raises(IncompatibleDenoiserError, match=r"sudoku4 has 4 symbols and 16 .* 6 symbols and 36 positions"):
+        load_denoiser("sudoku6-tiny", sudoku4)
+    with pytest.raises(IncompatibleDenoiserError, match="3 symbols and 2 positions"):
+        TableDenoiser(torch.ones(3, 3), sudoku4)
+
+
+def test_wrong_prediction_unknown_name_and_missing_folder_are_one_clear_line(tmp_path) -> None:
+    task = tasks.get("sudoku4")
+    with pytest.raises(IncompatibleDenoiserError, match="this checkpoint predicts 'loo'"):
+        load_denoiser(backbone(task, predicts="loo"), task)
+    with pytest.raises(UnmaskError, match=r"unknown denoiser 'sudoku7'; known: .*sudoku6-tiny") as unknown:
+        load_denoiser("sudoku7", task)
+    with pytest.raises(UnmaskError, match="the folder does not exist") as missing:
+        load_denoiser(tmp_path / "nothing", task)
+    assert "\n" not in str(unknown.value) + str(missing.value)

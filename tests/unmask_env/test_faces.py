@@ -1,0 +1,555 @@
+"""The Gymnasium faces: conventions, agreement with one another and with Gymnasium's own vector env, autoreset."""
+
+import itertools
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+import unmask_env
+from pretrain.checkpoint import PACKAGED_DENOISERS, packaged
+from tasks import Instances, UnknownNameError, UnmaskError
+from tests.oracles.enumeration import TableTask, random_joint
+from unmask_env import registration
+from unmask_env.core import InvalidActionError
+from unmask_env.denoiser import TableDenoiser
+from unmask_env.gym_env import UnmaskEnv
+from unmask_env.vector import UnmaskVectorEnv
+
+SUDOKU = "Unmask/Sudoku6x6-v0"
+IDS = [id for id in unmask_env.ids() if id.startswith("Unmask/")]
+MODES = list(AutoresetMode)
+CLUE = 1  # the position that every instance of the small board shows
+TABLE = "Test/Table-v0"  # 4 positions, 3 symbols, correlated; position 1 is a clue
+
+
+@pytest.fixture(autouse=True)
+def small_board():
+    task = TableTask(random_joint(3, 4, seed=7), clues=(CLUE,))
+    unmask_env.register(TABLE, task, TableDenoiser(task.joint, task))
+    yield
+    registration._REGISTERED.pop(TABLE)
+    gym.registry.pop(TABLE)
+
+
+def vector(num_envs: int, mode: AutoresetMode = AutoresetMode.SAME_STEP, id: str = TABLE, **options) -> UnmaskVectorEnv:
+    return gym.make_vec(id, num_envs=num_envs, autoreset_mode=mode, **options)
+
+
+def single(id: str = TABLE, **options) -> UnmaskEnv:
+    return gym.make(id, **options).unwrapped
+
+
+def legal(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One open position per row of (N, L), 0 where there is none."""
+    return np.array([rng.choice(np.flatnonzero(row)) if row.any() else 0 for row in mask])
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """Two observations are equal; log-probabilities up to float32 rounding between batch sizes."""
+    assert a.keys() == b.keys()
+    for name in ("tokens", "action_mask"):
+        np.testing.assert_array_equal(a[name], b[name])
+    np.testing.assert_allclose(a["top_log_probs"], b["top_log_probs"], atol=1e-4)
+    # Symbols whose probabilities all but tie may swap places.
+    gaps = np.abs(np.diff(a["top_log_probs"], axis=-1)) > 1e-3
+    edge = np.ones((*gaps.shape[:-1], 1), dtype=bool)
+    clear = np.concatenate([edge, gaps], -1) & np.concatenate([gaps, edge], -1)
+    np.testing.assert_array_equal(a["top_tokens"][clear], b["top_tokens"][clear])
+
+
+# ---------------------------------------------------------------------- conventions
+@pytest.mark.parametrize("id", IDS)
+def test_check_env_without_a_warning(id: str) -> None:
+    denoiser = registration.lookup(id).denoiser
+    if isinstance(denoiser, str) and denoiser not in packaged(PACKAGED_DENOISERS):
+        denoiser = f"{denoiser}-tiny"
+        if denoiser not in packaged(PACKAGED_DENOISERS):
+            pytest.skip(f"no packaged denoiser for {id}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gym.make(id, denoiser=denoiser).unwrapped)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"on_illegal": "terminate"}])
+def test_check_env_with_options(options: dict) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(single(**options))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("on_illegal", ["noop", "terminate"])
+def test_observations_lie_in_the_spaces_and_the_three_masks_agree(mode: AutoresetMode, on_illegal: str) -> None:
+    envs, rng = vector(3, mode, on_illegal=on_illegal), np.random.default_rng(0)
+    obs, info = envs.reset(seed=0)
+    for _ in range(30):
+        assert envs.observation_space.contains(obs)
+        for row in range(3):
+            assert envs.single_observation_space.contains({name: value[row] for name, value in obs.items()})
+        masks = envs.action_masks()
+        assert masks.dtype == bool
+        assert info["action_mask"].dtype == np.int8
+        np.testing.assert_array_equal(obs["action_mask"], masks)
+        np.testing.assert_array_equal(info["action_mask"], masks)
+        assert masks.any(1).all()
+        obs, _, terminated, truncated, info = envs.step(rng.integers(4, size=3))
+        if mode == AutoresetMode.DISABLED and (terminated | truncated).any():
+            obs, info = envs.reset(options={"reset_mask": terminated | truncated})
+        for final in info.get("final_obs", []):
+            assert final is None or envs.single_observation_space.contains(final)
+
+
+def test_single_masks_agree_and_top_symbols_are_the_denoisers() -> None:
+    env = single()
+    obs, info = env.reset(seed=0)
+    assert env.observation_space.contains(obs)
+    assert env.action_masks().tolist() == [True, False, True, True]
+    np.testing.assert_array_equal(obs["action_mask"], env.action_masks())
+    np.testing.assert_array_equal(info["action_mask"], env.action_masks())
+    assert obs["action_mask"].dtype == info["action_mask"].dtype == np.int8
+    expected = env.boards.denoiser(torch.from_numpy(obs["tokens"])[None]).log_probs[0]
+    values, symbols = expected.sort(-1, descending=True)
+    np.testing.assert_allclose(obs["top_log_probs"], values.clamp(min=-20))
+    is_open = env.action_masks()
+    np.testing.assert_array_equal(obs["top_tokens"][is_open], symbols.numpy()[is_open])
+    assert obs["top_log_probs"][CLUE].tolist() == [0, -20, -20]  # a certain position, clipped
+
+
+def test_observations_and_infos_share_no_memory() -> None:
+    for env, action in ((single(), 0), (vector(2), np.array([0, 0]))):
+        kept = [env.reset(seed=0)]
+        for chosen in (action, action + 2, action + 3):
+            obs, *_, info = env.step(chosen)
+            kept.append((obs, info))
+        copies = [{name: value.copy() for name, value in obs.items()} for obs, _ in kept]
+        for (obs, info), other in itertools.pairwise(kept):
+            for name in obs:
+                assert not np.shares_memory(obs[name], other[0][name])
+            assert not np.shares_memory(info["action_mask"], obs["action_mask"])
+        kept[-1][0]["tokens"][:] = 0
+        kept[-1][0]["action_mask"][:] = 0
+        env.reset(seed=0)
+        for (obs, _), copy in zip(kept[:-1], copies[:-1], strict=True):
+            for name in obs:
+                np.testing.assert_array_equal(obs[name], copy[name])
+
+
+def test_writing_to_an_observation_does_not_change_the_state() -> None:
+    env = single()
+    obs, info = env.reset(seed=0)
+    obs["tokens"][:], obs["action_mask"][:], info["action_mask"][:] = 0, 0, 0
+    assert env.action_masks().tolist() == [True, False, True, True]
+    assert env.step(0)[0]["tokens"][2] == 3
+
+
+def test_answers_never_show() -> None:
+    # Two instances with the same clues and different answers: everything but the reward must be the same.
+    tokens = torch.tensor([[3, 0, 3, 3], [3, 0, 3, 3]])
+    answers = torch.tensor([[0, 0, 0, 0], [2, 0, 1, 2]])
+    seen = []
+    for row in range(2):
+        env = single(render_mode="rgb_array")
+        obs, info = env.reset(seed=0, options={"instances": Instances(tokens[[row]], answers[[row]])})
+        episode = [obs, info, env.render()]
+        for position in (0, 2):
+            obs, *_, info = env.step(position)
+            episode += [obs, info, env.render()]
+        seen.append(episode)
+    np.testing.assert_equal(seen[0], seen[1])
+    task = registration.lookup(TABLE).task
+    many, _ = vector(64).reset(seed=0)
+    holes = many["tokens"] == task.mask_id
+    np.testing.assert_array_equal(holes, np.tile([True, False, True, True], (64, 1)))
+
+
+# ---------------------------------------------------------------------- single and vector agree
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("id", "options", "steps"), [(TABLE, {}, 60), (SUDOKU, {"denoiser": "sudoku6-tiny"}, 60)])
+def test_single_and_vector_agree_step_for_step(id: str, options: dict, steps: int, n: int, temperature: float) -> None:
+    """Random actions, one in eight of them any position (often illegal), over several episodes."""
+    options = options | {"temperature": temperature}
+    envs, rng, seed = vector(n, id=id, **options), np.random.default_rng(n), 11
+    alone = [single(id, **options) for _ in range(n)]
+    many, infos = envs.reset(seed=seed)
+    current = []
+    for i, env in enumerate(alone):
+        obs, info = env.reset(seed=seed + i)
+        same(obs, {name: value[i] for name, value in many.items()})
+        current.append(info["action_mask"])
+        assert infos["nfe"][i] == info["nfe"] == 0
+    finished = 0
+    for _ in range(steps):
+        actions = legal(np.array(current), rng)
+        wild = rng.random(n) < 1 / 8
+        actions[wild] = rng.integers(envs.single_action_space.n, size=n)[wild]
+        many, rewards, terminated, truncated, infos = envs.step(actions)
+        for i, env in enumerate(alone):
+            obs, reward, ended, cut, info = env.step(int(actions[i]))
+            assert (reward, ended, cut) == (rewards[i], terminated[i], truncated[i])
+            assert info["illegal"] == infos["illegal"][i]
+            if ended or cut:
+                finished += 1
+                same(obs, infos["final_obs"][i])
+                assert infos["_final_obs"][i]
+                assert infos["_final_info"][i]
+                metrics = env.task.metrics(env.boards.state.tokens, env.boards.state.instances)
+                for name in [*metrics, "nfe", "illegal"]:
+                    assert infos["final_info"][name][i] == info[name]
+                    assert infos["final_info"][f"_{name}"][i]
+                obs, info = env.reset()
+            same(obs, {name: value[i] for name, value in many.items()})
+            np.testing.assert_array_equal(env.action_masks(), envs.action_masks()[i])
+            assert info["nfe"] == infos["nfe"][i]
+            current[i] = info["action_mask"]
+    assert finished >= n
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("on_illegal", ["noop", "terminate"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_gymnasiums_own_vector_env_gives_the_same(mode: AutoresetMode, on_illegal: str, temperature: float) -> None:
+    """Against SyncVectorEnv over the single env, in the same autoreset mode."""
+    options = {"on_illegal": on_illegal, "temperature": temperature}
+    envs = vector(3, mode, **options)
+    theirs = gym.vector.SyncVectorEnv([lambda: gym.make(TABLE, **options)] * 3, autoreset_mode=mode)
+    rng = np.random.default_rng(1)
+    mine, other = envs.reset(seed=3)[0], theirs.reset(seed=3)[0]
+    for _ in range(60):
+        actions = rng.integers(4, size=3)
+        mine, *outcome, info = envs.step(actions)
+        other, *expected, their_info = theirs.step(actions)
+        for a, b in zip(outcome, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        done = outcome[1] | outcome[2]
+        alive = ~done if mode != AutoresetMode.SAME_STEP else np.ones(3, dtype=bool)
+        np.testing.assert_array_equal(mine["tokens"], other["tokens"])
+        for name in ("action_mask", "top_tokens", "top_log_probs"):  # finished rows show an all-ones mask here
+            np.testing.assert_allclose(mine[name][alive], other[name][alive], atol=1e-5)
+        for name in ("top_tokens", "top_log_probs"):
+            np.testing.assert_allclose(mine[name], other[name], atol=1e-5)
+        assert ("final_obs" in info) == ("final_obs" in their_info)
+        if "final_obs" in info:
+            np.testing.assert_array_equal(info["_final_obs"], their_info["_final_obs"])
+            for row in np.flatnonzero(done):
+                same(info["final_obs"][row], their_info["final_obs"][row])
+                for name in ("reward", "nfe"):
+                    assert info["final_info"][name][row] == their_info["final_info"][name][row]
+        if mode == AutoresetMode.DISABLED and done.any():
+            mine, other = (e.reset(options={"reset_mask": done.copy()})[0] for e in (envs, theirs))
+            same(mine, other)
+
+
+def test_make_vec_can_also_wrap_single_environments() -> None:
+    theirs = gym.make_vec(TABLE, num_envs=2, vectorization_mode="sync")
+    same(theirs.reset(seed=3)[0], vector(2).reset(seed=3)[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_episode_depends_on_its_seed_only(temperature: float) -> None:
+    """Seed 42 as row 0 of 1, row 0 of 5 and row 2 of 3 (seeded 40), under different neighbours' actions."""
+    episodes = []
+    for n, row, seed in ((1, 0, 42), (5, 0, 42), (3, 2, 40)):
+        envs, neighbours, own = vector(n, temperature=temperature), np.random.default_rng(n), np.random.default_rng(0)
+        obs, _ = envs.reset(seed=seed)
+        seen = [obs["tokens"][row]]
+        for _ in range(80):
+            actions = neighbours.integers(4, size=n)
+            actions[row] = legal(obs["action_mask"][row : row + 1], own)[0]
+            obs, reward, *_ = envs.step(actions)
+            seen.append(np.append(obs["tokens"][row], reward[row]))
+        episodes.append(seen)
+    np.testing.assert_equal(episodes[1], episodes[0])
+    np.testing.assert_equal(episodes[2], episodes[0])
+
+
+def test_reset_with_a_seed_repeats_and_without_one_goes_on() -> None:
+    for env in (single(SUDOKU, denoiser="sudoku6-tiny"), vector(2, id=SUDOKU, denoiser="sudoku6-tiny")):
+        first, onward, again = env.reset(seed=9)[0], env.reset()[0], env.reset(seed=9)[0]
+        np.testing.assert_array_equal(first["tokens"], again["tokens"])
+        assert (first["tokens"] != onward["tokens"]).any()
+
+
+def test_seeds_may_be_given_one_by_one() -> None:
+    envs = vector(2, id=SUDOKU, denoiser="sudoku6-tiny")
+    chosen = envs.reset(seed=[8, 5])[0]["tokens"]
+    np.testing.assert_array_equal(chosen[0], envs.reset(seed=8)[0]["tokens"][0])
+    np.testing.assert_array_equal(chosen[1], envs.reset(seed=5)[0]["tokens"][0])
+    with pytest.raises(UnmaskError, match="2 rows need 2 seeds, not 3"):
+        envs.reset(seed=[1, 2, 3])
+
+
+def test_unseeded_first_reset_plays() -> None:
+    for env in (single(), vector(2)):
+        assert env.observation_space.contains(env.reset()[0])
+
+
+# ---------------------------------------------------------------------- autoreset
+def finish(envs: UnmaskVectorEnv, row: int = 0) -> tuple:
+    """Play until ``row`` alone is complete: the others repeat an illegal no-op. Returns the last step."""
+    actions = np.full(envs.num_envs, CLUE)
+    for position in (0, 2, 3):
+        actions[row] = position
+        result = envs.step(actions)
+    return result
+
+
+def test_same_step_hands_out_the_finished_board_and_its_metrics() -> None:
+    envs = vector(3)
+    envs.reset(seed=0)
+    obs, reward, terminated, truncated, info = finish(envs, row=1)
+    assert terminated.tolist() == [False, True, False]
+    assert not truncated.any()
+    assert obs["tokens"][1, [0, 2, 3]].tolist() == [3, 3, 3]  # a new episode
+    assert info["nfe"].tolist() == [3, 0, 3]
+    assert info["_final_obs"].tolist() == info["_final_info"].tolist() == [False, True, False]
+    final = info["final_obs"][1]
+    assert (final["tokens"] < 3).all()
+    assert not final["action_mask"].any()
+    assert not final["top_tokens"].any()
+    assert not final["top_log_probs"].any()
+    assert info["final_obs"][0] is None
+    assert info["final_info"]["reward"][1] == reward[1]
+    assert info["final_info"]["_reward"].tolist() == [False, True, False]
+    assert info["final_info"]["nfe"][1] == 3
+
+
+def test_next_step_shows_the_finished_board_then_ignores_the_action() -> None:
+    envs = vector(3, AutoresetMode.NEXT_STEP, on_illegal="raise", temperature=1.0)
+    first, _ = envs.reset(seed=0)
+    for position in (0, 2):
+        envs.step(np.array([position, position, position]))
+    shown, reward, terminated, _, info = envs.step(np.array([3, 3, 3]))
+    assert terminated.all()
+    assert (shown["tokens"] < 3).all()
+    assert (shown["tokens"][:, CLUE] == first["tokens"][:, CLUE]).all()
+    assert (shown["action_mask"] == 1).all()
+    assert envs.action_masks().all()
+    assert not shown["top_log_probs"].any()
+    assert "final_obs" not in info
+    assert info["_reward"].all()
+    np.testing.assert_array_equal(info["reward"], reward)
+    # Row actions are ignored now, even illegal or nonsensical ones under on_illegal="raise".
+    begun, reward, terminated, truncated, info = envs.step(np.array([CLUE, 0, 99]))
+    assert (begun["tokens"][:, [0, 2, 3]] == 3).all()
+    assert (begun["tokens"][:, CLUE] < 3).all()
+    for quiet in (reward, terminated, truncated, info["illegal"]):
+        assert not quiet.any()
+    assert info["nfe"].tolist() == [0, 0, 0]
+    assert begun["action_mask"].tolist() == [[1, 0, 1, 1]] * 3
+
+
+def test_next_step_restarts_a_truncated_row_too() -> None:
+    envs = vector(2, AutoresetMode.NEXT_STEP)
+    first = envs.reset(seed=0)[0]
+    for _ in range(8):
+        obs, _, _, truncated, _ = envs.step(np.array([CLUE, CLUE]))
+    assert truncated.all()
+    np.testing.assert_array_equal(obs["tokens"], first["tokens"])
+    assert (obs["action_mask"] == 1).all()
+    assert (obs["top_log_probs"] < 0).any()  # a truncated board still has its denoiser's word
+    obs, reward, terminated, truncated, info = envs.step(np.array([0, 0]))
+    assert not (terminated | truncated).any()
+    assert not reward.any()
+    assert info["nfe"].tolist() == [0, 0]
+    assert obs["action_mask"].tolist() == [[1, 0, 1, 1]] * 2
+
+
+def test_disabled_raises_on_finished_rows_and_resets_only_the_masked() -> None:
+    envs = vector(3, AutoresetMode.DISABLED)
+    envs.reset(seed=0)
+    before, _, terminated, _, info = finish(envs, row=2)
+    assert terminated.tolist() == [False, False, True]
+    assert info["_reward"].tolist() == [False, False, True]
+    assert (before["action_mask"][2] == 1).all()
+    with pytest.raises(UnmaskError, match=r"rows \[2\] are finished; reset them"):
+        envs.step(np.zeros(3, dtype=int))
+    after, info = envs.reset(options={"reset_mask": np.array([False, False, True])})
+    for name in after:
+        np.testing.assert_array_equal(after[name][:2], before[name][:2])
+    assert after["tokens"][2].tolist().count(3) == 3
+    assert info["nfe"].tolist() == [3, 3, 0]
+    envs.step(np.zeros(3, dtype=int))
+
+
+@pytest.mark.parametrize("mask", [[True, False], np.array([1, 0]), np.array([True]), np.array([False, False])])
+def test_malformed_reset_masks_are_refused(mask) -> None:
+    envs = vector(2, AutoresetMode.DISABLED)
+    envs.reset(seed=0)
+    with pytest.raises(UnmaskError, match=r"reset_mask.*bool array of shape \(2,\) with a True"):
+        envs.reset(options={"reset_mask": mask})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_denoiser_call_per_vector_step(mode: AutoresetMode) -> None:
+    """Finished rows of every kind (complete, truncated, mixed) included."""
+    envs, rng = vector(4, mode), np.random.default_rng(0)
+    denoiser = envs.boards.denoiser
+    envs.reset(seed=0)
+    ends, cuts = 0, 0
+    for k in range(60):
+        before = denoiser.calls
+        # Rows 0 and 1 play legally; rows 2 and 3 insist on the clue and are truncated.
+        actions = np.append(legal(envs.action_masks()[:2], rng), [CLUE, CLUE])
+        _, _, terminated, truncated, _ = envs.step(actions)
+        assert denoiser.calls == before + 1, f"step {k}"
+        ends, cuts = ends + terminated.sum(), cuts + truncated.sum()
+        if mode == AutoresetMode.DISABLED and (terminated | truncated).any():
+            before = denoiser.calls
+            envs.reset(options={"reset_mask": terminated | truncated})
+            assert denoiser.calls == before + 1
+    assert ends > 10
+    assert cuts > 4
+
+
+def test_at_most_one_denoiser_call_per_single_step() -> None:
+    env = single()
+    denoiser = env.boards.denoiser
+    before = denoiser.calls
+    env.reset(seed=0)
+    env.step(0)
+    env.step(2)
+    assert denoiser.calls == before + 3
+    env.step(3)  # complete: there is nothing left to ask
+    assert denoiser.calls == before + 3
+
+
+# ---------------------------------------------------------------------- episode ends
+def test_illegal_noops_truncate_after_two_lengths_with_features_in_the_final_observation() -> None:
+    env, envs = single(), vector(2)
+    start, _ = env.reset(seed=0)
+    envs.reset(seed=0)
+    for k in range(1, 9):
+        obs, reward, terminated, truncated, info = env.step(CLUE)
+        _, rewards, _, cut, infos = envs.step(np.array([CLUE, CLUE]))
+        assert (reward, terminated, truncated) == (0.0, False, k == 8)
+        assert cut.tolist() == [k == 8] * 2
+        assert not rewards.any()
+        assert info["illegal"] is True
+        assert infos["illegal"].all()
+    same(obs, start)
+    for row in range(2):
+        final = infos["final_obs"][row]
+        assert final["action_mask"].tolist() == [1, 0, 1, 1]
+        assert (final["top_log_probs"][0] < 0).any()
+    same(infos["final_obs"][0], start)
+    assert info["nfe"] == 8
+    assert info["reward"] == 0.0
+    assert infos["final_info"]["reward"].tolist() == [0, 0]
+
+
+def test_illegal_actions_terminate_or_raise_as_told() -> None:
+    env = single(on_illegal="terminate")
+    env.reset(seed=0)
+    obs, reward, terminated, truncated, info = env.step(CLUE)
+    assert (reward, terminated, truncated, info["illegal"]) == (0.0, True, False, True)
+    assert obs["tokens"].tolist().count(3) == 3
+    for env, action in ((single(on_illegal="raise"), CLUE), (vector(2, on_illegal="raise"), np.array([0, CLUE]))):
+        env.reset(seed=0)
+        with pytest.raises(InvalidActionError, match=r"position 1 is not open; open are \[0, 2, 3\]"):
+            env.step(action)
+
+
+def test_given_instances_are_played() -> None:
+    given = Instances(torch.tensor([[3, 0, 3, 2], [1, 3, 3, 3]]), torch.tensor([[1, 0, 1, 2], [1, 2, 0, 0]]))
+    obs, _ = vector(2).reset(seed=0, options={"instances": given})
+    assert obs["tokens"].tolist() == given.tokens.tolist()
+    env = single()
+    obs, _ = env.reset(options={"instances": given[:1]})
+    assert obs["action_mask"].tolist() == [1, 0, 1, 0]
+    with pytest.raises(UnmaskError, match="must hold 1 instances of length 4"):
+        env.reset(options={"instances": given})
+
+
+def test_an_instance_without_a_hole_is_refused() -> None:
+    """Otherwise its episode would never end: there is no position to fill, so no last one either."""
+    whole = torch.tensor([[0, 0, 0, 0]])
+    for env in (single(), vector(1)):
+        with pytest.raises(UnmaskError, match="hole"):
+            env.reset(seed=0, options={"instances": Instances(whole, whole)})
+
+
+def test_greedy_solves_a_sudoku_and_is_rewarded_once() -> None:
+    """sudoku6-tiny by max-confidence: nearly every puzzle is solved, and the reward comes with the last cell."""
+    envs = vector(16, id=SUDOKU, denoiser="sudoku6-tiny")
+    obs, _ = envs.reset(seed=0)
+    solved = np.full(16, np.nan)
+    for _ in range(36):
+        confidence = np.where(obs["action_mask"] == 1, obs["top_log_probs"][..., 0], -np.inf)
+        obs, reward, terminated, _, info = envs.step(confidence.argmax(1))
+        assert not reward[~terminated].any()
+        for row in np.flatnonzero(terminated & np.isnan(solved)):
+            solved[row] = reward[row]
+            assert info["final_info"]["solved"][row] == info["final_info"]["valid"][row] == reward[row]
+    assert np.nanmean(solved) >= 0.8
+    assert not np.isnan(solved).any()
+
+
+# ---------------------------------------------------------------------- rendering through the faces
+def test_render_modes() -> None:
+    env = single(SUDOKU, denoiser="sudoku6-tiny", render_mode="ansi")
+    obs, _ = env.reset(seed=0)
+    assert env.render() == env.task.draw(torch.from_numpy(obs["tokens"]))
+    envs = vector(2, id=SUDOKU, denoiser="sudoku6-tiny", render_mode="rgb_array")
+    envs.reset(seed=0)
+    frames = envs.render()
+    assert len(frames) == 2
+    assert all(f.dtype == np.uint8 and f.ndim == 3 and f.shape[2] == 3 for f in frames)
+    assert (frames[0] != frames[1]).any()
+    assert vector(1).render() is None
+
+
+# ---------------------------------------------------------------------- a user's mistakes
+SMALL = {"task": "sudoku6", "denoiser": "sudoku6-tiny"}
+BOTH = pytest.mark.parametrize("face", [UnmaskEnv, UnmaskVectorEnv])
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "sudoku6"}, "needs a denoiser; give denoiser="),
+        ({"denoiser": "sudoku6-tiny"}, "needs a task; give task="),
+        (SMALL | {"render_mode": "human"}, r"render_mode must be one of \['ansi', 'rgb_array'\], not 'human'"),
+        (SMALL | {"on_illegal": "ignore"}, "on_illegal must be noop, terminate or raise, not 'ignore'"),
+        (SMALL | {"temperature": -1.0}, "temperature must be 0"),
+        ({"task": "sudoku4", "denoiser": "sudoku6-tiny"}, "4 symbols and 16 positions; .* 6 symbols and 36 positions"),
+        ({"task": "sudoku6", "denoiser": "sudoku7"}, "unknown denoiser 'sudoku7'"),
+    ],
+)
+def test_mistakes_give_one_clear_line(face, options: dict, message: str) -> None:
+    with pytest.raises(UnmaskError, match=message) as error:
+        face(**options)
+    assert "\n" not in str(error.value)
+
+
+@BOTH
+def test_unknown_tasks_list_the_known_ones(face) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown task 'sudoku5'; known: .*sudoku6"):
+        face(task="sudoku5", denoiser="sudoku6-tiny")
+
+
+@BOTH
+def test_a_ready_made_denoiser_of_the_wrong_size_is_refused_too(face) -> None:
+    with pytest.raises(UnmaskError, match=r"4 symbols and 16 positions; .* 3 symbols and 4 positions"):
+        face(task="sudoku4", denoiser=TableDenoiser(random_joint(3, 4, seed=0)))
+
+
+def test_mistakes_of_the_vector_face() -> None:
+    with pytest.raises(UnmaskError, match="num_envs must be at least 1, not 0"):
+        UnmaskVectorEnv(0, **SMALL)
+    with pytest.raises(UnmaskError, match="autoreset_mode must be SAME_STEP, NEXT_STEP or DISABLED, not 'sometimes'"):
+        UnmaskVectorEnv(1, **SMALL, autoreset_mode="sometimes")
+    for mode in MODES:
+        assert vector(1, mode.name).autoreset_mode == vector(1, mode.value).metadata["autoreset_mode"] == mode
+
+
+def test_step_before_reset_says_so() -> None:
+    for env, action in ((single(), 0), (vector(2), np.array([0, 0]))):
+        with pytest.raises(UnmaskError, match=r"call reset\(\)"):
+            env.step(action)

@@ -1,0 +1,247 @@
+"""Reference policies against hand-computed values and, with hypothesis, on degenerate inputs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tasks import UnknownNameError, UnmaskError
+from unmask_env import reference
+from unmask_env.core import Denoised, Observation
+
+INF = math.inf
+ORDERS = [
+    reference.Random(),
+    reference.LeftToRight(),
+    reference.MaxConfidence(),
+    reference.Margin(),
+    reference.Entropy(),
+    reference.SoftmaxConfidence(),
+    reference.SoftmaxConfidence(literal=True),
+    reference.SoftmaxConfidence(tau=1e-3),
+    reference.SoftmaxMargin(),
+    reference.TopK(1),
+    reference.TopK(3),
+    reference.TopK(50),
+]
+
+
+def str_of(value: object) -> str | None:
+    """A test id without memory addresses; None leaves it to pytest."""
+    if not isinstance(value, reference.Reference):
+        return None
+    return type(value).__name__ + " ".join(f"-{k}={v}" for k, v in vars(value).items())
+
+
+def observe(probabilities: Tensor | list, is_open: list[list[bool]] | Tensor | None = None) -> Observation:
+    """An observation of the given (N, L, V) probabilities; the tokens are holes where open, else 0."""
+    p = torch.as_tensor(probabilities, dtype=torch.float32)
+    opened = torch.ones(p.shape[:2], dtype=torch.bool) if is_open is None else torch.as_tensor(is_open)
+    return Observation(torch.where(opened, p.shape[2], 0), opened, Denoised(p.log()))
+
+
+def probabilities_of(order: reference.Reference, observation: Observation) -> Tensor:
+    return order.log_prob(observation).exp()
+
+
+@st.composite
+def observations(draw) -> Observation:
+    """Random open masks, and integer weights so that zeros, one-hot rows and exact ties are common."""
+    n, length, vocab = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(2, 5))
+    weights = torch.tensor(draw(st.lists(st.integers(0, 3), min_size=n * length * vocab, max_size=n * length * vocab)))
+    weights = weights.view(n, length, vocab).float()
+    weights[..., 0] += weights.sum(-1) == 0
+    is_open = torch.tensor(draw(st.lists(st.booleans(), min_size=n * length, max_size=n * length))).view(n, length)
+    return observe(weights / weights.sum(-1, keepdim=True), is_open)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str_of)
+@given(observation=observations())
+def test_log_probs_are_a_distribution_over_the_open_positions(order, observation: Observation) -> None:
+    log_prob = order.log_prob(observation)
+    assert log_prob.shape == observation.open.shape
+    assert not log_prob.isnan().any()
+    assert (log_prob[~observation.open] == -INF).all()
+    total = log_prob.double().exp().sum(1)
+    torch.testing.assert_close(total, observation.open.any(1).double(), atol=1e-5, rtol=0)
+
+
+@given(observation=observations())
+def test_entropy_is_finite_and_zero_for_certain_positions(observation: Observation) -> None:
+    h = reference.entropy(observation)
+    assert h.isfinite().all()
+    certain = observation.denoised.log_probs.exp().max(-1).values == 1
+    assert (h[certain] == 0).all()
+    assert (h[~certain] > 0).all()
+
+
+@given(observation=observations(), seed=st.integers(0, 2**20))
+def test_oracle_never_picks_a_wrong_cell_while_a_right_one_is_open(observation: Observation, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n, length = observation.open.shape
+    answers = torch.randint(observation.denoised.log_probs.shape[2], (n, length), generator=generator)
+    order = reference.Oracle().with_answers(answers)
+    right = observation.open & (observation.denoised.log_probs.argmax(-1) == answers)
+    chosen = order.sample(observation, generator)
+    for row in range(n):
+        p = order.log_prob(observation)[row].exp()
+        among = right[row] if right[row].any() else observation.open[row]
+        torch.testing.assert_close(p, among.float() / among.sum().clamp(min=1))
+        assert not among.any() or among[chosen[row]]
+
+
+def test_oracle_needs_the_answers() -> None:
+    with pytest.raises(UnmaskError, match="with_answers"):
+        reference.Oracle().log_prob(observe([[[0.5, 0.5]]]))
+
+
+# Five positions; the last is the best by every measure, but closed.
+BOARD = [
+    [0.50, 0.50, 0.00],  # confidence .50, margin .00, entropy .693
+    [0.55, 0.25, 0.20],  # confidence .55, margin .30, entropy .997
+    [0.60, 0.40, 0.00],  # confidence .60, margin .20, entropy .673
+    [0.40, 0.30, 0.30],
+    [1.00, 0.00, 0.00],
+]
+OPEN = [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("order", "position"),
+    [
+        (reference.LeftToRight(), 0),
+        (reference.MaxConfidence(), 2),
+        (reference.Margin(), 1),
+        (reference.Entropy(), 2),
+        (reference.TopK(1), 2),
+    ],
+    ids=str_of,
+)
+def test_deterministic_choices_by_hand(order: reference.Reference, position: int) -> None:
+    p = probabilities_of(order, observe([BOARD], [OPEN]))[0]
+    assert p.tolist() == [float(i == position) for i in range(5)]
+
+
+def test_scores_by_hand() -> None:
+    observation = observe([BOARD])
+    torch.testing.assert_close(reference.confidence(observation)[0], torch.tensor([0.5, 0.55, 0.6, 0.4, 1.0]))
+    torch.testing.assert_close(reference.margin(observation)[0], torch.tensor([0.0, 0.3, 0.2, 0.1, 1.0]))
+    expected = [-sum(p * math.log(p) for p in row if p) for row in BOARD]
+    torch.testing.assert_close(reference.entropy(observation)[0], torch.tensor(expected))
+
+
+def test_left_to_right_skips_closed_positions_and_rows_without_any() -> None:
+    is_open = [[False, True, True], [False, False, False], [False, False, True]]
+    p = probabilities_of(reference.LeftToRight(), observe(torch.full((3, 3, 2), 0.5), is_open))
+    assert p.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("order", [reference.MaxConfidence(), reference.Margin(), reference.Entropy()], ids=str_of)
+def test_ties_are_split_evenly(order: reference.Reference) -> None:
+    best = [0.7, 0.2, 0.1]
+    board = [best, [0.4, 0.3, 0.3], best, [1.0, 0.0, 0.0], best]
+    p = probabilities_of(order, observe([board], [[True, True, True, False, True]]))[0]
+    torch.testing.assert_close(p, torch.tensor([1 / 3, 0, 1 / 3, 0, 1 / 3]))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [reference.MaxConfidence(), reference.Margin(), reference.Entropy(), reference.SoftmaxConfidence()],
+    ids=str_of,
+)
+def test_one_hot_rows_tie_whatever_their_symbol(order: reference.Reference) -> None:
+    p = probabilities_of(order, observe([[[1.0, 0, 0], [0, 0, 1.0], [0, 1.0, 0]]]))[0]
+    torch.testing.assert_close(p, torch.full((3,), 1 / 3))
+
+
+def spread(vocab: int) -> Observation:
+    """Four positions with confidences .3 .5 .7 .9 and the other mass spread evenly over the other symbols."""
+    top = torch.tensor([0.3, 0.5, 0.7, 0.9])
+    p = ((1 - top) / (vocab - 1)).unsqueeze(1).repeat(1, vocab)
+    p[:, 0] = top
+    return observe(p.unsqueeze(0))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "literal", "expected"),
+    [
+        (9, False, [0.0000, 0.0003, 0.0180, 0.9817]),  # softmax of (6, 10, 14, 18)
+        (9, True, [0.0000, 0.0003, 0.0180, 0.9817]),
+        (126464, False, [0.0000, 0.0003, 0.0180, 0.9817]),
+        (126464, True, [0.0019, 0.0022, 0.0197, 0.9762]),  # each score is 126463 + exp(p(1) / tau): nearly even
+    ],
+)
+def test_softmax_confidence_by_hand(vocab: int, literal: bool, expected: list[float]) -> None:
+    p = probabilities_of(reference.SoftmaxConfidence(tau=0.05, literal=literal), spread(vocab))[0]
+    torch.testing.assert_close(p, torch.tensor(expected), atol=6e-5, rtol=0)
+
+
+def test_softmax_temperatures_reach_both_limits() -> None:
+    observation = observe([BOARD], [OPEN])
+    even = torch.tensor(OPEN).float() / 4
+    for kind, greedy in (
+        (reference.SoftmaxConfidence, reference.MaxConfidence),
+        (reference.SoftmaxMargin, reference.Margin),
+    ):
+        torch.testing.assert_close(probabilities_of(kind(tau=1e6), observation)[0], even, atol=1e-5, rtol=0)
+        cold = probabilities_of(kind(tau=1e-4), observation)
+        torch.testing.assert_close(cold, probabilities_of(greedy(), observation))
+
+
+def test_softmax_margin_by_hand() -> None:
+    p = probabilities_of(reference.SoftmaxMargin(tau=0.1), observe([BOARD], [OPEN]))[0]
+    weights = [math.exp(0), math.exp(3), math.exp(2), math.exp(1), 0.0]
+    torch.testing.assert_close(p, torch.tensor([w / sum(weights) for w in weights]))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("is_open", [[1, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]])
+def test_top_k_is_uniform_over_the_k_most_confident_open_positions(k: int, is_open: list[int]) -> None:
+    p = probabilities_of(reference.TopK(k), observe([BOARD], torch.tensor([is_open]).bool()))[0]
+    by_confidence = [i for i in (4, 2, 1, 0, 3) if is_open[i]][:k]
+    expected = [1 / len(by_confidence) if i in by_confidence else 0.0 for i in range(5)]
+    torch.testing.assert_close(p, torch.tensor(expected))
+
+
+def test_top_k_ties_for_the_last_place_go_to_the_lowest_index() -> None:
+    p = probabilities_of(reference.TopK(2), observe(torch.full((1, 4, 2), 0.5), [[False, True, True, True]]))
+    assert p.tolist() == [[0, 0.5, 0.5, 0]]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str_of)
+def test_sample_respects_the_distribution(order: reference.Reference) -> None:
+    n = 20_000
+    board = torch.tensor([BOARD]).expand(n, -1, -1)
+    observation = observe(board, torch.tensor([OPEN]).expand(n, -1))
+    drawn = order.sample(observation, torch.Generator().manual_seed(0))
+    p = order.log_prob(observation)[0].double().exp()
+    frequency = torch.bincount(drawn, minlength=5).double() / n
+    assert (frequency[p == 0] == 0).all()
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+def test_sample_repeats_with_its_generator() -> None:
+    observation = observe(torch.full((64, 5, 3), 1 / 3))
+    first, again, other = (reference.Random().sample(observation, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_get_knows_every_name_and_refuses_the_rest() -> None:
+    for name, kind in reference.REFERENCES.items():
+        assert type(reference.get(name)) is kind
+    assert reference.get("top_k", k=3) == reference.TopK(3)
+    with pytest.raises(UnknownNameError, match=r"unknown reference policy 'maxconf'; known: .*margin.*top_k"):
+        reference.get("maxconf")
+    with pytest.raises(UnmaskError, match="'random' does not take tau"):
+        reference.get("random", tau=0.1)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan])
+@pytest.mark.parametrize(("name", "option"), [("softmax_confidence", "tau"), ("softmax_margin", "tau"), ("top_k", "k")])
+def test_options_out_of_range_are_refused(name: str, option: str, value: float) -> None:
+    with pytest.raises(UnmaskError, match=f"{option} must be greater than 0"):
+        reference.get(name, **{option: value})
