@@ -21,7 +21,7 @@ from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
 from tasks import Instances, Task, UnmaskError
 from unmask_env import core, reference, registration
-from unmask_env.core import Observation, masked_log_softmax
+from unmask_env.core import Observation
 from unmask_env.denoiser import Denoiser
 from unmask_env.reference import Oracle, Reference
 
@@ -41,13 +41,11 @@ class ImitationConfig:
     """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong"""
     puzzles: int = 4000
     """instances played to collect states"""
-    sure: float = 0.97
-    """a state is stuck if no open position's confidence reaches this"""
     easy: float = 0.15
     """share of each batch that is not stuck"""
     steps: int = 1500
     batch: int = 128
-    lr: float = 3e-3
+    lr: float = 2e-3
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     shape: PolicyShape = field(default_factory=PolicyShape)
@@ -106,29 +104,33 @@ class States:
         return task.augment(Instances(self.tokens[rows], self.answers[rows]).to(generator.device), generator)
 
 
-def oracle_loss(score: Tensor, right: Tensor, open: Tensor) -> Tensor:
-    """(N,) -log of the probability of choosing a right position, plus how badly each score tells right from wrong.
-
-    The first term is the cross-entropy to the oracle reference, indifferent among its right positions. The second, a
-    binary cross-entropy averaged over the open positions with the score as log-odds of being right, teaches at every
-    position and keeps scores comparable; without it most states, already safe, would teach nothing.
+def choose_right_loss(log_prob: Tensor, right: Tensor) -> Tensor:
+    """(N,) -log of the probability of choosing a right position: cross-entropy to the oracle reference, indifferent
+    among its right positions.
 
     Args:
-        score: (N, L) network scores. right, open: (N, L) bool, some position right in every row.
+        log_prob: (N, L) of the policy. right: (N, L) bool, some position right in every row.
     """
-    log_prob = masked_log_softmax(score, open)
-    choose_right = -log_prob.masked_fill(~right, -torch.inf).logsumexp(1)
-    each = F.binary_cross_entropy_with_logits(score, right.float(), reduction="none") * open
-    return choose_right + each.sum(1) / open.sum(1)
+    return -log_prob.masked_fill(~right, -torch.inf).logsumexp(1)
 
 
 def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observation, answers: Tensor) -> Tensor:
-    """Scalar: :func:`oracle_loss` for the oracle, cross-entropy -sum_i g(i) log pi(i) for other references."""
+    """Scalar: cross-entropy -sum_i g(i) log pi(i) to the reference g, averaged over the batch.
+
+    For the oracle, :func:`choose_right_loss` plus the cross-entropy of each reading's belief to the answers at the
+    open positions. Which positions are right is one bit each and often the same bit; the answers teach the reading that
+    those bits follow from, and cut what is left of the error several times faster.
+    """
     if isinstance(target, Oracle):
         right = target.with_answers(answers).right(observation)
         some = right.any(1)
-        score = policy.logits(observation).masked_fill(~observation.open, 0.0)
-        return oracle_loss(score[some], right[some], observation.open[some]).mean()
+        beliefs = policy.beliefs(observation)
+        log_prob = policy.read_log_prob(observation, beliefs[-1])
+        loss = choose_right_loss(log_prob[some], right[some]).mean()
+        for belief in beliefs:
+            reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * observation.open
+            loss = loss + (reading.sum(1) / observation.open.sum(1)).mean() / len(beliefs)
+        return loss
     log_target = target.log_prob(observation)
     inside = log_target > -torch.inf
     log_prob = policy.log_prob(observation).masked_fill(~inside, 0.0)
@@ -151,7 +153,7 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     if task is None or denoiser is None:
         task, denoiser = registration.resolve(config.env, config.denoiser, device)
     target = reference.get(config.reference)
-    policy = new_policy(config.shape, task, denoiser, config.seed).to(device)
+    policy = new_policy(config.shape, task, denoiser, config.seed, gate=1.0).to(device)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     states = States(task)
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
@@ -159,7 +161,7 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         if not len(states.tokens):
             run.note("collecting states")
             generator = step_generator(device, config.seed, 0, 3 << 16)
-            states.collect(task, denoiser, task.sample(config.puzzles, generator), config.sure, generator)
+            states.collect(task, denoiser, task.sample(config.puzzles, generator), config.shape.sure, generator)
             run.log({"states": len(states.stuck), "states/stuck": int(states.stuck.sum())})
         policy.train()
         for step in run.loop():

@@ -32,13 +32,15 @@ class PolicyShape:
     """What a new policy looks like and sees; each is an option of ``unmask train``."""
 
     copy: bool = True
-    """start from copies of the denoiser's last blocks and embeddings, where it has them (dim and heads are then its
-    own): the policy reads the board a second time, knowing what the denoiser said at first"""
+    """start from a copy of the denoiser's embeddings, last blocks and head, where it has them (dim and heads are then
+    its own)"""
     layers: int = 3
     dim: int = 48
     heads: int = 4
-    loops: int = 1
-    """how often the blocks are applied, with shared weights"""
+    readings: int = 2
+    """how often the policy reads the board, each time with its last belief in place of the masks; weights are shared"""
+    sure: float = 0.97
+    """where an open position's confidence reaches this, the policy follows its base without reading; above 1: never"""
     tokens: bool = True
     """see the symbols on the board"""
     top_tokens: bool = True
@@ -48,17 +50,26 @@ class PolicyShape:
 
 
 class OrderPolicy(nn.Module, PyTorchModelHubMixin):
-    """pi(i | observation) over the open positions: softmax of ``base score + network score``.
+    """pi(i | observation) over the open positions.
 
-    The last layer starts at zero, so a new policy *is* its base: KL(pi || base reference) = 0.
+    Where the denoiser is sure of some position, the policy is its base reference: there is nothing to decide. Where it
+    is not, the policy reads the board again, with the denoiser's distributions in place of the masks, and forms a
+    belief q_i over symbols of its own. A position then scores by the base's log-probability, plus the log-odds of q_i
+    in the symbol that the denoiser would fill in there, plus a linear function of the position's numbers; pi is the
+    softmax of the scores. The policy chooses positions only: what is filled in is the frozen denoiser's.
+
+    A new policy has ``gate`` and the linear part at 0, so it *is* its base: KL(pi || base reference) = 0.
 
     Args:
         vocab_size: V of the denoiser. coordinates: (L, C) as nested lists.
-        base: reference whose log-probabilities (at ``base_tau``) are the starting point; ``none`` is uniform.
+        base: reference whose log-probabilities (at ``base_tau``) are the starting point; ``none`` is the most confident
+            position where the denoiser is sure, and uniform elsewhere.
         candidates: if given, only the k most confident open positions may be chosen (UPO's top-k realisation).
         tokens: see the symbols on the board. top_tokens: see which symbols the denoiser thinks of.
         hidden_dim: channels of the denoiser's hidden states to see; 0 to leave them out.
-        dim, layers, heads: size. loops: how often the blocks are applied, with shared weights.
+        dim, layers, heads: size. readings: how often the board is read, with shared weights.
+        sure: the confidence from which on no reading is needed; above 1 the board is always read.
+        gate: initial weight of the log-odds.
     """
 
     def __init__(
@@ -74,37 +85,35 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         dim: int = 48,
         layers: int = 3,
         heads: int = 4,
-        loops: int = 1,
+        readings: int = 2,
+        sure: float = 0.97,
+        gate: float = 0.0,
     ) -> None:
         super().__init__()
         self.vocab_size, self.length = vocab_size, len(coordinates)
         self.top = min(TOP, vocab_size)
-        self.loops, self.candidates, self.see_tokens, self.see_top_tokens = loops, candidates, tokens, top_tokens
+        self.readings, self.sure = readings, sure
+        self.candidates, self.see_tokens, self.see_top_tokens = candidates, tokens, top_tokens
         self.base = None if base == "none" else reference.get(base, tau=base_tau)
+        self.symbols = nn.Embedding(vocab_size, dim)
         self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
-        # Through a bottleneck: a policy copied from the denoiser then stays no larger than the denoiser.
-        self.numbers = nn.Sequential(nn.Linear(2 * self.top + 4, 3, bias=False), nn.Linear(3, dim))
-        self.symbols = nn.Embedding(vocab_size + 1, dim)
-        self.hidden = nn.Linear(hidden_dim, dim) if hidden_dim else None
+        self.hidden = nn.Linear(hidden_dim, dim, bias=False) if hidden_dim else None
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 1)
-        init_weights(self, layers * loops)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(dim, vocab_size)
+        self.gate = nn.Parameter(torch.tensor(float(gate)))
+        self.numbers = nn.Linear(2 * self.top + 4, 1, bias=False)
+        init_weights(self, layers)
+        nn.init.zeros_(self.numbers.weight)
 
     @torch.no_grad()
     def copy_from(self, backbone: Backbone) -> None:
-        """Start from the denoiser's embeddings, norm and last blocks (UPO copies LLaDA's last block likewise).
-
-        What is new, the numbers and the hidden states, starts small beside it.
-        """
+        """Start from the denoiser's embeddings, last blocks, norm and head (UPO copies LLaDA's last block likewise)."""
         for own, theirs in zip(self.blocks, backbone.blocks[-len(self.blocks) :], strict=True):
             own.load_state_dict(theirs.state_dict())
-        self.positions.load_state_dict(backbone.positions.state_dict())
-        self.norm.load_state_dict(backbone.norm.state_dict())
-        self.symbols.load_state_dict(backbone.symbols.state_dict())
-        self.numbers[1].weight.mul_(0.1)
+        for name in ("positions", "norm", "head"):
+            getattr(self, name).load_state_dict(getattr(backbone, name).state_dict())
+        self.symbols.weight.copy_(backbone.symbols.weight[:-1])
         if self.hidden is not None:
             self.hidden.weight.mul_(0.1)
 
@@ -114,33 +123,33 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         entropy, margin = reference.entropy(observation), reference.margin(observation)
         is_open = observation.open.float()
         left = is_open.mean(1, keepdim=True).expand_as(is_open)
-        scalars = torch.stack([entropy, margin, is_open, left], -1)
-        numbers = torch.cat([top.exp(), top / 8, scalars], -1)
-        numbers[..., :-2] *= is_open.unsqueeze(-1)  # what the denoiser says of a closed position means nothing
-        return numbers
+        return torch.cat([top.exp(), top / 8, torch.stack([entropy, margin, is_open, left], -1)], -1)
 
-    def score(self, observation: Observation) -> Tensor:
-        """(N, L) network scores, meaningful on open positions; the base is not added."""
-        x = self.positions() + self.numbers(self.features(observation))  # (N, L, D)
+    def beliefs(self, observation: Observation) -> list[Tensor]:
+        """Per reading (N, L, V) log-probabilities: the policy's own view of the board, the last one its belief."""
+        is_open = observation.open.unsqueeze(-1)
+        fixed = self.positions()  # (L, D)
         if self.see_tokens:
-            x = x + self.symbols(observation.tokens)
-        if self.see_top_tokens:  # the expected symbol takes the mask's place
-            values, likely = observation.denoised.log_probs.topk(self.top, -1)  # (N, L, top)
-            expected = torch.einsum("nlk,nlkd->nld", values.exp(), self.symbols(likely))
-            x = x + (expected - self.symbols.weight[-1]) * observation.open.unsqueeze(-1)
+            fixed = fixed + self.symbols(observation.tokens.clamp(max=self.vocab_size - 1)) * ~is_open
         if self.hidden is not None:
-            x = x + self.hidden(observation.denoised.hidden)
-        for _ in range(self.loops):
+            fixed = fixed + self.hidden(observation.denoised.hidden)
+        fixed = fixed.expand(*observation.tokens.shape, -1)  # (N, L, D)
+        thought = observation.denoised.log_probs.exp() * self.see_top_tokens
+        beliefs = []
+        for _ in range(self.readings):
+            x = fixed + (thought @ self.symbols.weight) * is_open
             for block in self.blocks:
                 x = block(x)
-        return self.head(self.norm(x)).squeeze(-1)
+            beliefs.append(self.head(self.norm(x)).log_softmax(-1))
+            thought = beliefs[-1].exp()
+        return beliefs
 
-    def logits(self, observation: Observation) -> Tensor:
-        """(N, L) base score + network score on the positions that may be chosen, -inf elsewhere."""
-        logits = self.score(observation)
-        if self.base is not None:
-            logits = logits + self.base.log_prob(observation).masked_fill(~observation.open, 0.0)
-        return logits.masked_fill(~self.allowed(observation), -torch.inf)
+    def score(self, observation: Observation, belief: Tensor) -> Tensor:
+        """(N, L) own scores given the (N, L, V) belief, meaningful on open positions; the base is not added."""
+        filled = observation.denoised.log_probs.argmax(-1, keepdim=True)
+        log_q = belief.gather(-1, filled).squeeze(-1).clamp(max=-1e-6)
+        log_odds = log_q - torch.log(-torch.expm1(log_q))
+        return self.gate * log_odds + self.numbers(self.features(observation)).squeeze(-1)
 
     def allowed(self, observation: Observation) -> Tensor:
         """(N, L) bool: the open positions, or the most confident of them."""
@@ -148,10 +157,27 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             return observation.open
         return reference.TopK(self.candidates).log_prob(observation) > -torch.inf
 
+    def unsure(self, observation: Observation) -> Tensor:
+        """(N,) bool: boards where no open position's confidence reaches ``sure``."""
+        return reference.confidence(observation).masked_fill(~observation.open, 0.0).max(1).values < self.sure
+
+    def read_log_prob(self, observation: Observation, belief: Tensor) -> Tensor:
+        """(N, L) log-probabilities after a reading that gave ``belief``, whether or not the denoiser is sure."""
+        scores = self.score(observation, belief)
+        if self.base is not None:
+            scores = scores + self.base.log_prob(observation).masked_fill(~observation.open, 0.0)
+        return masked_log_softmax(scores, self.allowed(observation))
+
     def log_prob(self, observation: Observation) -> Tensor:
         """(N, L) log-probabilities; -inf on positions that may not be chosen."""
-        allowed = self.allowed(observation)
-        return masked_log_softmax(self.logits(observation).masked_fill(~allowed, 0.0), allowed)
+        unsure = self.unsure(observation) & observation.open.any(1)
+        followed = reference.MaxConfidence() if self.base is None else self.base
+        log_prob = followed.log_prob(observation)
+        if bool(unsure.any()):
+            rows = unsure.nonzero().squeeze(1)
+            hard = observation[rows]
+            log_prob = log_prob.index_put((rows,), self.read_log_prob(hard, self.beliefs(hard)[-1]))
+        return log_prob
 
     def sample(self, observation: Observation, generator: torch.Generator) -> Tensor:
         """(N,) positions drawn from :meth:`log_prob`."""
@@ -166,6 +192,7 @@ def new_policy(
     base: Base = "none",
     base_tau: float = 0.05,
     candidates: int | None = None,
+    gate: float = 0.0,
 ) -> OrderPolicy:
     """A policy for ``task`` and ``denoiser``; ``seed`` draws what is not copied.
 
@@ -192,7 +219,9 @@ def new_policy(
             dim=shape.dim if backbone is None else backbone.dim,
             layers=shape.layers,
             heads=shape.heads if backbone is None else backbone.blocks[0].heads,
-            loops=shape.loops,
+            readings=shape.readings,
+            sure=shape.sure,
+            gate=gate,
         )
     if backbone is not None:
         policy.copy_from(backbone)

@@ -11,7 +11,7 @@ Denoiser outputs are cached in the rollout (the paper's Algorithm 2), so an upda
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -278,7 +278,9 @@ def start(config: UPOConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
     elif config.reference in ("margin", "softmax_margin"):
         base = "softmax_margin"
     candidates = config.top_k if config.reference == "top_k" else None
-    return new_policy(config.shape, task, denoiser, config.seed, base, config.tau, candidates)
+    # A uniform reference does not prefer sure positions, so a policy that equals it reads every board.
+    shape = replace(config.shape, sure=2.0) if base == "none" else config.shape
+    return new_policy(shape, task, denoiser, config.seed, base, config.tau, candidates)
 
 
 def make_reference(config: UPOConfig) -> Reference:

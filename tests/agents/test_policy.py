@@ -1,0 +1,330 @@
+"""The order policy: a distribution over open positions, equal to its base at the start, seeing what it may see."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tasks
+from agents.policy import OrderPolicy, PolicyShape, load_policy, new_policy
+from agents.upo import categorical_kl
+from pretrain.backbone import Backbone, parameter_count
+from pretrain.checkpoint import CheckpointError, save_model
+from tasks import UnknownNameError, UnmaskError
+from tests.oracles.enumeration import TableTask, random_joint
+from unmask_env import core, reference
+from unmask_env.core import Denoised, Observation
+from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
+
+INF = float("inf")
+LENGTH, VOCAB, HIDDEN = 5, 3, 6
+COORDINATES = [[i, i // 2] for i in range(LENGTH)]
+BASES = ("none", "softmax_confidence", "softmax_margin")
+
+
+def policy(seed: int = 0, **options) -> OrderPolicy:
+    """A small policy whose last layer is not zero, so that its scores depend on what it sees."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = OrderPolicy(VOCAB, COORDINATES, **{"dim": 8, "layers": 2, "heads": 2} | options)
+        torch.nn.init.normal_(made.head.weight)
+    return made.eval()
+
+
+def observe(seed: int, n: int = 6) -> Observation:
+    """Random boards; row 0 has everything open, row 1 nothing, row 2 one position."""
+    generator = torch.Generator().manual_seed(seed)
+    is_open = torch.rand(n, LENGTH, generator=generator) < 0.5
+    is_open[:3] = torch.tensor([[True] * LENGTH, [False] * LENGTH, [False, False, True, False, False]])
+    symbols = torch.randint(VOCAB, (n, LENGTH), generator=generator)
+    log_probs = torch.randn(n, LENGTH, VOCAB, generator=generator).mul(2).log_softmax(-1)
+    hidden = torch.randn(n, LENGTH, HIDDEN, generator=generator)
+    return Observation(torch.where(is_open, VOCAB, symbols), is_open, Denoised(log_probs, hidden))
+
+
+@pytest.fixture(scope="module")
+def sudoku6() -> tasks.Task:
+    return tasks.get("sudoku6")
+
+
+@pytest.fixture(scope="module")
+def tiny(sudoku6: tasks.Task) -> FrozenDenoiser:
+    return load_denoiser("sudoku6-tiny", sudoku6)
+
+
+@pytest.fixture(scope="module")
+def boards(sudoku6: tasks.Task, tiny: FrozenDenoiser) -> Observation:
+    """Held-out puzzles as the tiny denoiser sees them."""
+    tokens = sudoku6.heldout(6).tokens
+    return Observation(tokens, tokens == sudoku6.mask_id, tiny(tokens))
+
+
+# ---------------------------------------------------------------------- a distribution
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("candidates", [None, 1, 3, 50])
+@given(seed=st.integers(0, 2**20))
+def test_log_probs_are_a_distribution_over_the_open_positions(base: str, candidates: int | None, seed: int) -> None:
+    observation = observe(seed)
+    log_prob = policy(seed, base=base, candidates=candidates).log_prob(observation)
+    assert log_prob.shape == (6, LENGTH)
+    assert not log_prob.isnan().any()
+    assert (log_prob[~observation.open] == -INF).all()
+    torch.testing.assert_close(log_prob.exp().sum(1), observation.open.any(1).float(), atol=1e-5, rtol=0)
+    possible = (log_prob > -INF).sum(1)
+    assert torch.equal(possible, observation.open.sum(1).clamp(max=candidates or LENGTH))
+
+
+def test_candidates_are_the_most_confident_open_positions() -> None:
+    observation = observe(0)
+    chosen = policy(candidates=2).log_prob(observation) > -INF
+    confidence = observation.denoised.log_probs.max(-1).values.masked_fill(~observation.open, -INF)
+    for row in range(len(chosen)):
+        best = confidence[row].sort(descending=True).indices[:2].tolist()
+        assert set(chosen[row].nonzero().flatten().tolist()) == {i for i in best if observation.open[row, i]}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("candidates", [None, 2])
+def test_a_row_with_nothing_open_gives_no_nan_backwards(base: str, candidates: int | None) -> None:
+    """Its gradient is that of the batch without the row."""
+    observation, model = observe(1), policy(base=base, candidates=candidates)
+
+    def gradients(rows: Tensor) -> list[Tensor]:
+        seen = observation[rows]
+        log_prob = model.log_prob(seen)
+        loss = log_prob.masked_fill(log_prob == -INF, 0.0).square().sum()
+        return list(torch.autograd.grad(loss, model.parameters(), allow_unused=True, materialize_grads=True))
+
+    everything, alive = gradients(torch.arange(6)), gradients(observation.open.any(1).nonzero().flatten())
+    for one, other in zip(everything, alive, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert any(bool(g.any()) for g in everything)
+
+
+def test_impossible_symbols_give_no_nan() -> None:
+    """The exact denoiser gives log-probabilities of -inf."""
+    denoiser = TableDenoiser(random_joint(2, 3, seed=1, zeros=5))
+    tokens = torch.tensor([[2, 2, 2], [0, 2, 2], [1, 1, 2]])
+    observation = Observation(tokens, tokens == 2, denoiser(tokens))
+    assert (observation.denoised.log_probs == -INF).any()
+    model = OrderPolicy(2, [[0], [1], [2]], dim=8, layers=1, heads=2, base="softmax_margin")
+    torch.nn.init.normal_(model.head.weight)
+    log_prob = model.log_prob(observation)
+    log_prob.masked_fill(log_prob == -INF, 0.0).sum().backward()
+    assert not log_prob.isnan().any()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_sampling_follows_the_log_probs() -> None:
+    model, observation = policy(), observe(2)[:1]
+    n = 40_000
+    many = Observation(
+        observation.tokens.expand(n, -1),
+        observation.open.expand(n, -1),
+        Denoised(*(part.expand(n, -1, -1) for part in observation.denoised)),
+    )
+    drawn = model.sample(many, torch.Generator().manual_seed(0)).bincount(minlength=LENGTH) / n
+    torch.testing.assert_close(drawn, model.log_prob(observation)[0].exp().detach(), atol=0.012, rtol=0)
+
+
+# ---------------------------------------------------------------------- the start
+@pytest.mark.parametrize(
+    ("start", "target"),
+    [
+        ({"base": "softmax_confidence", "base_tau": 0.05}, reference.SoftmaxConfidence(0.05)),
+        ({"base": "softmax_confidence", "base_tau": 0.7}, reference.SoftmaxConfidence(0.7)),
+        ({"base": "softmax_margin", "base_tau": 0.05}, reference.SoftmaxMargin(0.05)),
+        ({"base": "none"}, reference.Random()),
+        ({"candidates": 5}, reference.TopK(5)),
+        ({"candidates": 1}, reference.TopK(1)),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_new_policy_equals_its_reference(sudoku6, tiny, boards, start: dict, target, copy: bool) -> None:
+    model = new_policy(PolicyShape(copy=copy, hidden=True), sudoku6, tiny, seed=3, **start)
+    ours, theirs = model.log_prob(boards), target.log_prob(boards)
+    assert torch.equal(ours > -INF, theirs > -INF)
+    divergence = categorical_kl(ours, theirs)
+    torch.testing.assert_close(divergence, torch.zeros(6), atol=2e-6, rtol=0)
+
+
+def test_a_new_policy_copies_the_denoisers_blocks(sudoku6, tiny) -> None:
+    backbone = tiny.model
+    for layers in (1, 2, 3):
+        model = new_policy(PolicyShape(layers=layers), sudoku6, tiny, seed=0)
+        assert len(model.blocks) == layers
+        for own, theirs in zip(model.blocks, backbone.blocks[3 - layers :], strict=True):
+            for key, value in theirs.state_dict().items():
+                assert torch.equal(own.state_dict()[key], value), key
+        for part in ("symbols", "positions", "norm"):
+            for key, value in getattr(backbone, part).state_dict().items():
+                assert torch.equal(getattr(model, part).state_dict()[key], value), (part, key)
+        assert not set(map(id, model.parameters())) & set(map(id, backbone.parameters())), "copies, not the same"
+        assert all(p.requires_grad for p in model.parameters()), "the denoiser is frozen, the copy is not"
+
+
+def test_without_copying_the_shape_decides(sudoku6, tiny) -> None:
+    model = new_policy(PolicyShape(copy=False, dim=16, layers=5, heads=2, loops=2), sudoku6, tiny, seed=0)
+    assert (model.symbols.embedding_dim, len(model.blocks), model.blocks[0].heads, model.loops) == (16, 5, 2, 2)
+    assert not torch.equal(model.norm.weight, tiny.model.norm.weight[:16])
+
+
+def test_a_copied_policy_is_no_larger_than_the_denoiser(sudoku6, tiny) -> None:
+    assert parameter_count(new_policy(PolicyShape(), sudoku6, tiny, seed=0)) <= parameter_count(tiny.model)
+
+
+def test_the_seed_draws_what_is_not_copied(sudoku6, tiny) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    shape = PolicyShape()
+    one, same, other = (new_policy(shape, sudoku6, tiny, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert {key for key in one if not torch.equal(one[key], other[key])} == {"numbers.0.weight", "numbers.1.weight"}
+    assert torch.equal(torch.random.get_rng_state(), before), "torch's own generator is left alone"
+
+
+def test_more_layers_than_the_denoiser_has_are_refused(sudoku6, tiny) -> None:
+    with pytest.raises(UnmaskError, match="has 3 blocks to copy, not 4; use fewer layers or --no-copy"):
+        new_policy(PolicyShape(layers=4), sudoku6, tiny, seed=0)
+
+
+# ---------------------------------------------------------------------- what it sees
+def tampered(observation: Observation, part: str, seed: int = 9) -> Observation:
+    """The observation with one part of its information changed and the others kept."""
+    generator = torch.Generator().manual_seed(seed)
+    log_probs, hidden = observation.denoised
+    if part == "tokens":
+        symbols = torch.randint(VOCAB, observation.tokens.shape, generator=generator)
+        return replace(observation, tokens=torch.where(observation.open, observation.tokens, symbols))
+    if part == "top_tokens":  # the same probabilities, of other symbols
+        shuffle = torch.rand(log_probs.shape, generator=generator).argsort(-1)
+        return replace(observation, denoised=Denoised(log_probs.gather(-1, shuffle), hidden))
+    return replace(observation, denoised=Denoised(log_probs, torch.randn(hidden.shape, generator=generator)))
+
+
+@pytest.mark.parametrize("part", ["tokens", "top_tokens", "hidden"])
+def test_what_is_switched_off_is_not_seen(part: str) -> None:
+    seeing = {"tokens": True, "top_tokens": True, "hidden_dim": HIDDEN}
+    blind = seeing | {"hidden_dim": 0} if part == "hidden" else seeing | {part: False}
+    observation = observe(4)
+    changed = tampered(observation, part)
+    rows = observation.open.sum(1) > 1
+    with torch.no_grad():
+        assert torch.equal(policy(**blind).score(observation), policy(**blind).score(changed))
+        before, after = (policy(**seeing).score(o)[rows] for o in (observation, changed))
+    assert not torch.allclose(before, after, atol=1e-3), "switched on, it is seen"
+
+
+def test_what_the_denoiser_says_of_closed_positions_is_not_seen() -> None:
+    observation = observe(4)
+    other = observe(7).denoised.log_probs
+    log_probs = torch.where(observation.open.unsqueeze(-1), observation.denoised.log_probs, other)
+    changed = replace(observation, denoised=Denoised(log_probs, observation.denoised.hidden))
+    for base in BASES:
+        model = policy(base=base)
+        assert torch.equal(model.log_prob(observation), model.log_prob(changed))
+
+
+def test_features_by_hand() -> None:
+    p = torch.tensor([[[0.2, 0.7, 0.1], [1.0, 0.0, 0.0], [0.5, 0.25, 0.25]]])
+    is_open = torch.tensor([[True, True, False]])
+    model = OrderPolicy(3, [[0], [1], [2]], dim=4, layers=1, heads=1)
+    features = model.features(Observation(torch.tensor([[3, 3, 0]]), is_open, Denoised(p.log())))[0]
+    log = torch.log
+    entropy = -(0.2 * log(p[0, 0, 0]) + 0.7 * log(p[0, 0, 1]) + 0.1 * log(p[0, 0, 2]))
+    first = torch.tensor([0.7, 0.2, 0.1, *(p[0, 0, [1, 0, 2]].log() / 8), entropy, 0.5, 1.0, 2 / 3])
+    e16 = torch.tensor(-16.0).exp()
+    second = torch.tensor([1.0, e16, e16, 0.0, -2.0, -2.0, 0.0, 1.0, 1.0, 2 / 3])
+    torch.testing.assert_close(features[0], first)
+    torch.testing.assert_close(features[1], second)
+    torch.testing.assert_close(features[2], torch.tensor([0.0] * 9 + [2 / 3]))
+
+
+# ---------------------------------------------------------------------- files
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "softmax_margin", "base_tau": 0.3, "candidates": 2, "loops": 2},
+        {"tokens": False, "top_tokens": False, "hidden_dim": HIDDEN},
+    ],
+    ids=["base", "blind"],
+)
+def test_save_and_load_round_trip(tmp_path: Path, options: dict) -> None:
+    saved, observation = policy(**options), observe(5)
+    save_model(saved, tmp_path / "policy")
+    assert {p.name for p in (tmp_path / "policy").iterdir()} == {"config.json", "model.safetensors"}
+    loaded = load_policy(tmp_path / "policy")
+    assert not loaded.training
+    assert torch.equal(loaded.log_prob(observation), saved.log_prob(observation))
+
+
+def test_a_loaded_policy_plays(tmp_path: Path, sudoku6, tiny) -> None:
+    save_model(new_policy(PolicyShape(), sudoku6, tiny, 0, "softmax_margin", 1e-4), tmp_path)
+    instances = sudoku6.heldout(20)
+    played = core.rollout(sudoku6, tiny, load_policy(tmp_path, sudoku6), instances)
+    margin = core.rollout(sudoku6, tiny, reference.Margin(), instances)
+    assert torch.equal(played.state.tokens, margin.state.tokens), "at a low temperature the base is the heuristic"
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_loading_an_unknown_name() -> None:
+    with pytest.raises(UnknownNameError) as error:
+        load_policy("sudoku7-upo")
+    assert "unknown order policy 'sudoku7-upo'" in one_line(error)
+
+
+def test_loading_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load_policy(tmp_path / "nowhere")
+    assert "the folder does not exist" in one_line(error)
+
+
+def test_loading_for_another_task(tmp_path: Path, sudoku6) -> None:
+    save_model(policy(), tmp_path / "policy")
+    with pytest.raises(CheckpointError) as error:
+        load_policy(tmp_path / "policy", sudoku6)
+    assert one_line(error).endswith("is for 3 symbols and 5 positions; task sudoku6 has 6 and 36")
+    load_policy(tmp_path / "policy", TableTask(torch.ones((3,) * 5)))  # and this one fits
+
+
+def test_a_denoiser_is_not_a_policy_and_the_reverse(tmp_path: Path, sudoku6) -> None:
+    save_model(Backbone(VOCAB, COORDINATES, dim=8, layers=1, heads=2), tmp_path / "denoiser")
+    save_model(policy(), tmp_path / "policy")
+    with pytest.raises(CheckpointError) as error:
+        load_policy(tmp_path / "denoiser")
+    assert "is not a order policy" in one_line(error) or "is not an order policy" in one_line(error)
+    with pytest.raises(CheckpointError) as error:
+        load_denoiser(tmp_path / "policy", sudoku6)
+    assert "is not a denoiser" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "change", [{"base": "best"}, {"base_tau": 0, "base": "softmax_margin"}, {"dim": 6}, {"layers": 1}, {"colour": 1}]
+)
+def test_a_config_that_does_not_fit_its_weights(tmp_path: Path, change: dict) -> None:
+    save_model(policy(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError) as error:
+        load_policy(tmp_path)
+    assert "order policy" in one_line(error)
+
+
+def test_truncated_weights(tmp_path: Path) -> None:
+    save_model(policy(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(CheckpointError) as error:
+        load_policy(tmp_path)
+    assert "truncated or not safetensors" in one_line(error)

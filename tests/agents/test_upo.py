@@ -1,0 +1,742 @@
+"""UPO's loss and regularisers against hand-computed numbers, and their gradients against exact enumeration."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tasks
+from agents import upo
+from agents.mining import Pool
+from agents.policy import OrderPolicy, PolicyShape, load_policy, new_policy
+from agents.upo import (
+    Batch,
+    Tempered,
+    UPOConfig,
+    categorical_kl,
+    check_regulariser,
+    cross_entropy,
+    flatten,
+    group_advantage,
+    make_reference,
+    regularised_advantage,
+    start,
+    trajectory_kl_surrogate,
+    upo_loss,
+)
+from pretrain.checkpoint import save_model
+from tasks import Instances, UnmaskError
+from tests.oracles.enumeration import TableTask, random_joint
+from unmask_env import core, reference
+from unmask_env.core import Denoised, Observation, masked_log_softmax
+from unmask_env.denoiser import TableDenoiser, load_denoiser
+
+INF = math.inf
+NEVER = 99.0  # a reward or bound that no test reaches
+
+
+class TablePolicy(nn.Module):
+    """One free logit per (board, position), in float64: any order policy of V symbols and L positions."""
+
+    def __init__(self, vocab_size: int, length: int, seed: int | None = None) -> None:
+        super().__init__()
+        self.base = vocab_size + 1
+        shape = (self.base**length, length)
+        generator = torch.Generator().manual_seed(seed or 0)
+        logits = torch.zeros(shape) if seed is None else torch.randn(shape, generator=generator)
+        self.table = nn.Parameter(logits.double())
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        powers = self.base ** torch.arange(observation.tokens.shape[1])
+        return masked_log_softmax(self.table[(observation.tokens * powers).sum(1)], observation.open)
+
+
+class Fixed(reference.Reference):
+    """A reference from a table of probabilities per row."""
+
+    def __init__(self, probabilities: list[list[float]]) -> None:
+        self.table = torch.tensor(probabilities, dtype=torch.float64)
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        return self.table.log()
+
+
+class Forbidden(reference.Reference):
+    """Must not be asked."""
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        raise AssertionError("the reference was called")
+
+
+# ---------------------------------------------------------------------- three positions, every trajectory
+class Toy(NamedTuple):
+    """All orders of filling one board greedily, as a recorded batch: row t * L + n is step n of trajectory t."""
+
+    batch: Batch  # advantage holds the reward
+    reward: Tensor
+
+
+JOINT = random_joint(3, 3, seed=5)
+SEQUENCE_REWARD = torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def enumerate_toy(length: int = 3) -> Toy:
+    """Play all L! orders on an empty board with the exact denoiser and greedy filling."""
+    denoiser = TableDenoiser(JOINT)
+    tokens, is_open, log_probs, actions, rewards = [], [], [], [], []
+    orders = list(itertools.permutations(range(length)))
+    for order in orders:
+        board = torch.full((1, length), 3)
+        for position in order:
+            tokens.append(board)
+            is_open.append(board == 3)
+            log_probs.append(denoiser(board).log_probs)
+            actions.append(position)
+            board = board.clone()
+            board[0, position] = log_probs[-1][0, position].argmax()
+        rewards.append(SEQUENCE_REWARD[tuple(board[0].tolist())])
+    observation = Observation(torch.cat(tokens), torch.cat(is_open), Denoised(torch.cat(log_probs)))
+    reward = torch.stack(rewards)
+    trajectory = torch.arange(len(orders)).repeat_interleave(length)
+    return Toy(
+        Batch(
+            observation,
+            torch.tensor(actions),
+            torch.zeros(len(actions), dtype=torch.float64),
+            trajectory,
+            torch.arange(length).repeat(len(orders)),
+            reward[trajectory],
+        ),
+        reward,
+    )
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    made = enumerate_toy()
+    assert len(made.reward.unique()) >= 3, "the order decides what is written"
+    return made
+
+
+def taken(policy: nn.Module, batch: Batch) -> Tensor:
+    return policy.log_prob(batch.observation).gather(1, batch.action.unsqueeze(1)).squeeze(1)
+
+
+def per_trajectory(values: Tensor) -> Tensor:
+    return values.view(-1, 3).sum(1)
+
+
+def gradient(loss: Tensor, policy: nn.Module) -> Tensor:
+    return torch.autograd.grad(loss, policy.parameters())[0]
+
+
+def on_policy(policy: nn.Module, batch: Batch) -> Batch:
+    return batch._replace(old_log_prob=taken(policy, batch).detach())
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_the_trajectory_kl_surrogate_has_the_exact_gradient_on_policy(toy: Toy, seed: int | None) -> None:
+    """In expectation over trajectories from the policy itself, against autograd through the enumerated KL."""
+    policy, target = TablePolicy(3, 3, seed), reference.SoftmaxConfidence(0.3)
+    batch = on_policy(policy, toy.batch)
+    log_ref = target.log_prob(batch.observation).double()
+    chosen = taken(policy, batch)
+    log_target = log_ref.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    log_p, log_g = per_trajectory(chosen), per_trajectory(log_target)
+    exact = gradient((log_p.exp() * (log_p - log_g)).sum(), policy)
+
+    chosen = taken(policy, batch)
+    surrogate = trajectory_kl_surrogate(chosen, batch.old_log_prob, log_target, batch.trajectory, 6)
+    estimate = gradient((log_p.detach().exp() * surrogate).sum(), policy)
+    torch.testing.assert_close(estimate, exact, atol=1e-10, rtol=1e-8)
+    assert exact.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("seed", [None, 3, 4])
+def test_the_trajectory_kl_is_the_expected_sum_of_step_kls(toy: Toy, seed: int | None) -> None:
+    policy, target = TablePolicy(3, 3, seed), reference.SoftmaxMargin(0.5)
+    log_p = per_trajectory(taken(policy, toy.batch))
+    log_ref = target.log_prob(toy.batch.observation).double()
+    log_g = per_trajectory(log_ref.gather(1, toy.batch.action.unsqueeze(1)).squeeze(1))
+    steps = per_trajectory(categorical_kl(policy.log_prob(toy.batch.observation), log_ref))
+    whole = (log_p.exp() * (log_p - log_g)).sum()
+    torch.testing.assert_close((log_p.exp() * steps).sum(), whole)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_the_regularised_advantage_makes_the_gradient_exact(toy: Toy, beta: float, seed: int | None) -> None:
+    """E[loss gradient] = - gradient of (E[r] - beta * E[sum of step KLs]), both by enumeration of all trajectories.
+
+    All six orders form one group, so the baselines are constants of (trajectory set, time) and drop out.
+    """
+    policy, target = TablePolicy(3, 3, seed), reference.SoftmaxConfidence(0.2)
+    log_ref = target.log_prob(toy.batch.observation).double()
+    p = per_trajectory(taken(policy, toy.batch)).exp()
+    kl = categorical_kl(policy.log_prob(toy.batch.observation), log_ref)
+    exact = -gradient((p * (toy.reward - beta * per_trajectory(kl))).sum(), policy)
+
+    batch = on_policy(policy, toy.batch)
+    batch = batch._replace(advantage=group_advantage(toy.reward, 6, False)[batch.trajectory])
+    batch = batch._replace(advantage=regularised_advantage(batch, kl.detach().float(), beta, 6).double())
+    losses = []
+    for t in range(6):
+        part = batch.rows((batch.trajectory == t).nonzero().squeeze(1))
+        losses.append(upo_loss(policy, target, part, "step_kl", beta, clip=0.2)[0])
+    estimate = gradient((p.detach() * torch.stack(losses)).sum(), policy)
+    torch.testing.assert_close(estimate, exact, atol=2e-6, rtol=1e-4)
+    assert exact.abs().max() > 1e-2
+
+    naive = batch._replace(advantage=group_advantage(toy.reward, 6, False)[batch.trajectory])
+    losses = [
+        upo_loss(policy, target, naive.rows((naive.trajectory == t).nonzero().squeeze(1)), "step_kl", beta, 0.2)[0]
+        for t in range(6)
+    ]
+    without = gradient((p.detach() * torch.stack(losses)).sum(), policy)
+    assert torch.allclose(without, exact, atol=2e-6) == (beta == 0), "the correction is needed"
+
+
+def test_regularised_advantage_by_hand() -> None:
+    """Two trajectories of one group, of three and of two steps (KLs 1, 2, 4 and 8, 16)."""
+    nothing = Observation(torch.zeros(5, 1), torch.ones(5, 1, dtype=torch.bool), Denoised(torch.zeros(5, 1, 1)))
+    shuffled = torch.tensor([3, 0, 4, 2, 1])  # the order of the steps in the batch does not matter
+    batch = Batch(
+        nothing,
+        torch.zeros(5),
+        torch.zeros(5),
+        torch.tensor([0, 0, 0, 1, 1]),
+        torch.tensor([0, 1, 2, 0, 1]),
+        torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]),
+    )
+    # Future KLs: (6, 4, 0) and (16, 0, 0); their means: 11, 2, 0.
+    expected = torch.tensor([1 + 0.5, 1 - 0.2, 1.0, -1 - 0.5, -1 + 0.2])
+    kl = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    torch.testing.assert_close(regularised_advantage(batch, kl, 0.1, 2), expected)
+    mixed = Batch(nothing, *(part[shuffled] for part in batch[1:]))
+    torch.testing.assert_close(regularised_advantage(mixed, kl[shuffled], 0.1, 2), expected[shuffled])
+
+
+# ---------------------------------------------------------------------- the loss by hand
+class Given:
+    """An order with the given probabilities, one row per step of the batch (float64 logits to differentiate)."""
+
+    def __init__(self, probabilities: list[list[float]]) -> None:
+        self.logits = torch.tensor(probabilities, dtype=torch.float64).log().requires_grad_()
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        return self.logits
+
+
+OLD = [0.5, 0.5, 0.25]
+ACTIONS = [0, 1, 2]
+G = [[0.25, 0.5, 0.25], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5]]
+
+
+def tiny_batch(advantage: list[float]) -> Batch:
+    """Trajectory 4 has steps 0 and 1, trajectory 7 has step 2."""
+    observation = Observation(
+        torch.full((3, 3), 2), torch.ones(3, 3, dtype=torch.bool), Denoised(torch.full((3, 3, 2), 0.5).log())
+    )
+    return Batch(
+        observation,
+        torch.tensor(ACTIONS),
+        torch.tensor(OLD, dtype=torch.float64).log(),
+        torch.tensor([4, 4, 7]),
+        torch.tensor([0, 1, 0]),
+        torch.tensor(advantage, dtype=torch.float64),
+    )
+
+
+# The ratios of the actions are 0.5 / 0.5 = 1, 0.6 / 0.5 = 1.2 and 0.5 / 0.25 = 2.
+NOW = [[0.5, 0.25, 0.25], [0.2, 0.6, 0.2], [0.25, 0.25, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "clip", "over_steps", "loss", "clipped"),
+    [
+        # No clipping: -(1 * 1 + 1.2 * 1 + 2 * 3) / 2 trajectories; with means over steps -(2.2 / 2 + 6) / 2.
+        ([1.0, 1.0, 3.0], 5.0, "sum", -4.1, 0.0),
+        ([1.0, 1.0, 3.0], 5.0, "mean", -3.55, 0.0),
+        # Clipped at 1.1 where the advantage is positive: -(1 + 1.1 + 1.1 * 3) / 2.
+        ([1.0, 1.0, 3.0], 0.1, "sum", -2.7, 2 / 3),
+        ([1.0, 1.0, 3.0], 0.1, "mean", -2.175, 2 / 3),
+        # Where it is negative the worse, unclipped ratio counts: -(1 - 1.2 - 2 * 3) / 2.
+        ([1.0, -1.0, -3.0], 0.1, "sum", 3.1, 2 / 3),
+        ([1.0, -1.0, -3.0], 0.1, "mean", 3.05, 2 / 3),
+    ],
+)
+def test_policy_loss_by_hand(
+    advantage: list[float], clip: float, over_steps: str, loss: float, clipped: float
+) -> None:
+    policy = Given(NOW)
+    total, parts = upo_loss(policy, Forbidden(), tiny_batch(advantage), "none", NEVER, clip, over_steps)
+    assert total.item() == pytest.approx(loss, rel=1e-6)
+    assert parts["loss/policy"] == pytest.approx(loss, rel=1e-6)
+    assert parts["ratio/clipped"] == pytest.approx(clipped, rel=1e-6)
+    total.backward()
+    slopes = policy.logits.grad
+    assert policy.logits.grad.nonzero().tolist() == [
+        [row, action]
+        for row, action in enumerate(ACTIONS)
+        if clip > 1 or row == 0 or advantage[row] < 0  # a clipped gain has no gradient
+    ]
+    assert slopes[0, 0].item() == pytest.approx(-0.5 * (0.5 if over_steps == "mean" else 1.0) * advantage[0])
+
+
+def test_a_small_ratio_by_hand() -> None:
+    """Ratio 0.5, clip 0.2: a positive advantage keeps 0.5 (and its gradient), a negative one is held at 0.8."""
+    for advantage, loss in ((1.0, -0.5), (-1.0, 0.8)):
+        batch = tiny_batch([advantage] * 3).rows(torch.tensor([2]))
+        policy = Given([[0.5, 0.375, 0.125]])
+        total, _ = upo_loss(policy, Forbidden(), batch, "none", NEVER, 0.2)
+        total.backward()
+        assert total.item() == pytest.approx(loss, rel=1e-6)
+        assert bool(policy.logits.grad.any()) == (advantage > 0)
+
+
+def step_kls() -> list[float]:
+    return [sum(p * math.log(p / g) for p, g in zip(now, ref, strict=True)) for now, ref in zip(NOW, G, strict=True)]
+
+
+def cross_entropies() -> list[float]:
+    return [-sum(g * math.log(p) for p, g in zip(now, ref, strict=True)) for now, ref in zip(NOW, G, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("regulariser", "values"), [("step_kl", step_kls()), ("cross_entropy", cross_entropies())], ids=["kl", "ce"]
+)
+@pytest.mark.parametrize("over_steps", ["sum", "mean"])
+def test_regularised_loss_by_hand(regulariser: str, values: list[float], over_steps: str) -> None:
+    share = 0.5 if over_steps == "mean" else 1.0
+    total, parts = upo_loss(Given(NOW), Fixed(G), tiny_batch([0.0] * 3), regulariser, 0.3, 0.2, over_steps)
+    expected = 0.3 * (share * (values[0] + values[1]) + values[2]) / 2
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    assert parts[f"divergence/{regulariser}"] == pytest.approx(sum(values) / 3, rel=1e-6)
+    assert parts["loss/policy"] == 0
+
+
+@pytest.mark.parametrize("over_steps", ["sum", "mean"])
+def test_trajectory_kl_loss_by_hand(over_steps: str) -> None:
+    """The surrogate's weight is P / P_old = 1.2 for the first trajectory and 2 (its bound) for the second."""
+    share = 0.5 if over_steps == "mean" else 1.0
+    first, second = math.log(0.5 * 0.6), math.log(0.5)
+    factors = [1.2 * (1 + first - math.log(0.25 * 0.8)), 2 * (1 + second - math.log(0.5))]
+    policy = Given(NOW)
+    total, _ = upo_loss(policy, Fixed(G), tiny_batch([0.0] * 3), "trajectory_kl", 0.3, 0.2, over_steps)
+    assert total.item() == pytest.approx(0.3 * (share * factors[0] * first + factors[1] * second) / 2, rel=1e-6)
+    total.backward()
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    expected[0, 0] = expected[1, 1] = 0.15 * share * factors[0]
+    expected[2, 2] = 0.15 * factors[1]
+    torch.testing.assert_close(policy.logits.grad, expected)
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(0.01, 0.5), (0.7, 0.7), (1.5, 1.5), (40.0, 2.0)])
+def test_the_surrogates_weight_is_clamped(ratio: float, weight: float) -> None:
+    log_p = torch.tensor([-3.0, -1.0], dtype=torch.float64, requires_grad=True)
+    old = log_p.detach() - math.log(ratio) / 2
+    trajectory_kl_surrogate(log_p, old, torch.tensor([-2.0, -2.5]).double(), torch.tensor([0, 0]), 1).sum().backward()
+    assert log_p.grad.tolist() == pytest.approx([weight * (1 - 4 + 4.5)] * 2)
+
+
+def test_categorical_kl_by_hand() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], requires_grad=True)
+    q = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.3, 0.5], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    kl = categorical_kl(p.log(), q.log())
+    expected = [0.5 * math.log(2) - 0.25 * math.log(2), math.log(5), 0.0, INF]
+    torch.testing.assert_close(kl, torch.tensor(expected))
+    log_p = p.detach().log().requires_grad_()
+    categorical_kl(log_p, q.log())[:3].sum().backward()
+    assert log_p.grad.isfinite().all()
+    # d/dl of e^l (l - m) is e^l (1 + l - m)
+    torch.testing.assert_close(log_p.grad[0], torch.tensor([0.5 * (1 + math.log(2)), 0.25, 0.25 * (1 - math.log(2))]))
+
+
+def test_cross_entropy_by_hand() -> None:
+    """One best position, a tie split evenly; positions outside the target's support do not count, even at -inf."""
+    target = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
+    log_pi = torch.tensor([[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [0.0, 1.0, 0.0]]).log().requires_grad_()
+    value = cross_entropy(target.log(), log_pi)
+    torch.testing.assert_close(value, torch.tensor([-math.log(0.3), 1.5 * math.log(2), 0.0]))
+    value.sum().backward()
+    assert torch.equal(log_pi.grad, -target)
+
+
+# ---------------------------------------------------------------------- advantages
+def test_group_advantage_by_hand() -> None:
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.75, 0.25, 0.75])
+    plain = [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0, -0.25, 0.25, -0.25, 0.25]
+    assert group_advantage(reward, 4, False).tolist() == plain
+    # Standard deviations (n - 1): sqrt(0.75 / 3) = 0.5 and sqrt(0.25 / 3).
+    over = [0.5] * 4 + [1.0] * 4 + [math.sqrt(0.25 / 3)] * 4
+    expected = [a / (s + 1e-4) for a, s in zip(plain, over, strict=True)]
+    assert group_advantage(reward, 4, True).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
+def test_equal_returns_give_exactly_zero_gradient(normalise: bool, value: float) -> None:
+    """Also where the mean of equal float32 numbers is not one of them."""
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    policy = small_policy(task, denoiser)
+    nn.init.normal_(policy.head.weight, generator=torch.Generator().manual_seed(0))
+    behaviour = Tempered(policy, 1.0)
+    instances = task.sample(2, torch.Generator().manual_seed(0)).repeat(7)
+    played = core.rollout(
+        task, denoiser, behaviour, instances, order_generator=torch.Generator().manual_seed(1), record=True
+    )
+    batch = flatten(played, group_advantage(torch.full((14,), value), 7, normalise))
+    loss, _ = upo_loss(behaviour, Forbidden(), batch, "none", 1.0, 0.2)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
+    unequal = flatten(played, group_advantage(torch.arange(14.0), 7, normalise))
+    upo_loss(behaviour, Forbidden(), unequal, "none", 1.0, 0.2)[0].backward()
+    assert any(p.grad is not None and p.grad.any() for p in policy.parameters()), "unequal ones do not"
+
+
+# ---------------------------------------------------------------------- sampling
+def test_tempered_is_the_renormalised_power() -> None:
+    policy = Given([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    is_open = torch.tensor([[True] * 4, [False] * 4, [False, False, True, False]])
+    observation = Observation(torch.zeros(3, 4), is_open, Denoised(torch.zeros(3, 4, 1)))
+    cold, hot = (Tempered(policy, t).log_prob(observation) for t in (0.5, 2.0))
+    torch.testing.assert_close(cold[0].exp(), torch.tensor([4 / 6, 1 / 6, 1 / 6, 0]).double())
+    roots = torch.tensor([0.5**0.5, 0.5, 0.5, 0]).double()
+    torch.testing.assert_close(hot[0].exp(), roots / roots.sum())
+    for tempered in (cold, hot):
+        assert tempered[1].tolist() == [-INF] * 4, "a finished board stays without a choice"
+        assert tempered[2].tolist() == [-INF, -INF, 0.0, -INF]
+    assert torch.equal(Tempered(policy, 1.0).log_prob(observation), policy.logits)
+
+
+def test_tempered_gradients_are_finite() -> None:
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    policy = small_policy(task, denoiser)
+    nn.init.normal_(policy.head.weight)
+    tokens = torch.tensor([[0, 0, 1], [0, 2, 1], [2, 2, 2]])
+    observation = Observation(tokens, tokens == 2, denoiser(tokens))
+    log_prob = Tempered(policy, 0.7).log_prob(observation)
+    log_prob[observation.open].square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
+    assert policy.head.weight.grad.any()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_rollout_records_the_distribution_sampled_from(temperature: float) -> None:
+    """What is recorded is the tempered log-probability, and the actions come from it."""
+    task, denoiser = TableTask(JOINT), TableDenoiser(JOINT)
+    policy = TablePolicy(3, 3, seed=2)
+    behaviour = Tempered(policy, temperature)
+    instances = Instances(torch.full((20_000, 3), 3), torch.zeros(20_000, 3, dtype=torch.long))
+    played = core.rollout(
+        task, denoiser, behaviour, instances, order_generator=torch.Generator().manual_seed(0), record=True
+    )
+    batch = flatten(played, torch.zeros(20_000))
+    assert torch.equal(batch.old_log_prob, taken(behaviour, batch))
+    first = played.steps[0]
+    expected = (policy.log_prob(first.observation)[0].exp() ** (1 / temperature)).detach()
+    drawn = first.action.bincount(minlength=3) / 20_000
+    torch.testing.assert_close(drawn.double(), expected / expected.sum(), atol=0.012, rtol=0)
+
+
+def test_flatten_keeps_the_live_steps() -> None:
+    """Rows of 3, 1 and 2 holes."""
+    task, denoiser = TableTask(JOINT), TableDenoiser(JOINT)
+    tokens = torch.tensor([[3, 3, 3], [0, 3, 1], [3, 2, 3]])
+    played = core.rollout(
+        task,
+        denoiser,
+        TablePolicy(3, 3, seed=1),
+        Instances(tokens, torch.zeros_like(tokens)),
+        order_generator=torch.Generator().manual_seed(4),
+        record=True,
+    )
+    batch = flatten(played, torch.tensor([0.5, -1.0, 2.0]))
+    assert sorted(zip(batch.trajectory.tolist(), batch.time.tolist(), strict=True)) == [
+        (0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1),
+    ]  # fmt: skip
+    assert batch.advantage.tolist() == [[0.5, -1.0, 2.0][t] for t in batch.trajectory]
+    assert batch.observation.open.gather(1, batch.action.unsqueeze(1)).all(), "every action was on an open position"
+    assert batch.old_log_prob.isfinite().all()
+    for t, n in ((0, 3), (1, 1), (2, 2)):
+        rows = (batch.trajectory == t).nonzero().squeeze(1)
+        assert sorted(batch.action[rows].tolist()) == tokens[t].eq(3).nonzero().flatten().tolist()
+        first = rows[batch.time[rows] == 0]
+        assert torch.equal(batch.observation.tokens[first[0]], tokens[t])
+        assert batch.observation.open[rows].sum(1).tolist() == list(range(n, 0, -1))
+    expected = denoiser(batch.observation.tokens).log_probs
+    assert torch.equal(batch.observation.denoised.log_probs, expected)
+    assert batch.observation.denoised.hidden is None
+
+
+def test_flatten_keeps_hidden_states() -> None:
+    task = tasks.get("sudoku6")
+    denoiser = load_denoiser("sudoku6-tiny", task)
+    instances = task.heldout(3)
+    played = core.rollout(task, denoiser, reference.Margin(), instances, record=True)
+    batch = flatten(played, torch.zeros(3))
+    assert len(batch.action) == int((instances.tokens == task.mask_id).sum())
+    last = batch.observation[-1:]
+    torch.testing.assert_close(last.denoised.hidden, denoiser(last.tokens).hidden, atol=1e-4, rtol=1e-4)
+
+
+def test_trajectories_of_different_lengths_by_hand() -> None:
+    """Splitting a batch by trajectory and averaging gives the whole batch's loss, also for means over steps."""
+    task, denoiser = TableTask(JOINT), TableDenoiser(JOINT)
+    policy, now = TablePolicy(3, 3, seed=1), TablePolicy(3, 3, seed=2)
+    tokens = torch.tensor([[3, 3, 3], [0, 3, 1], [3, 2, 3]])
+    generator = torch.Generator().manual_seed(4)
+    instances = Instances(tokens, torch.zeros_like(tokens))
+    played = core.rollout(task, denoiser, policy, instances, order_generator=generator, record=True)
+    batch = flatten(played, torch.tensor([0.5, -1.0, 2.0]))
+    for over_steps, regulariser in itertools.product(("sum", "mean"), ("none", "step_kl", "trajectory_kl")):
+        target = reference.SoftmaxConfidence(0.5)
+        whole, _ = upo_loss(now, target, batch, regulariser, 0.5, 0.2, over_steps)
+        parts = []
+        for t in range(3):
+            part = batch.rows((batch.trajectory == t).nonzero().squeeze(1))
+            parts.append(upo_loss(now, target, part, regulariser, 0.5, 0.2, over_steps)[0])
+        torch.testing.assert_close(whole, torch.stack(parts).mean(), atol=1e-6, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- regularisers and starts
+def config(out: Path | str = "unused", **changes: object) -> UPOConfig:
+    return UPOConfig(out=str(out), **changes)
+
+
+def test_auto_regulariser() -> None:
+    for name in ("max_confidence", "margin", "entropy", "left_to_right"):
+        chosen = config(reference=name)
+        assert check_regulariser(chosen, make_reference(chosen)) == "cross_entropy"
+    for name in ("random", "softmax_confidence", "softmax_margin", "top_k"):
+        chosen = config(reference=name)
+        assert check_regulariser(chosen, make_reference(chosen)) == "step_kl"
+        explicit = replace(chosen, regulariser="trajectory_kl")
+        assert check_regulariser(explicit, make_reference(explicit)) == "trajectory_kl"
+
+
+@pytest.mark.parametrize("regulariser", ["trajectory_kl", "step_kl"])
+def test_the_kl_to_a_deterministic_reference_is_refused(tmp_path: Path, regulariser: str) -> None:
+    with pytest.raises(UnmaskError, match="KL to the deterministic reference margin is infinite") as error:
+        upo.train(config(tmp_path / "run", reference="margin", regulariser=regulariser))
+    assert "\n" not in str(error.value)
+    assert "cross_entropy" in str(error.value), "it says what to do"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("regulariser", ["auto", "none", "cross_entropy", "trajectory_kl", "step_kl"])
+def test_beta_zero_asks_no_reference(regulariser: str) -> None:
+    for name in ("margin", "softmax_confidence"):
+        chosen = config(reference=name, beta=0.0, regulariser=regulariser)
+        assert check_regulariser(chosen, make_reference(chosen)) == "none"
+    loss, parts = upo_loss(Given(NOW), Forbidden(), tiny_batch([1.0] * 3), "none", 0.0, 0.2)
+    assert loss.isfinite()
+    assert set(parts) == {"loss/policy", "ratio/clipped"}
+
+
+def test_settings_reach_the_reference() -> None:
+    assert make_reference(config(reference="softmax_margin", tau=0.3)) == reference.SoftmaxMargin(0.3)
+    assert make_reference(config(reference="top_k", top_k=3)) == reference.TopK(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("random", reference.Random()),
+        ("softmax_confidence", reference.SoftmaxConfidence(0.2)),
+        ("max_confidence", reference.SoftmaxConfidence(0.2)),
+        ("softmax_margin", reference.SoftmaxMargin(0.2)),
+        ("margin", reference.SoftmaxMargin(0.2)),
+        ("top_k", reference.TopK(3)),
+    ],
+)
+def test_a_run_starts_at_its_reference(name: str, target: reference.Reference) -> None:
+    task = tasks.get("sudoku6")
+    denoiser = load_denoiser("sudoku6-tiny", task)
+    policy = start(config(reference=name, tau=0.2, top_k=3), task, denoiser)
+    tokens = task.heldout(4).tokens
+    observation = Observation(tokens, tokens == task.mask_id, denoiser(tokens))
+    divergence = categorical_kl(policy.log_prob(observation), target.log_prob(observation))
+    torch.testing.assert_close(divergence, torch.zeros(4), atol=2e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------- mining
+def test_the_pool_keeps_the_most_recent_failures() -> None:
+    task = TableTask(JOINT)
+    pool = Pool(task, share=0.5, capacity=3)
+    for start_at in (0, 10):
+        rows = torch.arange(start_at, start_at + 3).unsqueeze(1).expand(3, 3)
+        pool.add(Instances(rows, rows + 100), torch.tensor([True, False, True]))
+    assert pool.tokens[:, 0].tolist() == [2, 10, 12]
+    assert pool.answers[:, 0].tolist() == [102, 110, 112]
+    instances, fresh = pool.sample(8, torch.Generator().manual_seed(0))
+    assert (len(instances), fresh) == (8, 5), "half of eight, were there four"
+    assert sorted(instances.tokens[fresh:, 0].tolist()) == [2, 10, 12]
+    assert (instances.tokens[:fresh] == task.mask_id).all()
+    other = Pool(task, 0.5)
+    other.load_state_dict(pool.state_dict())
+    assert torch.equal(other.sample(8, torch.Generator().manual_seed(0))[0].tokens, instances.tokens)
+    assert Pool(task, 0.0).sample(4, torch.Generator())[1] == 4
+
+
+# ---------------------------------------------------------------------- training
+class BestSequence(TableTask):
+    """Two symbols, three positions; rewarded is the sequence 0 0 0, which greedy filling reaches only by beginning
+    with position 1: p(x0 = 1) = 0.6 and p(x2 = 1) = 0.6 mislead."""
+
+    joint_table = torch.zeros(2, 2, 2, dtype=torch.float64)
+    joint_table[0, 0, 0] = 0.4
+    joint_table[1, 0, 1] = joint_table[1, 1, 1] = 0.3
+
+    def __init__(self) -> None:
+        super().__init__(self.joint_table)
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return (tokens == 0).all(1).float()
+
+
+SHAPE = PolicyShape(copy=False, layers=1, dim=8, heads=2)
+
+
+def small_policy(task: tasks.Task, denoiser: TableDenoiser) -> OrderPolicy:
+    return new_policy(SHAPE, task, denoiser, seed=0)
+
+
+def small(out: Path, **changes: object) -> UPOConfig:
+    settings: dict[str, object] = {
+        "reference": "random", "beta": 1e-3, "iterations": 15, "puzzles": 8, "group": 4, "lr": 2e-2, "threads": 1,
+        "minibatches": 2, "shape": SHAPE,
+    }  # fmt: skip
+    return UPOConfig(out=str(out), **settings | changes)
+
+
+def expected_reward(policy: OrderPolicy) -> float:
+    """Exact: the probability of choosing position 1 first (then nothing can go wrong)."""
+    tokens = torch.full((1, 3), 2)
+    denoised = TableDenoiser(BestSequence.joint_table)(tokens)
+    return float(policy.log_prob(Observation(tokens, tokens == 2, denoised))[0, 1].exp())
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({}, 0.9),
+        ({"regulariser": "trajectory_kl"}, 0.9),
+        ({"beta": 0.0, "normalise": True, "over_steps": "mean", "mine": 0.0}, 0.9),
+        ({"temperature": 2.0}, 0.9),
+    ],
+    ids=["step_kl", "trajectory_kl", "none", "hot"],
+)
+def test_training_finds_the_better_order(tmp_path: Path, changes: dict, least: float) -> None:
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    assert expected_reward(start(small(tmp_path, **changes), task, denoiser)) == pytest.approx(1 / 3)
+    trained = upo.train(small(tmp_path / "run", **changes), task, denoiser)
+    assert expected_reward(trained) > least
+    saved = load_policy(tmp_path / "run", task)
+    assert expected_reward(saved) == expected_reward(trained)
+
+
+def test_a_strong_regulariser_holds_the_policy_at_the_reference(tmp_path: Path) -> None:
+    """The soft optimum has pi(1) = e^(1/beta) / (e^(1/beta) + 2): at beta = 1 that is 0.576, at beta = 10 0.356."""
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    for beta in (1.0, 10.0):
+        settings = small(tmp_path / f"{beta}", beta=beta, iterations=40, group=16, lr=1e-2)
+        trained = upo.train(settings, task, denoiser)
+        assert expected_reward(trained) == pytest.approx(math.exp(1 / beta) / (math.exp(1 / beta) + 2), abs=0.08)
+
+
+def test_cross_entropy_pulls_to_a_deterministic_reference(tmp_path: Path) -> None:
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    settings = small(tmp_path, reference="left_to_right", beta=5.0)
+    assert expected_reward(upo.train(settings, task, denoiser)) < 0.1
+
+
+def weights(policy: OrderPolicy) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    torch.manual_seed(0)
+    one = upo.train(small(tmp_path / "a", iterations=4), task, denoiser)
+    torch.manual_seed(1)
+    same = upo.train(small(tmp_path / "b", iterations=4), task, denoiser)
+    other = upo.train(small(tmp_path / "c", iterations=4, seed=1), task, denoiser)
+    assert torch.equal(weights(one), weights(same))
+    assert not torch.equal(weights(one), weights(other))
+    saved = [(tmp_path / run / "model.safetensors").read_bytes() for run in "ab"]
+    assert saved[0] == saved[1]
+
+
+def test_a_short_run_on_sudoku(tmp_path: Path) -> None:
+    """Real puzzles with different numbers of blanks, the packaged denoiser, each kind of reference."""
+    for name in ("softmax_confidence", "margin", "top_k"):
+        settings = UPOConfig(
+            out=str(tmp_path / name), reference=name, iterations=1, puzzles=3, group=2, minibatches=2, threads=1
+        )
+        policy = upo.train(settings)
+        assert weights(policy).isfinite().all()
+        init = replace(settings, out=str(tmp_path / f"{name}-more"), init=str(tmp_path / name), seed=1)
+        more = upo.train(init)
+        assert not torch.equal(weights(policy), weights(more))
+
+
+def test_a_kl_to_top_k_from_a_policy_with_other_candidates_is_refused(tmp_path: Path) -> None:
+    """Such a policy may choose what the reference never does: the KL would be infinite."""
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    save_model(small_policy(task, denoiser), tmp_path / "everywhere")
+    settings = small(tmp_path / "run", reference="top_k", top_k=1, init=str(tmp_path / "everywhere"))
+    with pytest.raises(UnmaskError) as error:
+        upo.train(settings, task, denoiser)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 1}, "group must be at least 2"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, not 0"),
+        ({"temperature": -1.0}, "temperature must be greater than 0, not -1"),
+        ({"mine": -0.1}, "mine must be at least 0 and below 1, not -0.1"),
+        ({"mine": 1.0}, "mine must be at least 0 and below 1, not 1.0"),
+        ({"tau": 0.0}, "tau must be a number greater than 0"),
+        ({"reference": "top_k", "top_k": 0}, "k must be a number greater than 0"),
+        ({"env": "Unmask/Sudoku5x5-v0"}, "unknown environment 'Unmask/Sudoku5x5-v0'"),
+        ({"denoiser": "sudoku7"}, "unknown denoiser 'sudoku7'"),
+        ({"init": "sudoku7-upo"}, "unknown order policy 'sudoku7-upo'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"shape": PolicyShape(layers=9)}, "has 3 blocks to copy, not 9"),
+        ({"resume": True}, "nothing to resume"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
+    defaults: dict[str, object] = {"reference": "softmax_confidence"}
+    with pytest.raises(UnmaskError) as error:
+        upo.train(UPOConfig(out=str(tmp_path / "run"), **defaults | changes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"puzzles": 0}, {"iterations": 0}, {"epochs": 0}, {"minibatches": 0}, {"save_every": 0}, {"beta": -1.0},
+        {"lr": -1.0}, {"clip": -0.1}, {"grad_clip": -1.0}, {"seed": -1}, {"threads": 0}, {"tau": math.nan},
+        {"shape": PolicyShape(layers=0)}, {"shape": PolicyShape(copy=False, dim=10, heads=4)},
+        {"shape": PolicyShape(loops=0)},
+    ],
+    ids=lambda changes: ",".join(f"{key}={getattr(value, 'layers', value)}" for key, value in changes.items()),
+)  # fmt: skip
+def test_more_settings_that_do_not_fit(tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(UnmaskError) as error:
+        upo.train(UPOConfig(out=str(tmp_path / "run"), **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists(), "nothing was written"
