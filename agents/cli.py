@@ -112,7 +112,8 @@ def run_evaluate(command: EvaluateCommand) -> None:
             order.to(device)
     denoiser = load_denoiser(command.denoiser, task, device)
     results = evaluate.evaluate(task, denoiser, orders, instances, command.seed, command.batch, progress=True)
-    evaluate.show_table(results, f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances")
+    title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
+    Console().print(evaluate.table(results, title))
     if command.json is not None:
         write_json(command.json, [result.row() for result in results])
 

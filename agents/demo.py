@@ -40,9 +40,9 @@ class DemoConfig:
     """held-out puzzles in the table"""
     puzzles: int = 3000
     """training puzzles played to collect stuck states"""
-    steps: int = 1500
+    steps: int = 800
     """of imitation"""
-    iterations: int = 40
+    iterations: int = 20
     """of UPO"""
     seed: int = 0
     device: str = "cpu"
@@ -83,7 +83,8 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     orders: dict[str, Order] = {name: evaluate.load_order(name, task) for name in HEURISTICS}
     orders["learned (UPO)"] = policy
     results = evaluate.evaluate(task, denoiser, orders, instances, config.seed, progress=True)
-    evaluate.show_table(results, f"{task.name}, denoiser {config.denoiser}, {len(instances)} held-out puzzles")
+    title = f"{task.name}, denoiser {config.denoiser}, {len(instances)} held-out puzzles"
+    console.print(evaluate.table(results, title))
     write_json(out / "table.json", [result.row() for result in results])
     curve(out)
     picture(task, denoiser, orders, results, instances, out / "replay.gif")

@@ -39,11 +39,11 @@ class ImitationConfig:
         "oracle"
     )
     """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong"""
-    puzzles: int = 4000
+    puzzles: int = 3000
     """instances played to collect states"""
     easy: float = 0.15
     """share of each batch that is not stuck"""
-    steps: int = 1500
+    steps: int = 800
     batch: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.01

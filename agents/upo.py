@@ -65,7 +65,8 @@ class UPOConfig:
     """passes over each iteration's trajectories"""
     minibatches: int = 4
     clip: float = 0.2
-    lr: float = 3e-4
+    lr: float = 3e-5
+    """ten times more undoes a policy that imitation has made good; from the bare reference 1e-3 is better"""
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     temperature: float = 1.0
@@ -74,7 +75,7 @@ class UPOConfig:
     """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
     normalise: bool = False
     """divide advantages by the group's standard deviation: the paper's formula does, the released code does not"""
-    mine: float = 0.5
+    mine: float = 0.75
     """share of instances resampled among those that went wrong before; 0 trains on fresh ones only"""
     shape: PolicyShape = field(default_factory=PolicyShape)
     seed: int = 0

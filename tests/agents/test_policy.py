@@ -1,6 +1,7 @@
 """The order policy: a distribution over open positions, equal to its base at the start, seeing what it may see."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,18 +22,19 @@ from unmask_env import core, reference
 from unmask_env.core import Denoised, Observation
 from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
 
-INF = float("inf")
+INF = math.inf
 LENGTH, VOCAB, HIDDEN = 5, 3, 6
 COORDINATES = [[i, i // 2] for i in range(LENGTH)]
+READING = {"dim": 8, "layers": 2, "heads": 2, "gate": 1.0, "sure": 2.0}  # reads every board
 BASES = ("none", "softmax_confidence", "softmax_margin")
 
 
 def policy(seed: int = 0, **options) -> OrderPolicy:
-    """A small policy whose last layer is not zero, so that its scores depend on what it sees."""
+    """A small policy that is not at its start, so that its scores depend on what it sees."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = OrderPolicy(VOCAB, COORDINATES, **{"dim": 8, "layers": 2, "heads": 2} | options)
-        torch.nn.init.normal_(made.head.weight)
+        made = OrderPolicy(VOCAB, COORDINATES, **READING | options)
+        torch.nn.init.normal_(made.numbers.weight)
     return made.eval()
 
 
@@ -113,8 +115,7 @@ def test_impossible_symbols_give_no_nan() -> None:
     tokens = torch.tensor([[2, 2, 2], [0, 2, 2], [1, 1, 2]])
     observation = Observation(tokens, tokens == 2, denoiser(tokens))
     assert (observation.denoised.log_probs == -INF).any()
-    model = OrderPolicy(2, [[0], [1], [2]], dim=8, layers=1, heads=2, base="softmax_margin")
-    torch.nn.init.normal_(model.head.weight)
+    model = OrderPolicy(2, [[0], [1], [2]], dim=8, layers=1, heads=2, base="softmax_margin", gate=1.0, sure=2.0)
     log_prob = model.log_prob(observation)
     log_prob.masked_fill(log_prob == -INF, 0.0).sum().backward()
     assert not log_prob.isnan().any()
@@ -148,14 +149,14 @@ def test_sampling_follows_the_log_probs() -> None:
 )
 @pytest.mark.parametrize("copy", [True, False])
 def test_a_new_policy_equals_its_reference(sudoku6, tiny, boards, start: dict, target, copy: bool) -> None:
-    model = new_policy(PolicyShape(copy=copy, hidden=True), sudoku6, tiny, seed=3, **start)
+    model = new_policy(PolicyShape(copy=copy, hidden=True, sure=2.0), sudoku6, tiny, seed=3, **start)
     ours, theirs = model.log_prob(boards), target.log_prob(boards)
     assert torch.equal(ours > -INF, theirs > -INF)
     divergence = categorical_kl(ours, theirs)
     torch.testing.assert_close(divergence, torch.zeros(6), atol=2e-6, rtol=0)
 
 
-def test_a_new_policy_copies_the_denoisers_blocks(sudoku6, tiny) -> None:
+def test_a_new_policy_copies_the_denoiser(sudoku6, tiny) -> None:
     backbone = tiny.model
     for layers in (1, 2, 3):
         model = new_policy(PolicyShape(layers=layers), sudoku6, tiny, seed=0)
@@ -163,16 +164,25 @@ def test_a_new_policy_copies_the_denoisers_blocks(sudoku6, tiny) -> None:
         for own, theirs in zip(model.blocks, backbone.blocks[3 - layers :], strict=True):
             for key, value in theirs.state_dict().items():
                 assert torch.equal(own.state_dict()[key], value), key
-        for part in ("symbols", "positions", "norm"):
+        for part in ("positions", "norm", "head"):
             for key, value in getattr(backbone, part).state_dict().items():
                 assert torch.equal(getattr(model, part).state_dict()[key], value), (part, key)
+        assert torch.equal(model.symbols.weight, backbone.symbols.weight[:6]), "all but the mask's"
         assert not set(map(id, model.parameters())) & set(map(id, backbone.parameters())), "copies, not the same"
         assert all(p.requires_grad for p in model.parameters()), "the denoiser is frozen, the copy is not"
 
 
+def test_a_copied_policy_reads_a_full_board_as_the_denoiser_does(sudoku6, tiny) -> None:
+    model = new_policy(PolicyShape(), sudoku6, tiny, seed=0)
+    tokens = sudoku6.heldout(4).answers
+    observation = Observation(tokens, torch.zeros_like(tokens, dtype=torch.bool), tiny(tokens))
+    for belief in model.beliefs(observation):
+        torch.testing.assert_close(belief, observation.denoised.log_probs, atol=1e-4, rtol=1e-4)
+
+
 def test_without_copying_the_shape_decides(sudoku6, tiny) -> None:
-    model = new_policy(PolicyShape(copy=False, dim=16, layers=5, heads=2, loops=2), sudoku6, tiny, seed=0)
-    assert (model.symbols.embedding_dim, len(model.blocks), model.blocks[0].heads, model.loops) == (16, 5, 2, 2)
+    model = new_policy(PolicyShape(copy=False, dim=16, layers=5, heads=2), sudoku6, tiny, seed=0)
+    assert (model.symbols.embedding_dim, len(model.blocks), model.blocks[0].heads) == (16, 5, 2)
     assert not torch.equal(model.norm.weight, tiny.model.norm.weight[:16])
 
 
@@ -183,10 +193,10 @@ def test_a_copied_policy_is_no_larger_than_the_denoiser(sudoku6, tiny) -> None:
 def test_the_seed_draws_what_is_not_copied(sudoku6, tiny) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    shape = PolicyShape()
-    one, same, other = (new_policy(shape, sudoku6, tiny, seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(one[key], same[key]) for key in one)
-    assert {key for key in one if not torch.equal(one[key], other[key])} == {"numbers.0.weight", "numbers.1.weight"}
+    for shape, drawn in ((PolicyShape(hidden=True), {"hidden.weight"}), (PolicyShape(), set())):
+        one, same, other = (new_policy(shape, sudoku6, tiny, seed).state_dict() for seed in (1, 1, 2))
+        assert all(torch.equal(one[key], same[key]) for key in one)
+        assert {key for key in one if not torch.equal(one[key], other[key])} == drawn
     assert torch.equal(torch.random.get_rng_state(), before), "torch's own generator is left alone"
 
 
@@ -206,19 +216,31 @@ def tampered(observation: Observation, part: str, seed: int = 9) -> Observation:
     if part == "top_tokens":  # the same probabilities, of other symbols
         shuffle = torch.rand(log_probs.shape, generator=generator).argsort(-1)
         return replace(observation, denoised=Denoised(log_probs.gather(-1, shuffle), hidden))
+    if part == "less likely tokens":  # the same probabilities, of other symbols, save for the most likely one
+        order = log_probs.argsort(-1, descending=True)
+        swapped = order[..., [0, *range(VOCAB - 1, 0, -1)]]
+        return replace(
+            observation,
+            denoised=Denoised(
+                torch.zeros_like(log_probs).scatter(-1, swapped, log_probs.sort(-1, descending=True).values), hidden
+            ),
+        )
     return replace(observation, denoised=Denoised(log_probs, torch.randn(hidden.shape, generator=generator)))
 
 
 @pytest.mark.parametrize("part", ["tokens", "top_tokens", "hidden"])
 def test_what_is_switched_off_is_not_seen(part: str) -> None:
+    """Neither by the policy's beliefs nor by its choice; the choice always knows which symbol would be filled in."""
     seeing = {"tokens": True, "top_tokens": True, "hidden_dim": HIDDEN}
     blind = seeing | {"hidden_dim": 0} if part == "hidden" else seeing | {part: False}
     observation = observe(4)
     changed = tampered(observation, part)
-    rows = observation.open.sum(1) > 1
+    kept = tampered(observation, "less likely tokens") if part == "top_tokens" else changed
     with torch.no_grad():
-        assert torch.equal(policy(**blind).score(observation), policy(**blind).score(changed))
-        before, after = (policy(**seeing).score(o)[rows] for o in (observation, changed))
+        for one, other in zip(policy(**blind).beliefs(observation), policy(**blind).beliefs(changed), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(policy(**blind).log_prob(observation), policy(**blind).log_prob(kept))
+        before, after = (policy(**seeing).log_prob(o)[observation.open] for o in (observation, kept))
     assert not torch.allclose(before, after, atol=1e-3), "switched on, it is seen"
 
 
@@ -244,15 +266,104 @@ def test_features_by_hand() -> None:
     second = torch.tensor([1.0, e16, e16, 0.0, -2.0, -2.0, 0.0, 1.0, 1.0, 2 / 3])
     torch.testing.assert_close(features[0], first)
     torch.testing.assert_close(features[1], second)
-    torch.testing.assert_close(features[2], torch.tensor([0.0] * 9 + [2 / 3]))
+    half, quarter = math.log(0.5), math.log(0.25)
+    third = [0.5, 0.25, 0.25, half / 8, quarter / 8, quarter / 8, -0.5 * half - 0.5 * quarter, 0.25, 0.0, 2 / 3]
+    torch.testing.assert_close(features[2], torch.tensor(third))
+
+
+def test_score_by_hand() -> None:
+    """The gate times the log-odds of the symbol that would be filled in, plus the linear part."""
+    p = torch.tensor([[[0.2, 0.7, 0.1], [0.3, 0.3, 0.4]]])
+    observation = Observation(torch.tensor([[3, 3]]), torch.ones(1, 2, dtype=torch.bool), Denoised(p.log()))
+    model = OrderPolicy(3, [[0], [1]], dim=4, layers=1, heads=1, gate=0.5)
+    belief = torch.tensor([[[0.5, 0.2, 0.3], [0.05, 0.05, 0.9]]]).log()
+    torch.testing.assert_close(model.score(observation, belief)[0], 0.5 * torch.tensor([0.2 / 0.8, 9.0]).log())
+    with torch.no_grad():
+        model.numbers.weight[0, 0] = 2.0  # of the largest probability
+    expected = 0.5 * torch.tensor([0.25, 9.0]).log() + 2 * torch.tensor([0.7, 0.4])
+    torch.testing.assert_close(model.score(observation, belief)[0], expected)
+    torch.testing.assert_close(model.read_log_prob(observation, belief)[0], expected.log_softmax(0))
+
+
+def test_readings_by_hand() -> None:
+    """The second reading sees the first one's belief where the first saw the denoiser's distributions."""
+    twice, observation = policy(readings=2), observe(6)
+    first, second = twice.beliefs(observation)
+    once = policy(readings=1)
+    assert torch.equal(once.beliefs(observation)[0], first)
+    seen = replace(observation, denoised=Denoised(first, observation.denoised.hidden))
+    torch.testing.assert_close(once.beliefs(seen)[0], second)
+    expected = twice.read_log_prob(observation, second)
+    torch.testing.assert_close(twice.log_prob(observation), expected)
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+# ---------------------------------------------------------------------- where the denoiser is sure
+def half_sure() -> Observation:
+    """Row 0 has a sure open position, row 1 a sure closed one only, row 2 none, row 3 has nothing open."""
+    p = torch.full((4, LENGTH, VOCAB), 1 / 3)
+    p[:, 1] = torch.tensor([0.5, 0.3, 0.2])
+    p[:2, 3] = torch.tensor([0.98, 0.01, 0.01])
+    is_open = torch.tensor([[True] * LENGTH, [True, True, True, False, True], [True] * LENGTH, [False] * LENGTH])
+    return Observation(torch.where(is_open, VOCAB, 0), is_open, Denoised(p.log()))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_where_the_denoiser_is_sure_the_policy_is_its_base(base: str) -> None:
+    observation, model = half_sure(), policy(base=base, sure=0.97)
+    assert model.unsure(observation)[:3].tolist() == [False, True, True]
+    followed = reference.MaxConfidence() if base == "none" else reference.get(base, tau=0.05)
+    log_prob = model.log_prob(observation)
+    torch.testing.assert_close(log_prob[0], followed.log_prob(observation)[0])
+    always = policy(base=base).log_prob(observation)
+    torch.testing.assert_close(log_prob[1:], always[1:])
+    assert not torch.allclose(always[0], log_prob[0], atol=1e-3)
+    exactly = policy(base=base, sure=0.975).log_prob(observation)
+    torch.testing.assert_close(exactly, log_prob)
+    assert torch.equal(policy(base=base, sure=0.99).log_prob(observation), always), "below the bound it reads"
+
+
+def test_only_unsure_boards_have_a_gradient() -> None:
+    observation, model = half_sure(), policy(base="softmax_margin", sure=0.97)
+
+    def gradient(rows: list[int]) -> Tensor:
+        log_prob = model.log_prob(observation)[rows]
+        return torch.autograd.grad(log_prob[log_prob > -INF].square().sum(), model.gate)[0]
+
+    assert gradient([0]) == 0
+    assert gradient([1]) != 0
+    torch.testing.assert_close(gradient([0, 1, 2, 3]), gradient([1]) + gradient([2]))
+
+
+@pytest.mark.parametrize("sure", [0.97, 2.0])
+def test_only_candidates_are_chosen_also_where_the_denoiser_is_sure(sure: float) -> None:
+    """Five positions tie at certainty; two candidates, as the top-k reference chooses them."""
+    p = torch.tensor([[[1.0, 0.0, 0.0]] * LENGTH])
+    is_open = torch.ones(1, LENGTH, dtype=torch.bool)
+    observation = Observation(torch.full((1, LENGTH), VOCAB), is_open, Denoised(p.log()))
+    chosen = policy(candidates=2, sure=sure).log_prob(observation) > -INF
+    assert torch.equal(chosen, reference.TopK(2).log_prob(observation) > -INF)
+
+
+def test_a_certain_belief_has_a_finite_score() -> None:
+    belief = torch.tensor([[[0.0, -200.0, -200.0], [-200.0, 0.0, -200.0]]], requires_grad=True)
+    observation = Observation(
+        torch.tensor([[3, 3]]), torch.ones(1, 2, dtype=torch.bool), Denoised(torch.tensor([[[1.0, 0, 0]] * 2]).log())
+    )
+    score = OrderPolicy(3, [[0], [1]], dim=4, layers=1, heads=1, gate=1.0).score(observation, belief)
+    score.sum().backward()
+    assert score.isfinite().all()
+    assert belief.grad.isfinite().all()
+    assert score[0, 0] > 10
+    assert score[0, 1] == -200
 
 
 # ---------------------------------------------------------------------- files
 @pytest.mark.parametrize(
     "options",
     [
-        {"base": "softmax_margin", "base_tau": 0.3, "candidates": 2, "loops": 2},
-        {"tokens": False, "top_tokens": False, "hidden_dim": HIDDEN},
+        {"base": "softmax_margin", "base_tau": 0.3, "candidates": 2, "readings": 3},
+        {"tokens": False, "top_tokens": False, "hidden_dim": HIDDEN, "sure": 0.6},
     ],
     ids=["base", "blind"],
 )

@@ -41,7 +41,7 @@ NEVER = 99.0  # a reward or bound that no test reaches
 
 
 class TablePolicy(nn.Module):
-    """One free logit per (board, position), in float64: any order policy of V symbols and L positions."""
+    """One free logit per (board, position), any order policy of V symbols and L positions."""
 
     def __init__(self, vocab_size: int, length: int, seed: int | None = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class TablePolicy(nn.Module):
         shape = (self.base**length, length)
         generator = torch.Generator().manual_seed(seed or 0)
         logits = torch.zeros(shape) if seed is None else torch.randn(shape, generator=generator)
-        self.table = nn.Parameter(logits.double())
+        self.table = nn.Parameter(logits)
 
     def log_prob(self, observation: Observation) -> Tensor:
         powers = self.base ** torch.arange(observation.tokens.shape[1])
@@ -60,7 +60,7 @@ class Fixed(reference.Reference):
     """A reference from a table of probabilities per row."""
 
     def __init__(self, probabilities: list[list[float]]) -> None:
-        self.table = torch.tensor(probabilities, dtype=torch.float64)
+        self.table = torch.tensor(probabilities)
 
     def log_prob(self, observation: Observation) -> Tensor:
         return self.table.log()
@@ -81,8 +81,8 @@ class Toy(NamedTuple):
     reward: Tensor
 
 
-JOINT = random_joint(3, 3, seed=5)
-SEQUENCE_REWARD = torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+JOINT = random_joint(3, 3, seed=23)
+SEQUENCE_REWARD = torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(1))
 
 
 def enumerate_toy(length: int = 3) -> Toy:
@@ -107,7 +107,7 @@ def enumerate_toy(length: int = 3) -> Toy:
         Batch(
             observation,
             torch.tensor(actions),
-            torch.zeros(len(actions), dtype=torch.float64),
+            torch.zeros(len(actions)),
             trajectory,
             torch.arange(length).repeat(len(orders)),
             reward[trajectory],
@@ -144,7 +144,7 @@ def test_the_trajectory_kl_surrogate_has_the_exact_gradient_on_policy(toy: Toy, 
     """In expectation over trajectories from the policy itself, against autograd through the enumerated KL."""
     policy, target = TablePolicy(3, 3, seed), reference.SoftmaxConfidence(0.3)
     batch = on_policy(policy, toy.batch)
-    log_ref = target.log_prob(batch.observation).double()
+    log_ref = target.log_prob(batch.observation)
     chosen = taken(policy, batch)
     log_target = log_ref.gather(1, batch.action.unsqueeze(1)).squeeze(1)
     log_p, log_g = per_trajectory(chosen), per_trajectory(log_target)
@@ -153,7 +153,7 @@ def test_the_trajectory_kl_surrogate_has_the_exact_gradient_on_policy(toy: Toy, 
     chosen = taken(policy, batch)
     surrogate = trajectory_kl_surrogate(chosen, batch.old_log_prob, log_target, batch.trajectory, 6)
     estimate = gradient((log_p.detach().exp() * surrogate).sum(), policy)
-    torch.testing.assert_close(estimate, exact, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(estimate, exact, atol=1e-6, rtol=1e-5)
     assert exact.abs().max() > 1e-2
 
 
@@ -161,7 +161,7 @@ def test_the_trajectory_kl_surrogate_has_the_exact_gradient_on_policy(toy: Toy, 
 def test_the_trajectory_kl_is_the_expected_sum_of_step_kls(toy: Toy, seed: int | None) -> None:
     policy, target = TablePolicy(3, 3, seed), reference.SoftmaxMargin(0.5)
     log_p = per_trajectory(taken(policy, toy.batch))
-    log_ref = target.log_prob(toy.batch.observation).double()
+    log_ref = target.log_prob(toy.batch.observation)
     log_g = per_trajectory(log_ref.gather(1, toy.batch.action.unsqueeze(1)).squeeze(1))
     steps = per_trajectory(categorical_kl(policy.log_prob(toy.batch.observation), log_ref))
     whole = (log_p.exp() * (log_p - log_g)).sum()
@@ -176,14 +176,14 @@ def test_the_regularised_advantage_makes_the_gradient_exact(toy: Toy, beta: floa
     All six orders form one group, so the baselines are constants of (trajectory set, time) and drop out.
     """
     policy, target = TablePolicy(3, 3, seed), reference.SoftmaxConfidence(0.2)
-    log_ref = target.log_prob(toy.batch.observation).double()
+    log_ref = target.log_prob(toy.batch.observation)
     p = per_trajectory(taken(policy, toy.batch)).exp()
     kl = categorical_kl(policy.log_prob(toy.batch.observation), log_ref)
     exact = -gradient((p * (toy.reward - beta * per_trajectory(kl))).sum(), policy)
 
     batch = on_policy(policy, toy.batch)
     batch = batch._replace(advantage=group_advantage(toy.reward, 6, False)[batch.trajectory])
-    batch = batch._replace(advantage=regularised_advantage(batch, kl.detach().float(), beta, 6).double())
+    batch = batch._replace(advantage=regularised_advantage(batch, kl.detach(), beta, 6))
     losses = []
     for t in range(6):
         part = batch.rows((batch.trajectory == t).nonzero().squeeze(1))
@@ -223,10 +223,10 @@ def test_regularised_advantage_by_hand() -> None:
 
 # ---------------------------------------------------------------------- the loss by hand
 class Given:
-    """An order with the given probabilities, one row per step of the batch (float64 logits to differentiate)."""
+    """An order with the given probabilities, one row per step of the batch (the logits can be differentiated)."""
 
     def __init__(self, probabilities: list[list[float]]) -> None:
-        self.logits = torch.tensor(probabilities, dtype=torch.float64).log().requires_grad_()
+        self.logits = torch.tensor(probabilities).log().requires_grad_()
 
     def log_prob(self, observation: Observation) -> Tensor:
         return self.logits
@@ -245,10 +245,10 @@ def tiny_batch(advantage: list[float]) -> Batch:
     return Batch(
         observation,
         torch.tensor(ACTIONS),
-        torch.tensor(OLD, dtype=torch.float64).log(),
+        torch.tensor(OLD).log(),
         torch.tensor([4, 4, 7]),
         torch.tensor([0, 1, 0]),
-        torch.tensor(advantage, dtype=torch.float64),
+        torch.tensor(advantage),
     )
 
 
@@ -270,9 +270,7 @@ NOW = [[0.5, 0.25, 0.25], [0.2, 0.6, 0.2], [0.25, 0.25, 0.5]]
         ([1.0, -1.0, -3.0], 0.1, "mean", 3.05, 2 / 3),
     ],
 )
-def test_policy_loss_by_hand(
-    advantage: list[float], clip: float, over_steps: str, loss: float, clipped: float
-) -> None:
+def test_policy_loss_by_hand(advantage: list[float], clip: float, over_steps: str, loss: float, clipped: float) -> None:
     policy = Given(NOW)
     total, parts = upo_loss(policy, Forbidden(), tiny_batch(advantage), "none", NEVER, clip, over_steps)
     assert total.item() == pytest.approx(loss, rel=1e-6)
@@ -330,7 +328,7 @@ def test_trajectory_kl_loss_by_hand(over_steps: str) -> None:
     total, _ = upo_loss(policy, Fixed(G), tiny_batch([0.0] * 3), "trajectory_kl", 0.3, 0.2, over_steps)
     assert total.item() == pytest.approx(0.3 * (share * factors[0] * first + factors[1] * second) / 2, rel=1e-6)
     total.backward()
-    expected = torch.zeros(3, 3, dtype=torch.float64)
+    expected = torch.zeros(3, 3)
     expected[0, 0] = expected[1, 1] = 0.15 * share * factors[0]
     expected[2, 2] = 0.15 * factors[1]
     torch.testing.assert_close(policy.logits.grad, expected)
@@ -338,9 +336,9 @@ def test_trajectory_kl_loss_by_hand(over_steps: str) -> None:
 
 @pytest.mark.parametrize(("ratio", "weight"), [(0.01, 0.5), (0.7, 0.7), (1.5, 1.5), (40.0, 2.0)])
 def test_the_surrogates_weight_is_clamped(ratio: float, weight: float) -> None:
-    log_p = torch.tensor([-3.0, -1.0], dtype=torch.float64, requires_grad=True)
+    log_p = torch.tensor([-3.0, -1.0], requires_grad=True)
     old = log_p.detach() - math.log(ratio) / 2
-    trajectory_kl_surrogate(log_p, old, torch.tensor([-2.0, -2.5]).double(), torch.tensor([0, 0]), 1).sum().backward()
+    trajectory_kl_surrogate(log_p, old, torch.tensor([-2.0, -2.5]), torch.tensor([0, 0]), 1).sum().backward()
     assert log_p.grad.tolist() == pytest.approx([weight * (1 - 4 + 4.5)] * 2)
 
 
@@ -350,8 +348,8 @@ def test_categorical_kl_by_hand() -> None:
     kl = categorical_kl(p.log(), q.log())
     expected = [0.5 * math.log(2) - 0.25 * math.log(2), math.log(5), 0.0, INF]
     torch.testing.assert_close(kl, torch.tensor(expected))
-    log_p = p.detach().log().requires_grad_()
-    categorical_kl(log_p, q.log())[:3].sum().backward()
+    log_p = p[:3].detach().log().requires_grad_()
+    categorical_kl(log_p, q[:3].log()).sum().backward()
     assert log_p.grad.isfinite().all()
     # d/dl of e^l (l - m) is e^l (1 + l - m)
     torch.testing.assert_close(log_p.grad[0], torch.tensor([0.5 * (1 + math.log(2)), 0.25, 0.25 * (1 - math.log(2))]))
@@ -383,8 +381,7 @@ def test_group_advantage_by_hand() -> None:
 def test_equal_returns_give_exactly_zero_gradient(normalise: bool, value: float) -> None:
     """Also where the mean of equal float32 numbers is not one of them."""
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
-    policy = small_policy(task, denoiser)
-    nn.init.normal_(policy.head.weight, generator=torch.Generator().manual_seed(0))
+    policy = small_policy(task, denoiser, gate=1.0)
     behaviour = Tempered(policy, 1.0)
     instances = task.sample(2, torch.Generator().manual_seed(0)).repeat(7)
     played = core.rollout(
@@ -406,8 +403,8 @@ def test_tempered_is_the_renormalised_power() -> None:
     is_open = torch.tensor([[True] * 4, [False] * 4, [False, False, True, False]])
     observation = Observation(torch.zeros(3, 4), is_open, Denoised(torch.zeros(3, 4, 1)))
     cold, hot = (Tempered(policy, t).log_prob(observation) for t in (0.5, 2.0))
-    torch.testing.assert_close(cold[0].exp(), torch.tensor([4 / 6, 1 / 6, 1 / 6, 0]).double())
-    roots = torch.tensor([0.5**0.5, 0.5, 0.5, 0]).double()
+    torch.testing.assert_close(cold[0].exp(), torch.tensor([4 / 6, 1 / 6, 1 / 6, 0]))
+    roots = torch.tensor([0.5**0.5, 0.5, 0.5, 0])
     torch.testing.assert_close(hot[0].exp(), roots / roots.sum())
     for tempered in (cold, hot):
         assert tempered[1].tolist() == [-INF] * 4, "a finished board stays without a choice"
@@ -417,14 +414,13 @@ def test_tempered_is_the_renormalised_power() -> None:
 
 def test_tempered_gradients_are_finite() -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
-    policy = small_policy(task, denoiser)
-    nn.init.normal_(policy.head.weight)
+    policy = small_policy(task, denoiser, gate=1.0)
     tokens = torch.tensor([[0, 0, 1], [0, 2, 1], [2, 2, 2]])
     observation = Observation(tokens, tokens == 2, denoiser(tokens))
     log_prob = Tempered(policy, 0.7).log_prob(observation)
     log_prob[observation.open].square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
-    assert policy.head.weight.grad.any()
+    assert policy.gate.grad.any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -442,7 +438,7 @@ def test_a_rollout_records_the_distribution_sampled_from(temperature: float) -> 
     first = played.steps[0]
     expected = (policy.log_prob(first.observation)[0].exp() ** (1 / temperature)).detach()
     drawn = first.action.bincount(minlength=3) / 20_000
-    torch.testing.assert_close(drawn.double(), expected / expected.sum(), atol=0.012, rtol=0)
+    torch.testing.assert_close(drawn, expected / expected.sum(), atol=0.012, rtol=0)
 
 
 def test_flatten_keeps_the_live_steps() -> None:
@@ -524,7 +520,7 @@ def test_auto_regulariser() -> None:
 @pytest.mark.parametrize("regulariser", ["trajectory_kl", "step_kl"])
 def test_the_kl_to_a_deterministic_reference_is_refused(tmp_path: Path, regulariser: str) -> None:
     with pytest.raises(UnmaskError, match="KL to the deterministic reference margin is infinite") as error:
-        upo.train(config(tmp_path / "run", reference="margin", regulariser=regulariser))
+        upo.train(config(tmp_path / "run", denoiser="sudoku6-tiny", reference="margin", regulariser=regulariser))
     assert "\n" not in str(error.value)
     assert "cross_entropy" in str(error.value), "it says what to do"
     assert not (tmp_path / "run").exists()
@@ -557,13 +553,17 @@ def test_settings_reach_the_reference() -> None:
     ],
 )
 def test_a_run_starts_at_its_reference(name: str, target: reference.Reference) -> None:
+    """On boards where the denoiser is sure and on boards where it is not."""
     task = tasks.get("sudoku6")
     denoiser = load_denoiser("sudoku6-tiny", task)
     policy = start(config(reference=name, tau=0.2, top_k=3), task, denoiser)
-    tokens = task.heldout(4).tokens
-    observation = Observation(tokens, tokens == task.mask_id, denoiser(tokens))
+    played = core.rollout(task, denoiser, reference.Margin(), task.heldout(6), record=True)
+    observation = flatten(played, torch.zeros(6)).observation
+    sure = reference.confidence(observation).masked_fill(~observation.open, 0.0).max(1).values >= 0.97
+    assert sure.any()
+    assert (~sure).any()
     divergence = categorical_kl(policy.log_prob(observation), target.log_prob(observation))
-    torch.testing.assert_close(divergence, torch.zeros(4), atol=2e-6, rtol=0)
+    torch.testing.assert_close(divergence, torch.zeros(len(divergence)), atol=2e-6, rtol=0)
 
 
 # ---------------------------------------------------------------------- mining
@@ -604,8 +604,8 @@ class BestSequence(TableTask):
 SHAPE = PolicyShape(copy=False, layers=1, dim=8, heads=2)
 
 
-def small_policy(task: tasks.Task, denoiser: TableDenoiser) -> OrderPolicy:
-    return new_policy(SHAPE, task, denoiser, seed=0)
+def small_policy(task: tasks.Task, denoiser: TableDenoiser, gate: float = 0.0) -> OrderPolicy:
+    return new_policy(SHAPE, task, denoiser, seed=0, gate=gate)
 
 
 def small(out: Path, **changes: object) -> UPOConfig:
@@ -616,6 +616,7 @@ def small(out: Path, **changes: object) -> UPOConfig:
     return UPOConfig(out=str(out), **settings | changes)
 
 
+@torch.no_grad()
 def expected_reward(policy: OrderPolicy) -> float:
     """Exact: the probability of choosing position 1 first (then nothing can go wrong)."""
     tokens = torch.full((1, 3), 2)
@@ -678,7 +679,14 @@ def test_a_short_run_on_sudoku(tmp_path: Path) -> None:
     """Real puzzles with different numbers of blanks, the packaged denoiser, each kind of reference."""
     for name in ("softmax_confidence", "margin", "top_k"):
         settings = UPOConfig(
-            out=str(tmp_path / name), reference=name, iterations=1, puzzles=3, group=2, minibatches=2, threads=1
+            out=str(tmp_path / name),
+            denoiser="sudoku6-tiny",
+            reference=name,
+            iterations=1,
+            puzzles=3,
+            group=2,
+            minibatches=2,
+            threads=1,
         )
         policy = upo.train(settings)
         assert weights(policy).isfinite().all()
@@ -695,6 +703,29 @@ def test_a_kl_to_top_k_from_a_policy_with_other_candidates_is_refused(tmp_path: 
     with pytest.raises(UnmaskError) as error:
         upo.train(settings, task, denoiser)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_where_nothing_is_left_to_decide(tmp_path: Path) -> None:
+    """The denoiser is sure of every board, so no loss has a gradient: the policy stays as it was."""
+    joint = torch.full((2, 2, 2), 1e-9)
+    joint[0, 0, 0] = 1
+    task, denoiser = TableTask(joint), TableDenoiser(joint)
+    settings = small(tmp_path / "run", reference="softmax_confidence", iterations=2)
+    trained = upo.train(settings, task, denoiser)
+    assert torch.equal(weights(trained), weights(start(settings, task, denoiser)))
+
+
+def test_instances_without_holes_among_the_others(tmp_path: Path) -> None:
+    class SometimesFull(BestSequence):
+        def sample(self, n: int, generator: torch.Generator) -> Instances:
+            drawn = super().sample(n, generator)
+            tokens = drawn.tokens.clone()
+            tokens[-1] = drawn.answers[-1]
+            return Instances(tokens, drawn.answers)
+
+    settings = small(tmp_path, iterations=2, mine=0.0, minibatches=1)
+    trained = upo.train(settings, SometimesFull(), TableDenoiser(BestSequence.joint_table))
+    assert weights(trained).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -717,9 +748,8 @@ def test_a_kl_to_top_k_from_a_policy_with_other_candidates_is_refused(tmp_path: 
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_do_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
-    defaults: dict[str, object] = {"reference": "softmax_confidence"}
     with pytest.raises(UnmaskError) as error:
-        upo.train(UPOConfig(out=str(tmp_path / "run"), **defaults | changes))
+        upo.train(UPOConfig(out=str(tmp_path / "run"), **{"denoiser": "sudoku6-tiny"} | changes))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists(), "nothing was written"
@@ -731,12 +761,13 @@ def test_settings_that_do_not_fit(tmp_path: Path, changes: dict, message: str) -
         {"puzzles": 0}, {"iterations": 0}, {"epochs": 0}, {"minibatches": 0}, {"save_every": 0}, {"beta": -1.0},
         {"lr": -1.0}, {"clip": -0.1}, {"grad_clip": -1.0}, {"seed": -1}, {"threads": 0}, {"tau": math.nan},
         {"shape": PolicyShape(layers=0)}, {"shape": PolicyShape(copy=False, dim=10, heads=4)},
-        {"shape": PolicyShape(loops=0)},
+        {"shape": PolicyShape(readings=0)},
     ],
     ids=lambda changes: ",".join(f"{key}={getattr(value, 'layers', value)}" for key, value in changes.items()),
 )  # fmt: skip
 def test_more_settings_that_do_not_fit(tmp_path: Path, changes: dict) -> None:
     with pytest.raises(UnmaskError) as error:
-        upo.train(UPOConfig(out=str(tmp_path / "run"), **changes))
+        few = {"denoiser": "sudoku6-tiny", "iterations": 1, "puzzles": 1, "group": 2}
+        upo.train(UPOConfig(out=str(tmp_path / "run"), **few | changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists(), "nothing was written"

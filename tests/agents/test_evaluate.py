@@ -1,0 +1,217 @@
+"""Evaluation: intervals against known values, rows in the instances' order, the JSON form."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import tasks
+from agents import evaluate as evaluation
+from agents.evaluate import Result, evaluate, load_order, normal_interval, paired_difference, wilson
+from agents.policy import OrderPolicy, PolicyShape, new_policy
+from pretrain.checkpoint import save_model
+from tasks import Instances, UnknownNameError, UnmaskError
+from tests.oracles.enumeration import TableTask, random_joint
+from unmask_env import core, reference
+from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
+
+KEYS = ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "n", "ci95", "seconds"]
+
+
+# ---------------------------------------------------------------------- intervals
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.27753),
+        (10, 10, 0.72247, 1.0),
+        (50, 100, 0.40383, 0.59617),
+        (1, 1, 0.20654, 1.0),
+        (81, 263, 0.25529, 0.36621),  # Newcombe 1998, table I: 0.2553 to 0.3662
+        (15, 148, 0.06239, 0.16053),  # there: 0.0624 to 0.1605
+        (0, 20, 0.0, 0.16113),  # there: 0 to 0.1611
+        (1, 29, 0.00611, 0.17176),  # there: 0.0061 to 0.1718
+    ],
+)
+def test_wilson_against_known_values(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == pytest.approx((low, high), abs=2e-5)
+
+
+def test_wilson_is_the_score_test_inverted() -> None:
+    """At its ends the proportion lies 1.96 standard errors, of the hypothesis, away."""
+    for successes, n in ((3, 17), (40, 50), (999, 1000)):
+        for bound in wilson(successes, n):
+            z = (successes / n - bound) / math.sqrt(bound * (1 - bound) / n)
+            assert abs(z) == pytest.approx(1.959964, abs=1e-5)
+
+
+def test_normal_interval_by_hand() -> None:
+    """Mean 2, standard deviation 1 (n - 1), standard error 1 / sqrt(3)."""
+    assert normal_interval(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(
+        (2 - 1.959964 / math.sqrt(3), 2 + 1.959964 / math.sqrt(3))
+    )
+    assert normal_interval(torch.tensor([0.5])) == (-math.inf, math.inf)
+
+
+def test_paired_difference_by_hand() -> None:
+    a, b = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    half = 1.959964 * math.sqrt(1 / 3) / 2  # differences 0, 1, 0, 1: variance 1 / 3
+    assert paired_difference(a, b) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert paired_difference(a, a) == (0.0, 0.0, 0.0)
+    mean, low, high = paired_difference(b, a)
+    assert (mean, low, high) == pytest.approx((-0.5, -0.5 - half, -0.5 + half))
+
+
+# ---------------------------------------------------------------------- evaluate
+@pytest.fixture(scope="module")
+def sudoku6() -> tasks.Task:
+    return tasks.get("sudoku6")
+
+
+@pytest.fixture(scope="module")
+def tiny(sudoku6: tasks.Task) -> FrozenDenoiser:
+    return load_denoiser("sudoku6-tiny", sudoku6)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 500])
+def test_metrics_come_in_the_order_of_the_instances(sudoku6, tiny, batch: int) -> None:
+    """Although boards are played sorted by their number of blanks."""
+    instances = sudoku6.heldout(20)
+    blanks = (instances.tokens == sudoku6.mask_id).sum(1)
+    assert not torch.equal(blanks, blanks.sort().values)
+    [result] = evaluate(sudoku6, tiny, {"margin": reference.Margin()}, instances, batch=batch)
+    for i in range(20):
+        one = instances[i : i + 1]
+        played = core.rollout(sudoku6, tiny, reference.Margin(), one)
+        for name, value in sudoku6.metrics(played.state.tokens, one).items():
+            assert result.metrics[name][i] == value[0], (name, i)
+    assert 0 < float(result.metrics["cell_accuracy"].mean())
+    assert len(result.metrics["cell_accuracy"].unique()) > 1
+
+
+def test_nfe_is_the_number_of_blanks(sudoku6, tiny) -> None:
+    instances = sudoku6.heldout(12)
+    blanks = (instances.tokens == sudoku6.mask_id).sum(1).float()
+    [result] = evaluate(sudoku6, tiny, {"random": reference.Random()}, instances, batch=5)
+    assert result.nfe == pytest.approx(float(blanks.mean()))
+    fixed = tasks.get("sudoku6", blanks=9)
+    [result] = evaluate(fixed, tiny, {"random": reference.Random()}, fixed.heldout(5))
+    assert result.nfe == 9
+
+
+def test_a_forward_per_step_of_the_longest_board(sudoku6, tiny) -> None:
+    instances = sudoku6.heldout(8)
+    blanks = (instances.tokens == sudoku6.mask_id).sum(1)
+    before = tiny.calls
+    evaluate(sudoku6, tiny, {"margin": reference.Margin()}, instances)
+    assert tiny.calls - before == int(blanks.max())
+
+
+def test_json_rows(sudoku6, tiny) -> None:
+    orders = {"random": reference.Random(), "mine": new_policy(PolicyShape(), sudoku6, tiny, seed=0)}
+    results = evaluate(sudoku6, tiny, orders, sudoku6.heldout(10))
+    rows = json.loads(json.dumps([result.row() for result in results]))
+    assert [row["order"] for row in rows] == ["random", "mine"]
+    for row, result in zip(rows, results, strict=True):
+        assert list(row) == KEYS
+        assert row["n"] == 10
+        assert row["solve_rate"] == pytest.approx(float(result.metrics["solved"].mean()))
+        assert row["ci95"] == pytest.approx(list(wilson(int(result.solved.sum()), 10)))
+        assert row["ci95"][0] <= row["solve_rate"] <= row["ci95"][1]
+        assert row["seconds"] > 0
+
+
+def test_a_row_by_hand() -> None:
+    metrics = {
+        "solved": torch.tensor([1.0, 0, 0, 0]),
+        "cell_accuracy": torch.tensor([1, 0.5, 0.25, 0.25]),
+        "valid": torch.tensor([1.0, 1, 0, 0]),
+    }
+    low, high = wilson(1, 4)
+    assert Result("margin", metrics, nfe=7.5, seconds=0.25).row() == {
+        "order": "margin",
+        "solve_rate": 0.25,
+        "cell_accuracy": 0.5,
+        "valid_rate": 0.5,
+        "nfe": 7.5,
+        "n": 4,
+        "ci95": [low, high],
+        "seconds": 0.25,
+    }
+
+
+def test_the_table_shows_every_order(sudoku6, tiny) -> None:
+    orders = {"margin": reference.Margin(), "oracle": reference.Oracle()}
+    results = evaluate(sudoku6, tiny, orders, sudoku6.heldout(10))
+    drawn = Console(width=200)
+    with drawn.capture() as capture:
+        evaluation.show_table(results, "the title", drawn.print)
+    text = capture.get()
+    assert "the title" in text
+    assert "oracle (sees the answers)" in text
+    for name in ("solve rate", "cell accuracy", "rules valid", "NFE", "seconds", "margin"):
+        assert name in text
+    solved = int(results[0].solved.sum())
+    low, high = wilson(solved, 10)
+    assert f"{10 * solved:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+
+
+# ---------------------------------------------------------------------- orders
+class Fixed(TableTask):
+    """All holes; the reward is the first symbol: which of the two greedy sequences was written."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        return Instances(torch.full((n, 2), 2), torch.zeros(n, 2, dtype=torch.long))
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return tokens[:, 0].float()
+
+
+def test_references_are_sampled_and_learned_orders_take_their_most_likely_position() -> None:
+    """p(00) = .4, p(10) = .3, p(11) = .3: beginning with position 0 writes a 1 there, with position 1 a 0."""
+    joint = torch.tensor([[0.4, 0.0], [0.3, 0.3]])
+    task, denoiser = Fixed(joint), TableDenoiser(joint)
+    learned = OrderPolicy(2, [[0], [1]], base="softmax_confidence", base_tau=1.0, dim=4, layers=1, heads=1)
+    orders = {"random": reference.Random(), "learned": learned, "left_to_right": reference.LeftToRight()}
+    instances = task.sample(2000, torch.Generator())
+    random, most_likely, left = (r.solved for r in evaluate(task, denoiser, orders, instances, seed=1))
+    assert float(random.mean()) == pytest.approx(0.5, abs=0.05)
+    assert not most_likely.any(), "position 1, of confidence .7, always comes first"
+    assert left.all()
+
+
+def test_the_seed_decides_the_stochastic_orders() -> None:
+    joint = random_joint(3, 3, seed=23)
+    task, denoiser = TableTask(joint), TableDenoiser(joint)
+    instances = task.sample(200, torch.Generator().manual_seed(0))
+    orders = {"random": reference.Random()}
+    one, same, other = (evaluate(task, denoiser, orders, instances, seed=s)[0].solved for s in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_rewards_that_are_no_proportion_get_a_normal_interval() -> None:
+    values = torch.tensor([0.0, 0.5, 1.0, 0.25])
+    row = Result("x", {"reward": values}, 1.0, 1.0).row()
+    assert row["ci95"] == pytest.approx(list(normal_interval(values)))
+    assert row["reward"] == pytest.approx(0.4375)
+
+
+def test_load_order(tmp_path: Path, sudoku6, tiny) -> None:
+    assert load_order("top_k", sudoku6) == reference.TopK(5)
+    save_model(new_policy(PolicyShape(), sudoku6, tiny, seed=0), tmp_path / "policy")
+    assert isinstance(load_order(str(tmp_path / "policy"), sudoku6), OrderPolicy)
+    with pytest.raises(UnknownNameError) as error:
+        load_order("best", sudoku6)
+    assert str(error.value).startswith("unknown order 'best'; known: ")
+    assert "margin" in str(error.value)
+    with pytest.raises(UnmaskError, match="task sudoku4 has 4 and 16"):
+        load_order(str(tmp_path / "policy"), tasks.get("sudoku4"))
+
+
+def test_a_batch_below_one_is_refused(sudoku6, tiny) -> None:
+    with pytest.raises(UnmaskError, match="batch must be at least 1, not 0"):
+        evaluate(sudoku6, tiny, {"margin": reference.Margin()}, sudoku6.heldout(2), batch=0)
