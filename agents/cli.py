@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,39 +124,40 @@ def run_show(command: ShowCommand) -> None:
     available = len(task.heldout())
     if not 0 <= command.index < available:
         raise UnmaskError(f"index must be between 0 and {available - 1}, not {command.index}")
+    if command.delay < 0:
+        raise UnmaskError(f"delay must be at least 0, not {command.delay}")
     instances = task.heldout()[command.index : command.index + 1]
     order = evaluate.load_order(command.order, task)
     denoiser = load_denoiser(command.denoiser, task)
     generator = torch.Generator().manual_seed(command.seed) if isinstance(order, reference.Reference) else None
     played = core.rollout(task, denoiser, order, instances, order_generator=generator, record=True)
     boards = [step.observation.tokens[0] for step in played.steps] + [played.state.tokens[0]]
-    clue = instances.tokens[0] != task.mask_id
-    with Live(console=Console(), auto_refresh=False) as live:
-        for k, board in enumerate(boards):
-            caption = "the puzzle"
-            if k:
-                step = played.steps[k - 1]
-                at = int(step.action[0])
-                sure = float(reference.confidence(step.observation)[0, at])
-                right = "right" if board[at] == instances.answers[0, at] else "WRONG"
-                row, column = divmod(at, task.shape[1])
-                caption = (
-                    f"step {k}: row {row + 1}, column {column + 1} becomes {task.symbol(int(board[at]))} "
-                    f"(confidence {sure:.3f}, order {float(step.log_prob[0].exp()):.2f}) {right}"
-                )
-            live.update(Text(f"{task.draw(board)}\n\n{caption}"), refresh=True)
-            if command.delay and live.console.is_terminal:
-                threading_wait(command.delay)
-            elif not live.console.is_terminal and k:
-                live.console.print(caption, highlight=False)
+    captions = ["the puzzle"] + [describe(task, instances, step, k) for k, step in enumerate(played.steps, 1)]
+    console = Console(highlight=False)
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for board, caption in zip(boards, captions, strict=True):
+                live.update(Text(f"{task.draw(board)}\n\n{caption}"), refresh=True)
+                time.sleep(command.delay)
+    else:  # a pipe or a file gets the moves and the last board
+        for line in (*captions, "", task.draw(boards[-1])):
+            console.print(line)
     if command.gif is not None:
+        clue = instances.tokens[0] != task.mask_id
         render.replay(task, clue, instances.answers[0], {command.order: boards}, command.gif)
 
 
-def threading_wait(seconds: float) -> None:
-    import time
-
-    time.sleep(seconds)
+def describe(task: tasks.Task, instances: Instances, step: core.Step, k: int) -> str:
+    """One line on what step ``k`` of a one-row rollout did."""
+    at = int(step.action[0])
+    log_probs = step.observation.denoised.log_probs[0, at]
+    symbol, sure = int(log_probs.argmax()), float(log_probs.max().exp())
+    row, column = divmod(at, task.shape[1])
+    right = "right" if symbol == int(instances.answers[0, at]) else "WRONG"
+    return (
+        f"step {k}: row {row + 1}, column {column + 1} becomes {task.symbol(symbol)} "
+        f"(confidence {sure:.3f}, order {float(step.log_prob[0].exp()):.2f}), {right}"
+    )
 
 
 def application() -> tyro.extras.SubcommandApp:

@@ -78,6 +78,10 @@ def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     return (float((a - b).mean()), *normal_interval(a - b))
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share < 0.9995 else "100"
+
+
 def _binary(values: Tensor) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
@@ -143,9 +147,14 @@ def table(results: Sequence[Result], title: str) -> Table:
     """A rich table, 80 columns wide: each metric in per cent with its 95 % interval, and NFE."""
     names = {"solved": "solve rate", "cell_accuracy": "cell accuracy", "valid": "rules valid"}
     marked = any(result.order == "oracle" for result in results)
-    note = "; * sees the answers, an upper bound" if marked else ""
-    view = Table(title=title, caption=f"per cent, with 95 % confidence intervals{note}", box=box.SIMPLE)
-    view.add_column("order")
+    note = "; * sees the answers" if marked else ""
+    view = Table(
+        title=title,
+        caption=f"per cent, with 95 % confidence intervals{note}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    view.add_column("order", no_wrap=True)
     for name in results[0].metrics:
         view.add_column(names.get(name, name), justify="right", no_wrap=True)
     view.add_column("NFE", justify="right", no_wrap=True)
@@ -153,6 +162,6 @@ def table(results: Sequence[Result], title: str) -> Table:
         cells = []
         for values in result.metrics.values():
             low, high = wilson(int(values.sum()), len(values)) if _binary(values) else normal_interval(values)
-            cells.append(f"{100 * values.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+            cells.append(f"{_percent(float(values.mean()))} ({_percent(low)}-{_percent(high)})")
         view.add_row(result.order + "*" * (result.order == "oracle"), *cells, f"{result.nfe:.1f}")
     return view

@@ -158,12 +158,12 @@ class Unlucky(TableTask):
 
 
 def test_collecting_never_leaves_the_answer_path() -> None:
-    joint = random_joint(3, 4, seed=2)
+    joint = random_joint(2, 6, seed=1)
     task, denoiser = Unlucky(joint), TableDenoiser(joint)
     states, generator = States(task), torch.Generator().manual_seed(0)
-    states.collect(task, denoiser, task.sample(200, generator), 0.9, generator)
-    assert len(states.tokens) > 20
-    check_states(states, task.mask_id, denoiser, 0.9)
+    states.collect(task, denoiser, task.sample(200, generator), 2.0, generator)
+    assert len(states.tokens) > 100
+    check_states(states, task.mask_id, denoiser, 2.0)
 
 
 def test_sampling_states(sudoku6) -> None:

@@ -1,0 +1,426 @@
+"""The command line: help everywhere, one line for every mistake, and runs that survive kill -9."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import tasks
+from agents.cli import main
+from agents.policy import PolicyShape, load_policy, new_policy
+from pretrain.backbone import Backbone
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_state, packaged, save_model
+from pretrain.train import PretrainConfig, pretrain
+from unmask_env import ids, reference
+from unmask_env.denoiser import load_denoiser
+
+ROOT = Path(__file__).parents[2]
+TINY = ("--task", "sudoku6", "--denoiser", "sudoku6-tiny")
+LEVELS = [
+    (), ("list",), ("pretrain",), ("pretrain", "mdm"), ("train",), ("train", "upo"), ("train", "imitation"),
+    ("evaluate",), ("show",), ("demo",),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def unmask(capsys: pytest.CaptureFixture[str]):
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "agents.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def weak(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 4x4 denoiser of a few steps: often unsure, often wrong."""
+    out = tmp_path_factory.mktemp("weak") / "denoiser"
+    pretrain(PretrainConfig("sudoku4", str(out), steps=30, batch=32, dim=16, layers=1, heads=2, ema=0.0, threads=1))
+    return out
+
+
+@pytest.fixture(scope="module")
+def order(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An order policy of 6x6 boards in a folder."""
+    task = tasks.get("sudoku6")
+    folder = tmp_path_factory.mktemp("order") / "policy"
+    save_model(new_policy(PolicyShape(), task, load_denoiser("sudoku6-tiny", task), seed=0), folder)
+    return folder
+
+
+def write_puzzles(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def boards(n: int, solutions: bool) -> list[str]:
+    """The first ``n`` held-out 6x6 puzzles as lines of a user's file."""
+    instances = tasks.get("sudoku6").heldout(n)
+    lines = ["Puzzle,Solution" if solutions else "Puzzle"]
+    for puzzle, answer in zip(instances.tokens.tolist(), instances.answers.tolist(), strict=True):
+        text = "".join("." if t == 6 else str(t + 1) for t in puzzle)
+        lines.append(text + "," + "".join(str(t + 1) for t in answer) if solutions else text)
+    return lines
+
+
+# ---------------------------------------------------------------------- what it prints
+@pytest.mark.parametrize("level", LEVELS, ids=" ".join)
+def test_help_on_every_level(unmask, level: tuple[str, ...]) -> None:
+    done = unmask(*level, "--help")
+    assert done.code == 0
+    assert done.err == ""
+    assert done.out.startswith("usage: unmask")
+    assert " ".join(level) in re.sub(r"\s+", " ", done.out)
+
+
+def test_list(unmask) -> None:
+    done = unmask("list")
+    assert (done.code, done.err) == (0, "")
+    words = set(re.split(r"[\s,]+", done.out))
+    assert {*tasks.names(), *ids(), *packaged(PACKAGED_DENOISERS), *reference.REFERENCES} <= words
+    for title in ("tasks", "environments", "packaged denoisers", "reference policies", "packaged order policies"):
+        assert f"{title}: " in done.out
+
+
+def test_as_a_program() -> None:
+    """The entry point outside this process: list, and a mistake."""
+    right, wrong = start("list"), start("evaluate", "--task", "sudoku5", "--denoiser", "sudoku6-tiny")
+    out, err = right.communicate(timeout=120)
+    assert (right.returncode, err) == (0, "")
+    assert "Unmask/Sudoku6x6-v0" in out
+    out, err = wrong.communicate(timeout=120)
+    assert (wrong.returncode, out) == (2, "")
+    assert err == f"unmask: unknown task 'sudoku5'; known: {', '.join(tasks.names())}\n"
+
+
+# ---------------------------------------------------------------------- mistakes
+def check_mistake(done: Outcome, *parts: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that says what was wrong."""
+    assert done.code == 2
+    assert done.err.startswith("unmask: ")
+    assert done.err.endswith("\n")
+    assert done.err.count("\n") == 1, done.err
+    assert done.out == ""
+    for part in parts:
+        assert part in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["evaluate", "--task", "sudoku5", "--denoiser", "sudoku6-tiny"], ["unknown task 'sudoku5'", "sudoku4"]),
+        (["evaluate", *TINY, "--orders", "margin", "best"], ["unknown order 'best'", "left_to_right"]),
+        (["evaluate", *TINY, "--orders"], ["orders"]),
+        (["evaluate", "--task", "sudoku6", "--denoiser", "sudoku7"], ["unknown denoiser 'sudoku7'", "sudoku6-tiny"]),
+        (
+            ["evaluate", "--task", "sudoku4", "--denoiser", "sudoku6-tiny"],
+            ["task sudoku4 has 4 symbols and 16 positions", "6 symbols and 36 positions"],
+        ),
+        (["evaluate", *TINY, "--limit", "0"], ["limit must be at least 1, not 0"]),
+        (["evaluate", *TINY, "--limit", "-3"], ["limit must be at least 1, not -3"]),
+        (["evaluate", *TINY, "--limit", "10000000"], ["cannot take 10000000"]),
+        (["evaluate", *TINY, "--limit", "many"], ["--limit", "many"]),
+        (["evaluate", *TINY, "--limit", "1", "--batch", "0"], ["batch must be at least 1, not 0"]),
+        (["evaluate", *TINY, "--blanks", "36"], ["blanks must be between 1 and 35, not 36"]),
+        (["evaluate", *TINY, "--device", "gpu"], ["unknown device 'gpu'"]),
+        (["evaluate", *TINY, "--puzzles", "nowhere.csv"], ["nowhere.csv"]),
+        (["evaluate", *TINY, "--puzzles", "nowhere.csv", "--blanks", "5"], ["--blanks"]),
+        (["evaluate", *TINY, "--colour", "red"], ["--colour"]),
+        (["evaluate", "--task", "sudoku6"], ["--denoiser"]),
+        (["evaluate"], ["--task", "--denoiser"]),
+        (["paint"], ["paint"]),
+        (["train", "sarsa", "--out", "x"], ["sarsa"]),
+        ([], ["list"]),
+        (["train"], ["upo", "imitation"]),
+        (["train", "upo"], ["--out"]),
+        (["train", "upo", "--out", "x", "--reference", "best"], ["best", "margin"]),
+        (["train", "upo", "--out", "x", "--env", "Unmask/Sudoku5x5-v0"], ["unknown environment", "Sudoku6x6"]),
+        (["train", "upo", "--out", "x", "--group", "1"], ["group must be at least 2"]),
+        (
+            ["train", "upo", "--out", "x", "--reference", "margin", "--regulariser", "step_kl", *TINY[2:]],
+            ["KL to the deterministic reference margin is infinite"],
+        ),
+        (["train", "upo", "--out", "x", "--denoiser", "sudoku6-tiny", "--resume"], ["nothing to resume"]),
+        (["train", "imitation", "--out", "x", "--easy", "2"], ["easy must be between 0 and 1, not 2"]),
+        (["pretrain", "mdm", "--task", "sudoku5", "--out", "x"], ["unknown task 'sudoku5'"]),
+        (["pretrain", "mdm", "--task", "sudoku4"], ["--out"]),
+        (["pretrain", "mdm", "--task", "sudoku4", "--out", "x", "--resume"], ["nothing to resume"]),
+        (["show", *TINY, "--order", "best"], ["unknown order 'best'"]),
+        (["show", *TINY, "--index", "-1"], ["index must be between 0 and", "not -1"]),
+        (["show", *TINY, "--index", "10000000"], ["index must be between 0 and", "not 10000000"]),
+        (["demo", "--denoiser", "sudoku7", "--out", "x"], ["unknown denoiser 'sudoku7'"]),
+        (["demo", "--denoiser", "sudoku6-tiny", "--out", "x", "--limit", "0"], ["0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes(unmask, tmp_path: Path, monkeypatch, arguments: list[str], parts: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_mistake(unmask(*arguments), *parts)
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("12", "has 2 characters; a 6x6 board has 36"),
+        ("7" + "." * 35, "has '7'; allowed are 1-6"),
+        ("11" + "." * 34, "digit 1 twice in row 1"),
+        ("12345." + "." * 11 + "6" + "." * 18, "the puzzle has no solution"),
+        ("." * 36 + "," + "1" * 36, "columns"),
+    ],
+    ids=["length", "digit", "clues", "unsolvable", "columns"],
+)
+def test_a_malformed_puzzle_file(unmask, tmp_path: Path, line: str, why: str) -> None:
+    """Its line is named before anything runs or is looked up: the denoiser does not even exist."""
+    file = write_puzzles(tmp_path / "mine.csv", [*boards(3, solutions=False), line])
+    out = tmp_path / "rows.json"
+    done = unmask("evaluate", "--task", "sudoku6", "--denoiser", "sudoku7", "--puzzles", file, "--json", out)
+    check_mistake(done, f"{file}, line 5: ", why)
+    assert not out.exists()
+
+
+def test_a_policy_is_no_denoiser_and_the_reverse(unmask, order: Path, weak: Path) -> None:
+    check_mistake(unmask("evaluate", "--task", "sudoku6", "--denoiser", order), "is not a denoiser")
+    check_mistake(unmask("evaluate", "--task", "sudoku4", "--denoiser", weak, "--orders", weak), "order policy")
+    done = unmask("evaluate", "--task", "sudoku4", "--denoiser", weak, "--orders", order)
+    check_mistake(done, "is for 6 symbols and 36 positions; task sudoku4 has 4 and 16")
+
+
+def test_a_truncated_or_foreign_checkpoint(unmask, order: Path, tmp_path: Path) -> None:
+    for name, cut in (("truncated", slice(0, -100)), ("empty", slice(0, 0)), ("foreign", slice(9, None))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((order / "config.json").read_bytes())
+        (folder / "model.safetensors").write_bytes((order / "model.safetensors").read_bytes()[cut])
+        check_mistake(unmask("evaluate", *TINY, "--orders", folder), "truncated or not safetensors")
+        check_mistake(unmask("show", *TINY, "--order", folder), "truncated or not safetensors")
+    (tmp_path / "bare").mkdir()
+    check_mistake(unmask("evaluate", *TINY, "--orders", tmp_path / "bare"), "config.json is missing")
+    check_mistake(unmask("evaluate", *TINY, "--orders", tmp_path / "nowhere"), "the folder does not exist")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", *TINY, "--limit", "1", "--orders", "margin", "--json"],
+        ["show", *TINY, "--delay", "0", "--gif"],
+        [
+            "pretrain",
+            "mdm",
+            "--task",
+            "sudoku4",
+            "--steps",
+            "1",
+            "--dim",
+            "8",
+            "--layers",
+            "1",
+            "--heads",
+            "1",
+            "--out",
+        ],
+    ],
+    ids=["json", "gif", "out"],
+)
+def test_a_place_that_cannot_be_written_to(unmask, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    done = unmask(*arguments, tmp_path / "file" / "below")
+    assert done.code == 2
+    assert done.err.startswith("unmask: ")
+    assert done.err.count("\n") == 1
+    assert str(tmp_path / "file") in done.err
+
+
+# ---------------------------------------------------------------------- evaluate
+@pytest.mark.parametrize("solutions", [True, False])
+def test_evaluate_a_users_file(unmask, order: Path, tmp_path: Path, solutions: bool) -> None:
+    file = write_puzzles(tmp_path / "mine.csv", boards(12, solutions))
+    out = tmp_path / "new" / "rows.json"
+    orders = ["random", "margin", "oracle", str(order)]
+    done = unmask("evaluate", *TINY, "--orders", *orders, "--puzzles", file, "--json", out)
+    assert (done.code, done.err) == (0, "")
+    assert "12 instances" in done.out
+    rows = json.loads(out.read_text())
+    assert [row["order"] for row in rows] == orders
+    for row in rows:
+        assert list(row) == ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "n", "ci95", "seconds"]
+        assert row["n"] == 12
+        assert 0 <= row["solve_rate"] <= row["cell_accuracy"] <= 1
+        assert row["ci95"][0] <= row["solve_rate"] <= row["ci95"][1] + 1e-9
+    blanks = [line.split(",")[0].count(".") for line in boards(12, solutions)[1:]]
+    assert all(row["nfe"] == pytest.approx(sum(blanks) / 12) for row in rows)
+    assert rows[0]["solve_rate"] < rows[1]["solve_rate"]
+
+
+def test_evaluate_is_the_same_for_a_file_and_the_packaged_puzzles(unmask, tmp_path: Path) -> None:
+    """And --limit cuts both."""
+    file = write_puzzles(tmp_path / "mine.csv", boards(30, solutions=True))
+    rows = []
+    for name, options in (("a", ["--puzzles", file]), ("b", [])):
+        out = tmp_path / f"{name}.json"
+        done = unmask("evaluate", *TINY, "--orders", "left_to_right", "--limit", "20", "--json", out, *options)
+        assert done.code == 0
+        [row] = json.loads(out.read_text())
+        rows.append({key: value for key, value in row.items() if key != "seconds"})
+    assert rows[0] == rows[1]
+    assert rows[0]["n"] == 20
+
+
+def test_evaluate_with_a_number_of_blanks(unmask, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    unmask("evaluate", *TINY, "--orders", "random", "--limit", "9", "--blanks", "7", "--json", out)
+    assert json.loads(out.read_text())[0]["nfe"] == 7
+
+
+def test_evaluate_follows_the_seed(unmask, tmp_path: Path) -> None:
+    rates = []
+    for seed in (1, 1, 2):
+        out = tmp_path / "rows.json"
+        unmask("evaluate", *TINY, "--orders", "random", "--limit", "20", "--seed", seed, "--json", out)
+        rates.append(json.loads(out.read_text())[0]["cell_accuracy"])
+    assert rates[0] == rates[1] != rates[2]
+
+
+# ---------------------------------------------------------------------- show
+def test_show_fills_one_board(unmask, tmp_path: Path) -> None:
+    gif = tmp_path / "new" / "replay.gif"
+    done = unmask("show", *TINY, "--order", "oracle", "--index", "3", "--delay", "0", "--gif", gif)
+    assert (done.code, done.err) == (0, "")
+    instance = tasks.get("sudoku6").heldout(4)
+    blanks = int((instance.tokens[3] == 6).sum())
+    steps = re.findall(
+        r"step (\d+): row (\d), column (\d) becomes (\d) \(confidence ([\d.]+), order ([\d.]+)\)", done.out
+    )
+    assert [int(step[0]) for step in steps] == list(range(1, blanks + 1))
+    cells = {(int(row) - 1) * 6 + int(column) - 1: int(digit) - 1 for _, row, column, digit, *_ in steps}
+    assert set(cells) == set((instance.tokens[3] == 6).nonzero().flatten().tolist()), "each blank once"
+    right = sum(cells[i] == int(instance.answers[3, i]) for i in cells)
+    assert (done.out.count(" right"), done.out.count("WRONG")) == (right, blanks - right)
+    assert tasks.get("sudoku6").draw(instance.answers[3]).splitlines()[0].strip() in done.out or right < blanks
+    with Image.open(gif) as image:
+        assert image.format == "GIF"
+        assert image.n_frames > blanks
+
+
+def test_show_with_a_learned_order(unmask, order: Path) -> None:
+    done = unmask("show", *TINY, "--order", order, "--delay", "0")
+    assert (done.code, done.err) == (0, "")
+    assert "step 1: row " in done.out
+
+
+# ---------------------------------------------------------------------- runs, killed and resumed
+def commands(weak: Path) -> dict[str, list[object]]:
+    shared = ["--save-every", "1", "--log-every", "1", "--threads", "1"]
+    board = ["--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--layers", "1", *shared]
+    return {
+        "upo": ["train", "upo", "--iterations", "25", "--puzzles", "3", "--group", "3", "--minibatches", "2", *board],
+        "imitation": ["train", "imitation", "--puzzles", "30", "--steps", "60", "--batch", "8", *board],
+        "mdm": [
+            "pretrain", "mdm", "--task", "sudoku4", "--steps", "80", "--batch", "8", "--dim", "16", "--layers", "1",
+            "--heads", "2", *shared,
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(weak: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Per command a folder whose run was killed with SIGKILL once it had saved a state."""
+    root = tmp_path_factory.mktemp("killed")
+    running = {name: start(*command, "--out", root / name) for name, command in commands(weak).items()}
+    deadline = time.monotonic() + 120
+    try:
+        alive = dict(running)
+        while alive:
+            assert time.monotonic() < deadline, f"no state from {list(alive)}"
+            for name, process in list(alive.items()):
+                assert process.poll() is None, process.communicate()
+                if (root / name / "state.safetensors").exists():
+                    process.send_signal(signal.SIGKILL)
+                    del alive[name]
+            time.sleep(0.005)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.communicate()
+    assert all(process.returncode == -signal.SIGKILL for process in running.values())
+    return {name: root / name for name in running}
+
+
+@pytest.mark.parametrize("name", ["upo", "imitation", "mdm"])
+def test_a_killed_run_resumes_to_the_same_weights(unmask, killed, weak: Path, tmp_path: Path, name: str) -> None:
+    """As an uninterrupted run, to the byte."""
+    command, out = commands(weak)[name], killed[name]
+    total = next(int(command[i + 1]) for i, word in enumerate(command) if word in ("--iterations", "--steps"))
+    assert not (out / "model.safetensors").exists()
+    assert 1 <= load_state(out / "state.safetensors")["step"] < total, "it was killed on the way"
+    again = unmask(*command, "--out", out)
+    check_mistake(again, "already holds a run; add --resume")
+
+    resumed = unmask(*command, "--out", out, "--resume")
+    assert (resumed.code, resumed.err) == (0, "")
+    whole = unmask(*command, "--out", tmp_path / "whole")
+    assert (whole.code, whole.err) == (0, "")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (out / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
+    assert load_state(out / "state.safetensors")["step"] == total
+    leftovers = [p.name for p in out.iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+    other = unmask(*command, "--out", out, "--resume", "--seed", "5")
+    check_mistake(other, "with other settings: seed was 0, is 5")
+    state = out / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-50])
+    check_mistake(unmask(*command, "--out", out, "--resume"), "truncated or not a training state")
+
+
+def test_what_was_trained_can_be_evaluated(unmask, weak: Path, tmp_path: Path) -> None:
+    """Imitation, then UPO from it, then the table: by the commands alone."""
+    shared = ["--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--layers", "1", "--threads", "1"]
+    first, second, rows = tmp_path / "imitation", tmp_path / "upo", tmp_path / "rows.json"
+    few = ["--puzzles", "20", "--steps", "5", "--batch", "8"]
+    assert unmask("train", "imitation", "--out", first, *few, *shared).code == 0
+    few = ["--puzzles", "4", "--group", "2", "--iterations", "2", "--minibatches", "1"]
+    assert unmask("train", "upo", "--out", second, "--init", first, *few, *shared).code == 0
+    done = unmask(
+        "evaluate", "--task", "sudoku4", "--denoiser", weak, "--orders", first, second, "--limit", "5", "--json", rows
+    )
+    assert (done.code, done.err) == (0, "")
+    assert [row["order"] for row in json.loads(rows.read_text())] == [str(first), str(second)]
+    before, after = (load_policy(folder).state_dict() for folder in (first, second))
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert isinstance(load_denoiser(str(weak), tasks.get("sudoku4")).model, Backbone)
