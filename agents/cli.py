@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -50,6 +50,8 @@ class EvaluateCommand:
     """write the rows here"""
     limit: int | None = None
     """use the first LIMIT instances only"""
+    grade: Literal["all", "singles", "beyond"] = "all"
+    """packaged Sudoku puzzles that naked and hidden singles alone solve, or those that need more"""
     blanks: int | None = None
     """reveal clues at random until this many blanks are left"""
     seed: int = 0
@@ -87,14 +89,18 @@ def list_everything() -> None:
         console.print(f"[bold]{title}[/bold]: {', '.join(names) or '(none)'}", highlight=False)
 
 
-def instances_of(task: tasks.Task, puzzles: Path | None, limit: int | None) -> Instances:
-    """A user's file or the held-out split, cut to ``limit``."""
+def instances_of(task: tasks.Task, puzzles: Path | None, limit: int | None, grade: str) -> Instances:
+    """A user's file or the held-out split of one grade, cut to ``limit``."""
     if limit is not None and limit < 1:
         raise UnmaskError(f"limit must be at least 1, not {limit}")
-    if puzzles is None:
-        return task.heldout(limit)
     if not isinstance(task, Sudoku):
-        raise UnmaskError(f"--puzzles is for Sudoku tasks; {task.name} is not one")
+        if puzzles is not None or grade != "all":
+            raise UnmaskError(f"--puzzles and --grade are for Sudoku tasks; {task.name} is not one")
+        return task.heldout(limit)
+    if puzzles is None:
+        return task.heldout(limit, singles={"all": None, "singles": True, "beyond": False}[grade])
+    if grade != "all":
+        raise UnmaskError("--grade is for the packaged puzzles; your own file is taken whole")
     instances = task.from_csv(puzzles)
     return instances if limit is None else instances[:limit]
 
@@ -104,7 +110,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
     if command.blanks is not None and command.puzzles is not None:
         raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
     task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
-    instances = instances_of(task, command.puzzles, command.limit)
+    instances = instances_of(task, command.puzzles, command.limit, command.grade)
     orders = {name: evaluate.load_order(name, task) for name in command.orders}
     if not orders:
         raise UnmaskError("--orders needs at least one order")

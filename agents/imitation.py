@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agents.divergences import cross_entropy
 from agents.policy import OrderPolicy, PolicyShape, new_policy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
@@ -131,10 +132,7 @@ def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observat
             reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * observation.open
             loss = loss + (reading.sum(1) / observation.open.sum(1)).mean() / len(beliefs)
         return loss
-    log_target = target.log_prob(observation)
-    inside = log_target > -torch.inf
-    log_prob = policy.log_prob(observation).masked_fill(~inside, 0.0)
-    return -torch.where(inside, log_target.exp() * log_prob, 0.0).sum(1).mean()
+    return cross_entropy(target.log_prob(observation), policy.log_prob(observation)).mean()
 
 
 def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:

@@ -53,7 +53,7 @@ def main() -> None:
     task = Sudoku(2, 3)
     denoiser = load_denoiser(args.denoiser, task)
     generator = torch.Generator().manual_seed(0)
-    hard = task.heldout(split="train")[~task.singles(split="train")][:500]
+    hard = task.heldout(500, split="train", singles=False)
     sets = {"validation": task.heldout(2000, "validation"), "hard": task.augment(hard, generator)}
     console = Console()
     rows: list[dict[str, Any]] = []

@@ -99,22 +99,22 @@ class Sudoku(Task):
         tokens, answers = self.random_symmetry([instances.tokens, instances.answers], generator)
         return Instances(tokens, answers)
 
-    def heldout(self, n: int | None = None, split: str = "test") -> Instances:
-        """The first ``n`` packaged puzzles of ``validation`` or ``test`` (or of ``train``, unaugmented)."""
+    def heldout(self, n: int | None = None, split: str = "test", singles: bool | None = None) -> Instances:
+        """The first ``n`` packaged puzzles of ``validation`` or ``test`` (or of ``train``, unaugmented).
+
+        Args:
+            singles: only puzzles that naked and hidden singles alone solve (True), or only the others (False).
+        """
         if split not in SPLITS:
             raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         instances = self._instances(self._files[f"{split}_puzzles"], self._files[f"{split}_solutions"])
+        if singles is not None:
+            instances = instances[self._files[f"{split}_singles"] == singles]
         if n is not None:
             if not 1 <= n <= len(instances):
-                raise UnmaskError(f"{self.name} has {len(instances)} {split} puzzles; cannot take {n}")
+                raise UnmaskError(f"{self.name} has {len(instances)} {split} puzzles of that grade; cannot take {n}")
             instances = instances[:n]
         return self._reveal(instances, torch.Generator().manual_seed(0))
-
-    def singles(self, n: int | None = None, split: str = "test") -> Tensor:
-        """(n,) bool: which puzzles of :meth:`heldout` naked and hidden singles alone solve."""
-        if split not in SPLITS:
-            raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-        return self._files[f"{split}_singles"][:n]
 
     def from_csv(self, path: str | Path) -> Instances:
         """A user's own puzzles; see :func:`tasks.sudoku_puzzles.read_csv` for the format and the errors."""

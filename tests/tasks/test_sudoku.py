@@ -375,10 +375,14 @@ def test_no_9x9_class_of_a_sample_is_in_two_splits(files):
     assert not train & held
 
 
-def test_the_9x9_test_split_has_both_grades_in_equal_number(files):
-    singles = files["sudoku9"]["test_singles"]
+@pytest.mark.parametrize(("name", "split"), [("sudoku9", "test"), ("sudoku6", "train")])
+def test_graded_splits_hold_both_grades_in_equal_number(name, split, files):
+    singles = torch.from_numpy(files[name][f"{split}_singles"])
     assert singles.sum() * 2 == len(singles)
-    assert torch.equal(tasks.get("sudoku9").singles(100), torch.from_numpy(singles[:100]))
+    task = tasks.get(name)
+    both = task.heldout(split=split)
+    for grade in (True, False):
+        assert torch.equal(task.heldout(50, split, singles=grade).tokens, both.tokens[singles == grade][:50])
 
 
 # ---------------------------------------------------------------------- drawing instances
@@ -514,8 +518,8 @@ def test_a_board_is_drawn_with_its_boxes():
         (lambda: Sudoku(2, 2, reward="fast"), "unknown reward 'fast'; known: solved, cell_accuracy, valid"),
         (lambda: Sudoku(2, 2, blanks=0), "blanks must be between 1 and 15, not 0"),
         (lambda: Sudoku(2, 3, blanks=36), "blanks must be between 1 and 35, not 36"),
-        (lambda: Sudoku(2, 2).heldout(2001), "sudoku4 has 2000 test puzzles; cannot take 2001"),
-        (lambda: Sudoku(2, 2).heldout(1001, "validation"), "sudoku4 has 1000 validation puzzles; cannot take 1001"),
+        (lambda: Sudoku(2, 2).heldout(2001), "sudoku4 has 2000 test puzzles of that grade; cannot take 2001"),
+        (lambda: Sudoku(2, 2).heldout(1001, "validation"), "sudoku4 has 1000 validation puzzles of that grade; cannot take 1001"),
         (lambda: Sudoku(2, 2).heldout(0), "cannot take 0"),
         (lambda: Sudoku(2, 2).heldout(split="dev"), "unknown split 'dev'; known: train, validation, test"),
         (lambda: Sudoku(2, 2, blanks=13).heldout(), "fewer than 13 blanks"),
