@@ -221,6 +221,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except UnmaskError as error:
         print(f"unmask: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a place that cannot be read or written
+        print(f"unmask: {error}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stop:
         print(f"unmask: {stop}", file=sys.stderr)
         sys.exit(130)

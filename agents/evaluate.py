@@ -63,7 +63,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p, z2 = successes / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if successes == 0 else low, 1.0 if successes == n else high  # exact at the ends, whatever the rounding
 
 
 def normal_interval(values: Tensor) -> tuple[float, float]:

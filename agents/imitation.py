@@ -8,7 +8,7 @@ then trains on those, each time in a fresh symmetric guise and with a fresh deno
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from agents.divergences import cross_entropy
 from agents.policy import OrderPolicy, PolicyShape, new_policy
 from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
+from pretrain.run import Run, decayed_groups, require_at_least, resolve_device, set_learning_rate
 from tasks import Instances, Task, UnmaskError
 from unmask_env import core, reference, registration
 from unmask_env.core import Observation
@@ -87,9 +87,9 @@ class States:
                 spared = torch.rand(stuck.shape, generator=generator, device=stuck.device) < 0.05
                 keep = (state.open & ~right).any(1) & right.any(1) & (stuck | spared)
                 found.append((state.tokens[keep].cpu(), part.answers[keep].cpu(), stuck[keep].cpu()))
-                among = torch.where(right.any(1, keepdim=True), right, state.open)
-                action = reference.margin(observation).masked_fill(~among, -1.0).argmax(1)
+                action = reference.margin(observation).masked_fill(~right, -1.0).argmax(1)
                 state = core.step(task, state, observation.denoised, action).state
+                state = replace(state, open=state.open & right.any(1, keepdim=True))  # a lost board is given up
         self.tokens, self.answers, self.stuck = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     def sample(self, task: Task, n: int, easy: float, generator: torch.Generator) -> Instances:
@@ -127,12 +127,13 @@ def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observat
         some = right.any(1)
         beliefs = policy.beliefs(observation)
         log_prob = policy.read_log_prob(observation, beliefs[-1])
-        loss = choose_right_loss(log_prob[some], right[some]).mean()
+        loss = choose_right_loss(log_prob[some], right[some]).sum() / some.sum().clamp(min=1)
         for belief in beliefs:
             reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * observation.open
             loss = loss + (reading.sum(1) / observation.open.sum(1)).mean() / len(beliefs)
         return loss
-    return cross_entropy(target.log_prob(observation), policy.log_prob(observation)).mean()
+    read = policy.read_log_prob(observation, policy.beliefs(observation)[-1])
+    return cross_entropy(target.log_prob(observation), read).mean()
 
 
 def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
@@ -146,6 +147,15 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         Interrupted: after Ctrl-C, with the state saved.
     """
     device = resolve_device(config.device, config.threads)
+    require_at_least(
+        1,
+        puzzles=config.puzzles,
+        steps=config.steps,
+        batch=config.batch,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    require_at_least(0, lr=config.lr, weight_decay=config.weight_decay, grad_clip=config.grad_clip, seed=config.seed)
     if not 0 <= config.easy <= 1:
         raise UnmaskError(f"easy must be between 0 and 1, not {config.easy}")
     if task is None or denoiser is None:
@@ -160,6 +170,11 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
             run.note("collecting states")
             generator = step_generator(device, config.seed, 0, 3 << 16)
             states.collect(task, denoiser, task.sample(config.puzzles, generator), config.shape.sure, generator)
+            if not len(states.tokens):
+                raise UnmaskError(
+                    f"no state of {config.puzzles} puzzles has a right and a wrong position to choose between; "
+                    "try more puzzles"
+                )
             run.log({"states": len(states.stuck), "states/stuck": int(states.stuck.sum())})
         policy.train()
         for step in run.loop():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.backbone import Backbone, Block, CoordinateEmbedding, init_weights
 from pretrain.checkpoint import CheckpointError, load_model
+from pretrain.run import require_at_least
 from tasks import Task, UnmaskError
 from unmask_env import reference
 from unmask_env.core import Observation, choose, masked_log_softmax
@@ -173,6 +174,9 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         unsure = self.unsure(observation) & observation.open.any(1)
         followed = reference.MaxConfidence() if self.base is None else self.base
         log_prob = followed.log_prob(observation)
+        if self.candidates is not None:
+            allowed = self.allowed(observation)
+            log_prob = masked_log_softmax(log_prob.masked_fill(~allowed, 0.0), allowed)
         if bool(unsure.any()):
             rows = unsure.nonzero().squeeze(1)
             hard = observation[rows]
@@ -197,14 +201,17 @@ def new_policy(
     """A policy for ``task`` and ``denoiser``; ``seed`` draws what is not copied.
 
     Raises:
-        UnmaskError: more layers than the denoiser has to copy.
+        UnmaskError: more layers than the denoiser has to copy, or sizes that do not fit.
     """
+    require_at_least(1, layers=shape.layers, dim=shape.dim, heads=shape.heads, readings=shape.readings)
     model = getattr(denoiser, "model", None)
     backbone = model if shape.copy and isinstance(model, Backbone) else None
     if backbone is not None and shape.layers > len(backbone.blocks):
         raise UnmaskError(
             f"the denoiser has {len(backbone.blocks)} blocks to copy, not {shape.layers}; use fewer layers or --no-copy"
         )
+    if backbone is None and shape.dim % shape.heads:
+        raise UnmaskError(f"dim must be a multiple of heads; {shape.dim} is not one of {shape.heads}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = OrderPolicy(

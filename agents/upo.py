@@ -22,7 +22,7 @@ from agents.divergences import categorical_kl, cross_entropy, trajectory_kl_surr
 from agents.mining import Pool
 from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
+from pretrain.run import Run, decayed_groups, require_at_least, resolve_device, set_learning_rate
 from tasks import Task, UnmaskError
 from unmask_env import reference as references
 from unmask_env import registration
@@ -228,7 +228,7 @@ def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> 
     Args:
         kl: (S,) exact per-step KL under the sampling policy.
     """
-    trajectories, steps = int(batch.trajectory.max()) + 1, int(batch.time.max()) + 1
+    trajectories, steps = (int(batch.trajectory.max()) // group + 1) * group, int(batch.time.max()) + 1
     table = torch.zeros(trajectories, steps, device=kl.device).index_put((batch.trajectory, batch.time), kl)
     future = table.flip(1).cumsum(1).flip(1) - table
     grouped = future.view(-1, group, steps)
@@ -272,6 +272,17 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
         Interrupted: after Ctrl-C, with the state saved.
     """
     device = resolve_device(config.device, config.threads)
+    require_at_least(
+        1,
+        iterations=config.iterations,
+        puzzles=config.puzzles,
+        epochs=config.epochs,
+        minibatches=config.minibatches,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    require_at_least(0, beta=config.beta, clip=config.clip, lr=config.lr, grad_clip=config.grad_clip, seed=config.seed)
+    require_at_least(0, weight_decay=config.weight_decay)
     if config.group < 2:
         raise UnmaskError(f"group must be at least 2 to compare trajectories, not {config.group}")
     if config.temperature <= 0:
@@ -298,9 +309,15 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
             reward = played.reward.view(config.puzzles, config.group)
             pool.add(instances, reward.mean(1) < 1)
             batch = flatten(played, group_advantage(played.reward, config.group, config.normalise))
-            if regulariser == "step_kl":
+            if regulariser in ("step_kl", "trajectory_kl"):
                 with torch.no_grad():
                     kl = categorical_kl(behaviour.log_prob(batch.observation), reference.log_prob(batch.observation))
+                if not bool(kl.isfinite().all()):
+                    raise UnmaskError(
+                        f"the policy {config.init} chooses positions that the reference {config.reference} never does, "
+                        "so the KL is infinite; start from the reference, or use another one or --beta 0"
+                    )
+            if regulariser == "step_kl":
                 batch = batch._replace(advantage=regularised_advantage(batch, kl, config.beta, config.group))
 
             policy.train()
@@ -314,6 +331,8 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                     loss, parts = upo_loss(
                         behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps
                     )
+                    if not loss.requires_grad:  # the denoiser was sure throughout: there was nothing to decide
+                        continue
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)

@@ -93,12 +93,12 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise CheckpointError(
-                f"no {kind} at {name}: {file} is missing; a {kind} is a folder with config.json and model.safetensors"
+                f"no {kind} at {name}: {file} is missing; needed is a folder with config.json and model.safetensors"
             )
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):
-            raise CheckpointError(f"{folder}/config.json is not a {kind}'s: it holds no settings")
+            raise CheckpointError(f"{folder}/config.json holds no settings of {kind}s")
         with safe_open(folder / "model.safetensors", "pt") as file:
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -108,11 +108,11 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
     try:
         model = cls(**config)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder} is not a {kind}: its config.json does not fit ({error})") from None
+        raise CheckpointError(f"{folder} is no {kind}: its config.json does not fit ({error})") from None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if stored != expected:
         odd = sorted(stored.items() ^ expected.items())[0][0]
-        raise CheckpointError(f"{folder} is not a {kind} of its config.json: tensor {odd!r} differs")
+        raise CheckpointError(f"{folder} is no {kind} of its config.json: tensor {odd!r} differs")
     with safe_open(folder / "model.safetensors", "pt") as file:
         model.load_state_dict({key: file.get_tensor(key) for key in stored})
     return model.eval()
