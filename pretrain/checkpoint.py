@@ -98,7 +98,7 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):
-            raise CheckpointError(f"{folder}/config.json holds no settings of {kind}s")
+            raise CheckpointError(f"{folder}/config.json is no {kind}'s: it holds no settings")
         with safe_open(folder / "model.safetensors", "pt") as file:
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -215,7 +215,7 @@ def test_a_malformed_puzzle_file(unmask, tmp_path: Path, line: str, why: str) ->
 
 
 def test_a_policy_is_no_denoiser_and_the_reverse(unmask, order: Path, weak: Path) -> None:
-    check_mistake(unmask("evaluate", "--task", "sudoku6", "--denoiser", order), "is not a denoiser")
+    check_mistake(unmask("evaluate", "--task", "sudoku6", "--denoiser", order), "is no denoiser")
     check_mistake(unmask("evaluate", "--task", "sudoku4", "--denoiser", weak, "--orders", weak), "order policy")
     done = unmask("evaluate", "--task", "sudoku4", "--denoiser", weak, "--orders", order)
     check_mistake(done, "is for 6 symbols and 36 positions; task sudoku4 has 4 and 16")

@@ -414,10 +414,10 @@ def test_a_denoiser_is_not_a_policy_and_the_reverse(tmp_path: Path, sudoku6) -> 
     save_model(policy(), tmp_path / "policy")
     with pytest.raises(CheckpointError) as error:
         load_policy(tmp_path / "denoiser")
-    assert "is not a order policy" in one_line(error) or "is not an order policy" in one_line(error)
+    assert "is no order policy" in one_line(error)
     with pytest.raises(CheckpointError) as error:
         load_denoiser(tmp_path / "policy", sudoku6)
-    assert "is not a denoiser" in one_line(error)
+    assert "is no denoiser" in one_line(error)
 
 
 @pytest.mark.parametrize(

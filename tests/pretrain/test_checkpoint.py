@@ -189,7 +189,7 @@ def test_a_config_of_another_kind(folder, config):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError) as caught:
         load(folder)
-    assert_one_line(caught, str(folder), "not a denoiser")
+    assert_one_line(caught, str(folder), "no denoiser")
 
 
 @pytest.mark.parametrize("changed", [{"dim": 16}, {"layers": 2}, {"vocab_size": 4}, {"coordinates": COORDINATES[:2]}])
@@ -265,7 +265,7 @@ def test_a_hub_model_of_another_kind_is_refused(hub):
     (hub / "config.json").write_text(json.dumps({"hidden_size": 8}))
     with pytest.raises(CheckpointError) as caught:
         load("owner/name")
-    assert_one_line(caught, "not a denoiser")
+    assert_one_line(caught, "no denoiser")
 
 
 # ---------------------------------------------------------------------- training states

@@ -259,7 +259,7 @@ def test_more_settings_that_do_not_fit(tmp_path, changes):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none(tmp_path):
-    with pytest.raises(UnmaskError, match="this machine has 0 CUDA devices; use --device cpu"):
+    with pytest.raises(UnmaskError, match="this machine has 0 CUDA devices, so no cuda; use --device cpu"):
         pretrain(small(tmp_path / "run", device="cuda"))
 
 
