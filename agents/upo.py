@@ -214,6 +214,9 @@ def upo_loss(
         regular = (divergence / (length if over_steps == "mean" else 1.0)).mean()
     else:
         each = categorical_kl(log_prob, log_ref) if regulariser == "step_kl" else cross_entropy(log_ref, log_prob)
+        # Where the denoiser is sure, the policy is its fixed base, which may exclude what the reference would do: an
+        # infinite constant that no gradient could change.
+        each = each.masked_fill(~each.isfinite(), 0.0)
         regular = (each * per_step).sum()
         parts[f"divergence/{regulariser}"] = each.mean().item()
     return loss + beta * regular, parts
