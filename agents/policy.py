@@ -45,7 +45,7 @@ class PolicyShape:
     tokens: bool = True
     """see the symbols on the board"""
     top_tokens: bool = True
-    """see which symbols the denoiser thinks of"""
+    """read with the denoiser's distributions in place of the masks (the score knows its top symbol in any case)"""
     hidden: bool = False
     """see the denoiser's last hidden states, where it has them"""
 
