@@ -22,7 +22,7 @@ import tasks
 from agents import demo, evaluate, imitation, upo
 from agents.policy import PACKAGED_POLICIES
 from pretrain.checkpoint import PACKAGED_DENOISERS, packaged, write_json
-from pretrain.run import Interrupted, resolve_device
+from pretrain.run import Interrupted, require_seed, resolve_device
 from pretrain.train import PretrainConfig, pretrain
 from tasks import Instances, Sudoku, UnmaskError
 from unmask_env import core, ids, reference, render
@@ -107,17 +107,20 @@ def instances_of(task: tasks.Task, puzzles: Path | None, limit: int | None, grad
 
 def run_evaluate(command: EvaluateCommand) -> None:
     device = resolve_device(command.device)
+    require_seed(command.seed)
+    if command.json is not None and command.json.is_dir():
+        raise UnmaskError(f"--json {command.json} is a folder; name a file")
     if command.blanks is not None and command.puzzles is not None:
         raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
     task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
     instances = instances_of(task, command.puzzles, command.limit, command.grade)
-    orders = {name: evaluate.load_order(name, task) for name in command.orders}
+    denoiser = load_denoiser(command.denoiser, task, device)
+    orders = {name: evaluate.load_order(name, task, denoiser) for name in command.orders}
     if not orders:
         raise UnmaskError("--orders needs at least one order")
     for order in orders.values():
         if isinstance(order, torch.nn.Module):
             order.to(device)
-    denoiser = load_denoiser(command.denoiser, task, device)
     results = evaluate.evaluate(task, denoiser, orders, instances, command.seed, command.batch, progress=True)
     title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
     Console().print(evaluate.table(results, title))
@@ -130,11 +133,12 @@ def run_show(command: ShowCommand) -> None:
     available = len(task.heldout())
     if not 0 <= command.index < available:
         raise UnmaskError(f"index must be between 0 and {available - 1}, not {command.index}")
-    if command.delay < 0:
+    require_seed(command.seed)
+    if not command.delay >= 0:
         raise UnmaskError(f"delay must be at least 0, not {command.delay}")
     instances = task.heldout()[command.index : command.index + 1]
-    order = evaluate.load_order(command.order, task)
     denoiser = load_denoiser(command.denoiser, task)
+    order = evaluate.load_order(command.order, task, denoiser)
     generator = torch.Generator().manual_seed(command.seed) if isinstance(order, reference.Reference) else None
     played = core.rollout(task, denoiser, order, instances, order_generator=generator, record=True)
     boards = [step.observation.tokens[0] for step in played.steps] + [played.state.tokens[0]]
@@ -201,6 +205,8 @@ def dispatch(command: Any) -> None:
             list_everything()
         case PretrainConfig():
             pretrain(command)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
         case upo.UPOConfig():
             upo.train(command)
         case imitation.ImitationConfig():

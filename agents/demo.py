@@ -9,22 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import evaluate, imitation, upo
 from agents.imitation import ImitationConfig
+from agents.policy import OrderPolicy
 from agents.upo import UPOConfig
 from pretrain.checkpoint import write_atomically, write_json
+from pretrain.run import require_seed, resolve_device
 from tasks import Instances, Task
 from unmask_env import core, registration, render
 from unmask_env.core import Order
 from unmask_env.denoiser import Denoiser
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HEURISTICS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "top_k")
 
@@ -49,7 +48,7 @@ class DemoConfig:
     threads: int | None = None
 
 
-def train_stages(config: DemoConfig) -> upo.OrderPolicy:
+def train_stages(config: DemoConfig) -> OrderPolicy:
     """Imitation of the oracle, then UPO from it; both resumed if begun before."""
     out = Path(config.out)
     shared = {"env": config.env, "denoiser": config.denoiser, "seed": config.seed}
@@ -77,7 +76,9 @@ def train_stages(config: DemoConfig) -> upo.OrderPolicy:
 def run(config: DemoConfig) -> list[evaluate.Result]:
     """Train, then leave ``table.json``, ``curve.png`` and ``replay.gif`` beside the policy in ``config.out``."""
     out, console = Path(config.out), Console()
-    task, denoiser = registration.resolve(config.env, config.denoiser, config.device)
+    require_seed(config.seed)
+    device = resolve_device(config.device, config.threads)
+    task, denoiser = registration.resolve(config.env, config.denoiser, device)
     instances = task.heldout(config.limit)
     policy = train_stages(config)
     orders: dict[str, Order] = {name: evaluate.load_order(name, task) for name in HEURISTICS}
@@ -105,7 +106,8 @@ def curve(out: Path) -> None:
         points = events.Scalars(tag)
         return [p.step for p in points], [p.value for p in points]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(*scalars(out / "imitation", "loss"))
     left.set(title="imitation of the oracle", xlabel="step", ylabel="loss (nats)")
     for tag, label in (("reward/fresh", "fresh puzzles"), ("reward/mined", "puzzles that went wrong before")):
@@ -113,7 +115,6 @@ def curve(out: Path) -> None:
     right.set(title="UPO", xlabel="iteration", ylabel="solved while sampling", ylim=(0, 1.02))
     right.legend()
     write_atomically(out / "curve.png", lambda path: figure.savefig(path, dpi=120, format="png"))
-    plt.close(figure)
 
 
 def picture(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ class Result:
     metrics: dict[str, Tensor]
     nfe: float
     seconds: float
-    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def solved(self) -> Tensor:
@@ -53,7 +52,7 @@ class Result:
             **{names.get(name, name): value for name, value in mean.items()},
             "nfe": self.nfe,
             "n": n,
-            "ci95": list(wilson(int(self.solved.sum()), n) if _binary(self.solved) else normal_interval(self.solved)),
+            "ci95": list(interval(self.solved)),
             "seconds": self.seconds,
         }
 
@@ -74,6 +73,14 @@ def normal_interval(values: Tensor) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def interval(values: Tensor) -> tuple[float, float]:
+    """95 % interval of a mean of (n,) values in [0, 1]: Wilson's where all are 0 or 1, else the clipped normal one."""
+    if bool(((values == 0) | (values == 1)).all()):
+        return wilson(int(values.sum()), len(values))
+    low, high = normal_interval(values)
+    return max(0.0, low), min(1.0, high)
+
+
 def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     """Mean of a - b over the same instances, with its 95 % normal interval: (mean, low, high)."""
     return (float((a - b).mean()), *normal_interval(a - b))
@@ -83,11 +90,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}" if share < 0.9995 else "100"
 
 
-def _binary(values: Tensor) -> bool:
-    return bool(((values == 0) | (values == 1)).all())
-
-
-def load_order(name: str, task: Task) -> Order:
+def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Order:
     """A reference policy by name, or a learned policy by packaged name, folder or hub id.
 
     Raises:
@@ -96,7 +99,7 @@ def load_order(name: str, task: Task) -> Order:
     if name in reference.REFERENCES:
         return reference.get(name)
     try:
-        return load_policy(name, task)
+        return load_policy(name, task, denoiser)
     except UnknownNameError:
         raise UnknownNameError("order", name, [*reference.REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
 
@@ -162,7 +165,7 @@ def table(results: Sequence[Result], title: str) -> Table:
     for result in results:
         cells = []
         for values in result.metrics.values():
-            low, high = wilson(int(values.sum()), len(values)) if _binary(values) else normal_interval(values)
+            low, high = interval(values)
             cells.append(f"{_percent(float(values.mean()))} ({_percent(low)}-{_percent(high)})")
         view.add_row(result.order + "*" * (result.order == "oracle"), *cells, f"{result.nfe:.1f}")
     return view

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from agents.divergences import cross_entropy
 from agents.policy import OrderPolicy, PolicyShape, new_policy
 from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, require_at_least, resolve_device, set_learning_rate
+from pretrain.run import Run, decayed_groups, require_at_least, require_seed, resolve_device, set_learning_rate
 from tasks import Instances, Task, UnmaskError
 from unmask_env import core, reference, registration
 from unmask_env.core import Observation
@@ -39,7 +39,8 @@ class ImitationConfig:
     reference: Literal["oracle", "max_confidence", "margin", "entropy", "softmax_confidence", "softmax_margin"] = (
         "oracle"
     )
-    """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong"""
+    """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong. With another
+    reference every board is read, and collected, not the stuck ones only"""
     puzzles: int = 3000
     """instances played to collect states"""
     easy: float = 0.15
@@ -73,9 +74,11 @@ class States:
         self.tokens, self.answers, self.stuck = state["tokens"], state["answers"], state["stuck"]
 
     @torch.no_grad()
-    def collect(self, task: Task, denoiser: Denoiser, instances: Instances, sure: float, generator: torch.Generator):
+    def collect(
+        self, task: Task, denoiser: Denoiser, instances: Instances, sure: float, generator: torch.Generator
+    ) -> None:
         """Play ``instances`` by margin among the right positions, so that boards stay solvable; keep the states where
-        an open position's top symbol is wrong: all stuck ones, and one in twenty of the others."""
+        one open position's top symbol is right and another's wrong: all stuck ones, one in twenty of the others."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in (instances[rows] for rows in torch.arange(len(instances)).split(500)):
             state, oracle = core.begin(part, task.mask_id), Oracle(part.answers)
@@ -155,13 +158,19 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         save_every=config.save_every,
         log_every=config.log_every,
     )
-    require_at_least(0, lr=config.lr, weight_decay=config.weight_decay, grad_clip=config.grad_clip, seed=config.seed)
+    require_at_least(0, lr=config.lr, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    require_seed(config.seed)
     if not 0 <= config.easy <= 1:
         raise UnmaskError(f"easy must be between 0 and 1, not {config.easy}")
+    if (task is None) != (denoiser is None):
+        raise UnmaskError("give both task and denoiser, or neither: config.env and config.denoiser are then looked up")
     if task is None or denoiser is None:
         task, denoiser = registration.resolve(config.env, config.denoiser, device)
     target = reference.get(config.reference)
-    policy = new_policy(config.shape, task, denoiser, config.seed, gate=1.0).to(device)
+    shape = config.shape
+    if not isinstance(target, Oracle):  # other references decide on sure boards too
+        shape = replace(shape, sure=2.0)
+    policy = new_policy(shape, task, denoiser, config.seed, gate=1.0).to(device)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     states = States(task)
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
@@ -169,7 +178,7 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         if not len(states.tokens):
             run.note("collecting states")
             generator = step_generator(device, config.seed, 0, 3 << 16)
-            states.collect(task, denoiser, task.sample(config.puzzles, generator), config.shape.sure, generator)
+            states.collect(task, denoiser, task.sample(config.puzzles, generator), shape.sure, generator)
             if not len(states.tokens):
                 raise UnmaskError(
                     f"no state of {config.puzzles} puzzles has a right and a wrong position to choose between; "

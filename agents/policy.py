@@ -235,16 +235,22 @@ def new_policy(
     return policy
 
 
-def load_policy(name: str | Path, task: Task | None = None) -> OrderPolicy:
+def load_policy(name: str | Path, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
     """An order policy by packaged name, folder or hub id.
 
     Raises:
-        CheckpointError, UnknownNameError: in one line; also if the policy is for another vocabulary or length.
+        CheckpointError, UnknownNameError: in one line; also if the policy is for another vocabulary or length,
+            or sees hidden states that ``denoiser`` does not give.
     """
     policy = load_model(OrderPolicy, name, PACKAGED_POLICIES, "order policy")
     if task is not None and (policy.vocab_size, policy.length) != (task.vocab_size, task.length):
         raise CheckpointError(
             f"order policy {name} is for {policy.vocab_size} symbols and {policy.length} positions; "
             f"task {task.name} has {task.vocab_size} and {task.length}"
+        )
+    if denoiser is not None and policy.hidden is not None and policy.hidden.in_features != denoiser.hidden_dim:
+        raise CheckpointError(
+            f"order policy {name} sees {policy.hidden.in_features} hidden channels of its own denoiser; "
+            f"this denoiser has {denoiser.hidden_dim or 0}"
         )
     return policy

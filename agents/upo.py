@@ -11,6 +11,7 @@ Denoiser outputs are cached in the rollout (the paper's Algorithm 2), so an upda
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ from agents.divergences import categorical_kl, cross_entropy, trajectory_kl_surr
 from agents.mining import Pool
 from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, require_at_least, resolve_device, set_learning_rate
+from pretrain.run import Run, decayed_groups, require_at_least, require_seed, resolve_device, set_learning_rate
 from tasks import Task, UnmaskError
 from unmask_env import reference as references
 from unmask_env import registration
@@ -56,26 +57,31 @@ class UPOConfig:
     top_k: int = 5
     """positions that the top_k reference, and then the policy, choose among (the paper's value)"""
     init: str | None = None
-    """an order policy to start from; the default starts at the reference"""
+    """an order policy to start from; the default starts at the reference (at its softmax, or uniform, where it is
+    deterministic). With it, ``shape`` and the temperature of the start are the loaded policy's"""
     iterations: int = 100
+    """rounds of sampling and updating; the first five warm the learning rate up"""
     puzzles: int = 32
     """groups per iteration"""
     group: int = 8
-    """trajectories per group"""
+    """trajectories per group (the paper's is 6)"""
     epochs: int = 2
     """passes over each iteration's trajectories"""
     minibatches: int = 4
     clip: float = 0.2
-    lr: float = 3e-5
-    """ten times more undoes a policy that imitation has made good; from the bare reference 1e-3 is better"""
+    """of the probability ratios (the paper's is 0.5)"""
+    lr: float | None = None
+    """the default is 3e-5 with ``init``, where ten times more undoes what imitation learned, and 1e-3 without"""
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     temperature: float = 1.0
-    """of the order while sampling; log-probabilities are those of the distribution sampled from"""
+    """of the order while sampling (the released code's is 0.8); log-probabilities, ratios and divergences are those of
+    the distribution sampled from"""
     over_steps: Literal["sum", "mean"] = "sum"
     """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
     normalise: bool = False
-    """divide advantages by the group's standard deviation: the paper's formula does, the released code does not"""
+    """divide advantages by the group's standard deviation: the paper's formula does, the released code does not. The
+    reward is then in units of that deviation, and beta weighs against it"""
     mine: float = 0.75
     """share of instances resampled among those that went wrong before; 0 trains on fresh ones only"""
     shape: PolicyShape = field(default_factory=PolicyShape)
@@ -216,9 +222,11 @@ def upo_loss(
         each = categorical_kl(log_prob, log_ref) if regulariser == "step_kl" else cross_entropy(log_ref, log_prob)
         # Where the denoiser is sure, the policy is its fixed base, which may exclude what the reference would do: an
         # infinite constant that no gradient could change.
-        each = each.masked_fill(~each.isfinite(), 0.0)
+        infinite = each.isposinf()
+        each = each.masked_fill(infinite, 0.0)
         regular = (each * per_step).sum()
         parts[f"divergence/{regulariser}"] = each.mean().item()
+        parts["divergence/infinite_share"] = infinite.float().mean().item()
     return loss + beta * regular, parts
 
 
@@ -241,9 +249,10 @@ def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> 
 
 # ---------------------------------------------------------------------- the loop
 def start(config: UPOConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
-    """``config.init``, or a policy that equals the reference (its softmax where it is deterministic)."""
+    """``config.init``, or a policy that equals the reference: its softmax for max_confidence and margin, the uniform
+    order for entropy and left_to_right, which have no softmax form here."""
     if config.init is not None:
-        return load_policy(config.init, task)
+        return load_policy(config.init, task, denoiser)
     base: Base = "none"
     if config.reference in ("max_confidence", "softmax_confidence"):
         base = "softmax_confidence"
@@ -284,16 +293,21 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
         save_every=config.save_every,
         log_every=config.log_every,
     )
-    require_at_least(0, beta=config.beta, clip=config.clip, lr=config.lr, grad_clip=config.grad_clip, seed=config.seed)
+    require_at_least(0, beta=config.beta, clip=config.clip, lr=config.lr or 0.0, grad_clip=config.grad_clip)
+    require_seed(config.seed)
     require_at_least(0, weight_decay=config.weight_decay)
     if config.group < 2:
         raise UnmaskError(f"group must be at least 2 to compare trajectories, not {config.group}")
-    if config.temperature <= 0:
+    if not 0 < config.temperature < math.inf:
         raise UnmaskError(f"temperature must be greater than 0, not {config.temperature}")
     if not 0 <= config.mine < 1:
         raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
+    if (task is None) != (denoiser is None):
+        raise UnmaskError("give both task and denoiser, or neither: config.env and config.denoiser are then looked up")
     if task is None or denoiser is None:
         task, denoiser = registration.resolve(config.env, config.denoiser, device)
+    if config.lr is None:
+        config = replace(config, lr=1e-3 if config.init is None else 3e-5)
     reference = make_reference(config)
     regulariser = check_regulariser(config, reference)
     policy = start(config, task, denoiser).to(device)
@@ -326,7 +340,7 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
             policy.train()
             set_learning_rate(optimizer, config.lr * min(1.0, (iteration + 1) / 5))
             trajectories = config.puzzles * config.group
-            parts: dict[str, float] = {}
+            logged: dict[str, list[float]] = {}
             for _ in range(config.epochs):
                 shuffled = torch.randperm(trajectories, generator=generator, device=device)
                 for chosen in shuffled.chunk(config.minibatches):
@@ -334,6 +348,8 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                     loss, parts = upo_loss(
                         behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps
                     )
+                    for name, value in parts.items():
+                        logged.setdefault(name, []).append(value)
                     if not loss.requires_grad:  # the denoiser was sure throughout: there was nothing to decide
                         continue
                     optimizer.zero_grad(set_to_none=True)
@@ -341,13 +357,11 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                     nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
                     optimizer.step()
             informative = (reward != reward[:, :1]).any(1).float().mean().item()
-            parts |= {"reward/fresh": reward[:fresh].mean().item(), "groups/informative": informative}
+            scalars = {name: sum(values) / len(values) for name, values in logged.items()}
+            scalars |= {"reward/fresh": reward[:fresh].mean().item(), "groups/informative": informative}
             if fresh < config.puzzles:
-                parts["reward/mined"] = reward[fresh:].mean().item()
-            run.log(parts, f"reward {parts['reward/fresh']:.3f}, {informative:.0%} of groups informative")
+                scalars["reward/mined"] = reward[fresh:].mean().item()
+            run.log(scalars, f"reward {scalars['reward/fresh']:.3f}, {informative:.0%} of groups informative")
     policy.eval()
     save_model(policy, Path(config.out))
     return policy
-
-
-__all__ = ["UPOConfig", "train", "upo_loss"]

@@ -29,12 +29,10 @@ from unmask_env.denoiser import load_denoiser
 VARIANTS: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "one reading": {"readings": 1},
-    "three readings": {"readings": 3},
     "not copied from the denoiser": {"copy": False},
     "without the symbols on the board": {"tokens": False},
     "without the denoiser's top symbols": {"top_tokens": False},
     "with the denoiser's hidden states": {"hidden": True},
-    "reads every board (sure = 2)": {"sure": 2.0},
 }
 
 
@@ -95,7 +93,6 @@ def main() -> None:
         out=str(out),
         reference="softmax_margin",
         iterations=30,
-        lr=1e-3,
         seed=args.seed,
         resume=(out / "state.safetensors").exists(),
     )

@@ -41,7 +41,7 @@ def train_all(steps: int, seed: int, runs: Path, console: Console) -> tuple[Sudo
     orders = {name: evaluate.load_order(name, task) for name in (*demo.HEURISTICS, "oracle")}
     alone = upo.UPOConfig(
         reference="max_confidence",
-        iterations=150,
+        iterations=60,
         lr=1e-3,
         shape=PolicyShape(sure=2.0, readings=1),
         **folder("upo-alone"),
@@ -50,7 +50,7 @@ def train_all(steps: int, seed: int, runs: Path, console: Console) -> tuple[Sudo
     shape = PolicyShape(sure=2.0)
     reader = imitation.ImitationConfig(puzzles=1500, steps=500, shape=shape, **folder("imitation"))
     orders["imitation"] = imitation.train(reader, task, denoiser)
-    both = upo.UPOConfig(init=reader.out, iterations=50, **folder("upo"))
+    both = upo.UPOConfig(init=reader.out, iterations=20, **folder("upo"))
     orders["imitation, then UPO"] = upo.train(both, task, denoiser)
     results = evaluate.evaluate(task, denoiser, orders, task.heldout(1000))
     console.print(evaluate.table(results, f"{task.name}, 8 blanks, denoiser of {steps} steps, seed {seed}"))
@@ -59,7 +59,7 @@ def train_all(steps: int, seed: int, runs: Path, console: Console) -> tuple[Sudo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 140, 180, 300])
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 140, 180])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/strength"))
     parser.add_argument("--threads", type=int, default=None)

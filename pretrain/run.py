@@ -56,6 +56,12 @@ def require_at_least(least: float, **settings: float) -> None:
             raise UnmaskError(f"{name} must be at least {least}, not {value}")
 
 
+def require_seed(seed: int) -> None:
+    """Raises :class:`tasks.UnmaskError` for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise UnmaskError(f"seed must be at least 0 and below 2**63, not {seed}")
+
+
 class Run:
     """Drives a loop over ``steps`` steps in the folder ``out``; use as a context manager.
 
@@ -104,7 +110,7 @@ class Run:
         self._described = described
         if main:
             write_json(self.out / "run.json", described)
-            self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step if settings.resume else None)
+            self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step)
             self.progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -120,6 +126,8 @@ class Run:
         if self.main:
             self.progress.start()
             self._bar = self.progress.add_task(self._title, total=self.steps, completed=self.step, note="")
+            if not (self.out / "state.safetensors").exists():
+                self.save()  # so that --resume works from the first moment on
         return self
 
     def __exit__(self, *exception: object) -> None:

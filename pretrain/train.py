@@ -17,7 +17,15 @@ import tasks
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.objectives.masked import masked_diffusion_loss
-from pretrain.run import Run, decayed_groups, distributed, require_at_least, resolve_device, set_learning_rate
+from pretrain.run import (
+    Run,
+    decayed_groups,
+    distributed,
+    require_at_least,
+    require_seed,
+    resolve_device,
+    set_learning_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class PretrainConfig:
     """CPU threads; the default is torch's"""
     bf16: bool = False
     compile: bool = False
+    half: bool = False
+    """store the weights in float16, as the packaged denoisers are"""
     resume: bool = False
     """go on from the state in ``out``"""
     log_every: int = 50
@@ -80,7 +90,10 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         1, steps=config.steps, batch=config.batch, dim=config.dim, layers=config.layers, heads=config.heads
     )
     require_at_least(1, save_every=config.save_every, log_every=config.log_every)
-    require_at_least(0, seed=config.seed, lr=config.lr, warmup=config.warmup, grad_clip=config.grad_clip)
+    require_seed(config.seed)
+    require_at_least(
+        0, lr=config.lr, warmup=config.warmup, weight_decay=config.weight_decay, grad_clip=config.grad_clip
+    )
     if not 0 <= config.ema < 1:
         raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {config.ema}")
     if config.dim % config.heads:
@@ -124,5 +137,5 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
                 run.log({"loss": mean, "grad_norm": float(norm), "lr": learning_rate(config, step)}, f"loss {mean:.4f}")
     trained: Backbone = averaged.module
     if rank == 0:
-        save_model(trained, Path(config.out))
+        save_model(trained, Path(config.out), half=config.half)
     return trained.eval()

@@ -39,8 +39,12 @@ class Sudoku(Task):
         blanks: int | None = None,
         reward: Reward = "solved",
     ) -> None:
+        if min(box_height, box_width) < 1:
+            raise UnmaskError(f"a box needs at least one row and one column, not {box_height} by {box_width}")
         n = box_height * box_width
-        self.name = f"sudoku{n}"
+        box, self.name = (box_height, box_width), f"sudoku{n}"
+        if sudoku_puzzles.BOXES.get(self.name, box) != box:  # not the boxes of the packaged puzzles of that size
+            self.name += f"-{box_height}x{box_width}"
         self.symbols = tuple(str(d) for d in range(1, n + 1))
         self.shape = (n, n)
         self.box = (box_height, box_width)
@@ -50,7 +54,7 @@ class Sudoku(Task):
             raise UnmaskError(f"blanks must be between 1 and {n * n - 1}, not {blanks}")
         self.blanks = blanks
         self.reward_metric = reward
-        self.symmetric = n != 4
+        self.symmetric = self.name != "sudoku4"
 
     # ------------------------------------------------------------------ sizes
     @cached_property

@@ -32,7 +32,7 @@ class Denoiser(Protocol):
 
 
 class FrozenDenoiser:
-    """A pretrained backbone in evaluation mode, without gradients.
+    """A pretrained backbone in evaluation mode, without gradients: the model itself is switched over, not a copy.
 
     Args:
         model: returns an output with ``logits`` (N, L, V) and ``hidden`` (N, L, D).

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+from gymnasium.error import ResetNeeded
 
 from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
@@ -41,7 +42,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
     A training instance of the task, or ``reset(options={"instances": Instances})``.
 
     ## Episode End
-    Terminated when every position is filled. Truncated after 2 L steps (only illegal no-ops get there).
+    Terminated when every position is filled. Truncated after 2 L steps (only illegal no-ops get there). A step after
+    the end raises ``gymnasium.error.ResetNeeded``.
 
     ## Information
     ``action_mask``, ``nfe`` (denoiser forwards that led to an action of this episode), ``illegal``; at the end the
@@ -72,6 +74,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         self.render_mode = render_mode
         self.boards = Boards(1, env_id, task, denoiser, on_illegal, temperature, device)
         self.task = self.boards.task
+        self._ended = False
         self.observation_space, self.action_space = self.boards.spaces()
 
     def reset(
@@ -81,16 +84,20 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         if seed is not None or not self.boards.seeded:
             self.boards.seed([seed if seed is not None else int(self.np_random.integers(2**31))])
         self.boards.begin([0], (options or {}).get("instances"))
+        self._ended = False
         self.boards.observe()
         return self._observation(self.boards.denoised), self._info()
 
     def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        if self._ended:
+            raise ResetNeeded("the episode has ended; call reset() first")
         transition = self.boards.step([action])
         terminated, truncated = bool(transition.terminated), bool(transition.truncated)
+        self._ended = terminated or truncated
         if not terminated:
             self.boards.observe()
         info = self._info() | {"illegal": bool(transition.illegal)}
-        if terminated or truncated:
+        if self._ended:
             measured = self.task.metrics(self.boards.state.tokens, self.boards.state.instances)
             info |= {name: float(value) for name, value in measured.items()}
         observation = self._observation(None if terminated else self.boards.denoised)

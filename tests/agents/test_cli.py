@@ -369,7 +369,8 @@ def killed(weak: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
             assert time.monotonic() < deadline, f"no state from {list(alive)}"
             for name, process in list(alive.items()):
                 assert process.poll() is None, process.communicate()
-                if (root / name / "state.safetensors").exists():
+                state = root / name / "state.safetensors"
+                if state.exists() and load_state(state)["step"] >= 1:
                     process.send_signal(signal.SIGKILL)
                     del alive[name]
             time.sleep(0.005)

@@ -167,7 +167,9 @@ def test_kill_9_and_resume_end_with_the_same_weights(tmp_path):
         process = subprocess.Popen([sys.executable, str(script)], stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 120
-            while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None and time.monotonic() < deadline:
+                if state.exists() and load_state(state)["step"] > 0:
+                    break
                 time.sleep(0.005)
         finally:
             process.kill()
