@@ -1,4 +1,4 @@
-"""Makes the packaged Sudoku files. They were made, in this order, by
+"""Makes the packaged Sudoku files. They were made by
 
 python -m tasks.generate_sudoku sudoku6 sudoku4 --seed 0
 python -m tasks.generate_sudoku sudoku9 --seed 0
@@ -20,6 +20,8 @@ COUNTS = {  # grids to train denoisers on; puzzles to train policies on; puzzles
     "sudoku6": {"grids": 5000, "train": 8000, "validation": 2000, "test": 2000},
     "sudoku9": {"grids": 10000, "train": 3000, "validation": 400, "test": 4000},
 }
+BALANCED = {"sudoku6": "train", "sudoku9": "test"}
+SHUFFLED = BALANCED | {"sudoku4": "test"}  # so that the first puzzles of the split are like the others
 
 
 def build(name: str, seed: int, log: Callable[[str], None] = print) -> dict[str, np.ndarray]:
@@ -31,7 +33,7 @@ def build(name: str, seed: int, log: Callable[[str], None] = print) -> dict[str,
     """
     h, w = BOXES[name]
     want, rng = COUNTS[name], random.Random(f"{name}-{seed}")
-    balanced = {"sudoku6": "train", "sudoku9": "test"}.get(name)
+    balanced, shuffled = BALANCED.get(name), SHUFFLED[name]
     grids: set[tuple[int, ...]] = set()
     seen: set[tuple[int, ...]] = set()
     puzzles: dict[str, list] = {"train": [], "validation": [], "test": []}
@@ -58,7 +60,7 @@ def build(name: str, seed: int, log: Callable[[str], None] = print) -> dict[str,
             log(f"{name}: {len(grids)} grids, " + ", ".join(f"{s} {len(p)}" for s, p in puzzles.items()))
     arrays = {"train_grids": np.array(sorted(grids), np.uint8)}
     for split, rows in puzzles.items():
-        if split == balanced:
+        if split == shuffled:
             rng.shuffle(rows)
         arrays[f"{split}_puzzles"] = np.array([p for p, _, _ in rows], np.uint8)
         arrays[f"{split}_solutions"] = np.array([g for _, g, _ in rows], np.uint8)
