@@ -1,8 +1,4 @@
-"""Makes the packaged Sudoku files. They were made by
-
-python -m tasks.generate_sudoku sudoku6 sudoku4 --seed 0
-python -m tasks.generate_sudoku sudoku9 --seed 0
-"""
+"""Makes the packaged Sudoku files: ``python -m tasks.generate_sudoku sudoku4 sudoku6 sudoku9 --seed 0``."""
 
 from __future__ import annotations
 
