@@ -158,7 +158,7 @@ def table(results: Sequence[Result], title: str) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    view.add_column("order", no_wrap=True)
+    view.add_column("order")
     for name in results[0].metrics:
         view.add_column(names.get(name, name), justify="right", no_wrap=True)
     view.add_column("NFE", justify="right", no_wrap=True)
