@@ -35,7 +35,8 @@ class PolicyShape:
     copy: bool = True
     """start from a copy of the denoiser's embeddings, last blocks and head, where it has them (dim and heads are then
     its own)"""
-    layers: int = 3
+    layers: int | None = None
+    """the default is 3, or as many as there are to copy where there are fewer"""
     dim: int = 48
     heads: int = 4
     readings: int = 2
@@ -203,13 +204,13 @@ def new_policy(
     Raises:
         UnmaskError: more layers than the denoiser has to copy, or sizes that do not fit.
     """
-    require_at_least(1, layers=shape.layers, dim=shape.dim, heads=shape.heads, readings=shape.readings)
     model = getattr(denoiser, "model", None)
     backbone = model if shape.copy and isinstance(model, Backbone) else None
-    if backbone is not None and shape.layers > len(backbone.blocks):
-        raise UnmaskError(
-            f"the denoiser has {len(backbone.blocks)} blocks to copy, not {shape.layers}; use fewer layers or --no-copy"
-        )
+    to_copy = 3 if backbone is None else len(backbone.blocks)
+    layers = min(3, to_copy) if shape.layers is None else shape.layers
+    require_at_least(1, layers=layers, dim=shape.dim, heads=shape.heads, readings=shape.readings)
+    if backbone is not None and layers > to_copy:
+        raise UnmaskError(f"the denoiser has {to_copy} blocks to copy, not {layers}; use fewer layers or --no-copy")
     if backbone is None and shape.dim % shape.heads:
         raise UnmaskError(f"dim must be a multiple of heads; {shape.dim} is not one of {shape.heads}")
     with torch.random.fork_rng(devices=[]):
@@ -224,7 +225,7 @@ def new_policy(
             top_tokens=shape.top_tokens,
             hidden_dim=(denoiser.hidden_dim or 0) if shape.hidden else 0,
             dim=shape.dim if backbone is None else backbone.dim,
-            layers=shape.layers,
+            layers=layers,
             heads=shape.heads if backbone is None else backbone.blocks[0].heads,
             readings=shape.readings,
             sure=shape.sure,
