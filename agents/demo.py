@@ -113,6 +113,7 @@ def curve(out: Path) -> None:
     for tag, label in (("reward/fresh", "fresh puzzles"), ("reward/mined", "puzzles that went wrong before")):
         right.plot(*scalars(out, tag), label=label)
     right.set(title="UPO", xlabel="iteration", ylabel="solved while sampling", ylim=(0, 1.02))
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     write_atomically(out / "curve.png", lambda path: figure.savefig(path, dpi=120, format="png"))
 

@@ -44,7 +44,7 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The JSON row."""
-        mean = {name: float(values.mean()) for name, values in self.metrics.items()}
+        mean = {name: float(values.double().mean()) for name, values in self.metrics.items()}
         n = len(self.solved)
         names = {"solved": "solve_rate", "valid": "valid_rate"}
         return {
