@@ -3,8 +3,8 @@
     python benchmarks/denoiser_strength.py --out benchmarks/results/denoiser-strength.json
 
 For each number of pretraining steps: the heuristics, the oracle order, UPO from the max-confidence reference alone (the
-paper's realisation with cross-entropy), imitation of the oracle, and UPO from there. The paper's frozen denoiser was
-LLaDA-8B-Instruct, which solves 4x4 Sudoku poorly; a small denoiser trained to the end leaves no room at all.
+paper's realisation with cross-entropy), imitation of the oracle, and UPO from there. A small denoiser
+trained to the end leaves an order no room at all.
 """
 
 from __future__ import annotations
