@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
@@ -84,7 +85,8 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
     name = str(name)
     folder = packaged_root / name if name in packaged(packaged_root) else Path(name)
     if not folder.exists():
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.exists()
+        if hub_id:  # where the first part is a folder here, a missing folder was meant
             folder = _download(name, kind)
         elif "/" in name:
             raise CheckpointError(f"no {kind} at {name}: the folder does not exist")
@@ -120,6 +122,7 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
 
 def _download(name: str, kind: str) -> Path:
     """The folder of hub id ``name`` in the local cache: its two files and nothing else, so never a pickle."""
+    huggingface_hub.utils.logging.set_verbosity_error()  # what goes wrong is said once, below
     try:
         paths = [Path(hf_hub_download(name, file)) for file in ("config.json", "model.safetensors")]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
