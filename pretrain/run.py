@@ -97,7 +97,10 @@ class Run:
                 if key not in MAY_CHANGE and described.get(key) != value
             ]
             if differing:
-                raise UnmaskError(f"cannot resume {self.out} with other settings: {'; '.join(differing)}")
+                raise UnmaskError(
+                    f"cannot resume {self.out} with other settings: {'; '.join(differing)}; "
+                    "name another --out, or delete the folder"
+                )
             try:
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
