@@ -162,10 +162,7 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     require_seed(config.seed)
     if not 0 <= config.easy <= 1:
         raise UnmaskError(f"easy must be between 0 and 1, not {config.easy}")
-    if (task is None) != (denoiser is None):
-        raise UnmaskError("give both task and denoiser, or neither: config.env and config.denoiser are then looked up")
-    if task is None or denoiser is None:
-        task, denoiser = registration.resolve(config.env, config.denoiser, device)
+    task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
     target = reference.get(config.reference)
     shape = config.shape
     if not isinstance(target, Oracle):  # other references decide on sure boards too

@@ -302,10 +302,7 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
         raise UnmaskError(f"temperature must be greater than 0, not {config.temperature}")
     if not 0 <= config.mine < 1:
         raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
-    if (task is None) != (denoiser is None):
-        raise UnmaskError("give both task and denoiser, or neither: config.env and config.denoiser are then looked up")
-    if task is None or denoiser is None:
-        task, denoiser = registration.resolve(config.env, config.denoiser, device)
+    task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
     if config.lr is None:
         config = replace(config, lr=1e-3 if config.init is None else 3e-5)
     reference = make_reference(config)

@@ -89,3 +89,22 @@ def resolve(
     if source is None:
         raise UnmaskError(f"{id} was registered without a denoiser; name one")
     return task, load_denoiser(source, task, device)
+
+
+def given_or_resolved(
+    task: Task | None,
+    denoiser: Denoiser | None,
+    id: str,
+    name: str | Path | None,
+    device: torch.device | str,
+) -> tuple[Task, Denoiser]:
+    """``task`` and ``denoiser`` where both are given, else what :func:`resolve` finds for ``id`` and ``name``.
+
+    Raises:
+        UnmaskError: one is given without the other; and what :func:`resolve` raises.
+    """
+    if task is not None and denoiser is not None:
+        return task, denoiser
+    if task is not None or denoiser is not None:
+        raise UnmaskError("give both task and denoiser, or neither: config.env and config.denoiser are then looked up")
+    return resolve(id, name, device)
