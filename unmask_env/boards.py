@@ -1,38 +1,101 @@
-"""N boards in play with their own random streams: what the Gymnasium faces share.
+"""N boards with their own random streams, and what an agent is shown of them: what the four faces share. Torch only.
 
-Row i draws its instances (and, with sampled filling, its symbols) from its own generator, so an episode depends on the
-row's seed and actions only, not on how many rows play beside it.
+Row i draws its instances and, with sampled filling, its symbols from generators of its own, so an episode depends on
+the row's seed and actions only, not on how many rows play beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import gymnasium.spaces as spaces
-import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.backbone import Backbone
 from tasks import Instances, Task, UnmaskError
-from unmask_env import core, registration
-from unmask_env.core import Denoised, Observation, OnIllegal, Transition
+from unmask_env import core, reference, registration
+from unmask_env.core import Denoised, Observation, OnIllegal, State, Transition
 from unmask_env.denoiser import Denoiser, load_denoiser
+from unmask_env.reference import Reference
 
 TOP = 8  # most likely symbols per position that an observation shows
-FLOOR = -20.0  # least log-probability shown, so that spaces are bounded
+FLOOR = -20.0  # least log-probability of a symbol shown, so that spaces are bounded
+LOG_ZERO = -1e4  # shown where the reference's log-probability is -inf, or below it
 _AHEAD = 16  # instances drawn per call of task.sample
+_FILLING = 0x5DEECE66D  # sets the seeds of the filling streams apart from those of the instances
+
+Key = Literal["tokens", "action_mask", "top_tokens", "top_log_probs", "log_reference"]
+View = dict[Key, Tensor]
+"""What an agent is shown: ``tokens`` (N, L) int64; ``action_mask`` (N, L) bool; ``top_tokens`` (N, L, K) int64 and
+``top_log_probs`` (N, L, K), the K = min(8, V) most likely symbols; ``log_reference`` (N, L) log g(i|s)."""
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A copy on the host: observations must not share memory with the state."""
-    return tensor.numpy(force=True).copy()
+def show(tokens: Tensor, open: Tensor, denoised: Denoised, log_reference: Tensor) -> View:
+    """The view of N boards."""
+    log_probs = denoised.log_probs
+    k = min(TOP, log_probs.shape[-1])
+    # Sorting everything is the faster way to the top of a small vocabulary.
+    values, indices = log_probs.sort(-1, descending=True) if log_probs.shape[-1] <= 2 * k else log_probs.topk(k, -1)
+    return {
+        "tokens": tokens,
+        "action_mask": open,
+        "top_tokens": indices[..., :k],
+        "top_log_probs": values[..., :k].clamp(min=FLOOR, max=0.0),
+        "log_reference": log_reference.clamp(min=LOG_ZERO),
+    }
+
+
+def blank(tokens: Tensor, open: Tensor, top: int) -> View:
+    """The view of boards on which the denoiser was not run: its parts are zeros, the reference's -inf."""
+    zeros = tokens.new_zeros((*tokens.shape, top))
+    none = torch.full(tokens.shape, LOG_ZERO, device=tokens.device)
+    return {
+        "tokens": tokens,
+        "action_mask": open,
+        "top_tokens": zeros,
+        "top_log_probs": zeros.float(),
+        "log_reference": none,
+    }
+
+
+def read(view: View, vocab_size: int) -> Observation:
+    """The observation that ``view`` shows, for orders. What the most likely symbols leave is spread over the others.
+
+    Exact up to ``FLOOR`` for vocabularies of at most nine symbols. ``tokens``, ``top_tokens`` and ``action_mask`` may
+    be floats, as stable-baselines3 hands them on. Hidden states are not shown, so there are none.
+    """
+    top, values = view["top_tokens"].long(), view["top_log_probs"].float()
+    n, length, k = top.shape
+    others = vocab_size - k
+    if others:
+        left = (-torch.expm1(values.logsumexp(-1).clamp(max=-1e-7))).log() - torch.tensor(float(others)).log()
+        log_probs = left.unsqueeze(-1).expand(n, length, vocab_size).scatter(-1, top, values)
+    else:
+        log_probs = torch.empty(n, length, vocab_size, device=values.device).scatter(-1, top, values)
+    return Observation(view["tokens"].long(), view["action_mask"].bool(), Denoised(log_probs))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one forward tells: the ``view`` of the boards and ``symbols`` (N, L), what each position would become.
+
+    The symbols decide what an action leads to. With sampled filling they are drawn with the look, and no agent may see
+    them.
+    """
+
+    view: View
+    symbols: Tensor
 
 
 class Boards:
-    """See the module docstring. ``state`` and ``denoised`` always belong together after :meth:`observe`."""
+    """The rules and the random streams of N rows; the states of play are the callers'.
+
+    Raises:
+        UnmaskError: a task or denoiser is missing, or a setting is not allowed; also what loading a denoiser raises.
+    """
 
     def __init__(
         self,
@@ -40,83 +103,75 @@ class Boards:
         env_id: str | None,
         task: str | Task | None,
         denoiser: str | Path | Backbone | Denoiser | None,
+        order: str | Reference,
         on_illegal: OnIllegal,
         temperature: float,
-        device: str,
+        device: torch.device | str,
     ) -> None:
         found = registration.lookup(env_id) if env_id is not None else None
         task = task if task is not None else (found.task if found else None)
         denoiser = denoiser if denoiser is not None else (found.denoiser if found else None)
+        if n < 1:
+            raise UnmaskError(f"num_envs must be at least 1, not {n}")
         if task is None or denoiser is None:
             missing = "task" if task is None else "denoiser"
             raise UnmaskError(f"this environment needs a {missing}; give {missing}=... or register the id with one")
         if on_illegal not in ("noop", "terminate", "raise"):
             raise UnmaskError(f"on_illegal must be noop, terminate or raise, not {on_illegal!r}")
-        if temperature < 0:
+        if not temperature >= 0:
             raise UnmaskError(f"temperature must be 0 (greedy filling) or more, not {temperature}")
+        self.reference = reference.get(order) if isinstance(order, str) else order
+        if isinstance(self.reference, reference.Oracle):
+            raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
         self.n, self.device = n, torch.device(device)
         self.task = registration.resolve_task(task)
         self.denoiser = load_denoiser(denoiser, self.task, device)
         self.on_illegal, self.temperature = on_illegal, temperature
         self.max_steps = 2 * self.task.length  # an illegal no-op must not loop for ever
         self.top = min(TOP, self.task.vocab_size)
-        holes = torch.full((n, self.task.length), self.task.mask_id, device=self.device)
-        self.state = core.begin(Instances(holes, torch.zeros_like(holes)), self.task.mask_id)
-        self.denoised: Denoised | None = None
-        self._generators: list[torch.Generator] | None = None
+        self._instances: list[torch.Generator] | None = None
+        self._fillings: list[torch.Generator] = [torch.Generator() for _ in range(n)]
         self._ahead: list[tuple[Instances, int] | None] = [None] * n
 
-    # ------------------------------------------------------------------ spaces
-    def spaces(self) -> tuple[spaces.Dict, spaces.Discrete]:
-        """(observation space, action space) of one board."""
-        length, vocab = self.task.length, self.task.vocab_size
-        observation = spaces.Dict(
-            {
-                "tokens": spaces.Box(0, vocab, (length,), np.int64),
-                "action_mask": spaces.MultiBinary(length),
-                "top_tokens": spaces.Box(0, vocab - 1, (length, self.top), np.int64),
-                "top_log_probs": spaces.Box(FLOOR, 0.0, (length, self.top), np.float32),
-            }
-        )
-        return observation, spaces.Discrete(length)
-
     # ------------------------------------------------------------------ randomness
-    def seed(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> None:
-        """One seed per row; with ``rows`` only those take theirs."""
+    def seed(self, seeds: Sequence[int], rows: Sequence[int] | None = None, share: int = 1) -> None:
+        """One seed per row; with ``rows`` only those take theirs.
+
+        Args:
+            share: runs of this many rows draw the same instances (each its own symbols): those of their first seed.
+        """
         if len(seeds) != self.n:
             raise UnmaskError(f"{self.n} rows need {self.n} seeds, not {len(seeds)}")
-        if self._generators is None:
-            self._generators = [torch.Generator() for _ in seeds]
+        if self._instances is None:
+            self._instances = [torch.Generator() for _ in seeds]
         for row in range(self.n) if rows is None else rows:
-            self._generators[row].manual_seed(int(seeds[row]))
+            self._instances[row].manual_seed(int(seeds[row - row % share]))
+            self._fillings[row].manual_seed(int(seeds[row]) ^ _FILLING)
             self._ahead[row] = None
 
     @property
     def seeded(self) -> bool:
-        return self._generators is not None
+        return self._instances is not None
 
     def _next_instance(self, row: int) -> Instances:
-        if self._generators is None:
+        if self._instances is None:
             raise UnmaskError("call reset() before anything else")
         instances, at = self._ahead[row] or (None, _AHEAD)
         if instances is None or at == len(instances):
-            instances, at = self.task.sample(_AHEAD, self._generators[row]), 0
+            instances, at = self.task.sample(_AHEAD, self._instances[row]), 0
         self._ahead[row] = (instances, at + 1)
         return instances[at : at + 1]
 
-    def _noise(self, like: Tensor, idle: np.ndarray | None) -> Tensor:
-        if self._generators is None:
-            raise UnmaskError("call reset() before anything else")
-        unused = torch.full((like.shape[1],), 0.5)  # an idle row's stream must not advance
-        rows = enumerate(self._generators)
-        drawn = [unused if idle is not None and idle[i] else torch.rand(like.shape[1], generator=g) for i, g in rows]
-        return torch.stack(drawn).to(like)
-
     # ------------------------------------------------------------------ play
-    def begin(self, rows: Sequence[int], instances: Instances | None = None) -> None:
-        """Start the episodes of ``rows`` anew, from ``instances`` if given, else from each row's own stream."""
+    def empty(self) -> State:
+        """A state before the first reset: nothing has begun."""
+        holes = torch.full((self.n, self.task.length), self.task.mask_id, device=self.device)
+        return core.begin(Instances(holes, torch.zeros_like(holes)), self.task.mask_id)
+
+    def begin(self, state: State, rows: Sequence[int], instances: Instances | None = None) -> State:
+        """``state`` with the episodes of ``rows`` begun anew, from ``instances`` or else each row's own stream."""
         if not len(rows):
-            return
+            return state
         if instances is None:
             drawn = [self._next_instance(row) for row in rows]
             instances = Instances(torch.cat([d.tokens for d in drawn]), torch.cat([d.answers for d in drawn]))
@@ -125,54 +180,46 @@ class Boards:
         if not bool((instances.tokens == self.task.mask_id).any(1).all()):
             raise UnmaskError("every instance needs at least one hole; an episode without one would never end")
         index = torch.as_tensor(rows, device=self.device)
-        self.state = core.reset_rows(self.state, index, instances.to(self.device), self.task.mask_id)
+        return core.reset_rows(state, index, instances.to(self.device), self.task.mask_id)
 
-    def observe(self, extra: Tensor | None = None) -> Denoised | None:
-        """One forward for all rows, and in the same batch for ``extra`` (M, L) tokens, whose part is returned."""
-        if extra is None or not len(extra):
-            self.denoised = self.denoiser(self.state.tokens)
-            return None
-        log_probs, hidden = self.denoiser(torch.cat([self.state.tokens, extra]))
-        self.denoised = Denoised(log_probs[: self.n], None if hidden is None else hidden[: self.n])
-        return Denoised(log_probs[self.n :], None if hidden is None else hidden[self.n :])
+    def _see(self, tokens: Tensor, open: Tensor) -> tuple[Denoised, View]:
+        denoised = self.denoiser(tokens)
+        return denoised, show(tokens, open, denoised, self.reference.log_prob(Observation(tokens, open, denoised)))
 
-    def step(self, action: Any, idle: np.ndarray | None = None) -> Transition:
-        """Apply one action per row to the state; the caller decides on resets, then calls :meth:`observe`.
+    def _symbols(self, log_probs: Tensor, drawing: Sequence[int]) -> Tensor:
+        if self.temperature == 0:
+            return core.fill(log_probs)
+        uniform = torch.zeros(log_probs.shape[:2])
+        for row in drawing:
+            uniform[row] = torch.rand(self.task.length, generator=self._fillings[row])
+        return core.fill(log_probs, self.temperature, uniform.to(self.device))
 
-        Rows marked in ``idle`` (N,) draw nothing from their streams: the caller drops their step.
+    def look(self, state: State, drawing: Sequence[int] | None = None) -> Look:
+        """One forward for all rows. ``drawing``: the rows whose filling streams advance, by default all."""
+        denoised, view = self._see(state.tokens, state.open)
+        return Look(view, self._symbols(denoised.log_probs, range(self.n) if drawing is None else drawing))
+
+    def step(self, state: State, symbols: Tensor, action: Tensor) -> Transition:
+        """Apply one action (N,) per row."""
+        return core.step(self.task, state, symbols, action, on_illegal=self.on_illegal, max_steps=self.max_steps)
+
+    def go_on(self, transition: Transition) -> tuple[State, Look, Tensor, View]:
+        """Begin anew the rows that ended, and look at all boards, in one forward.
+
+        Returns:
+            The state and look from which play goes on; the indices (M,) of the rows that ended, and the view (M, ...)
+            of their boards as they ended. Complete boards are not given to the denoiser; truncated ones, whose value
+            a learner still needs, ride in the same forward.
         """
-        if self.denoised is None:
-            raise UnmaskError("call reset() before step()")
-        transition = core.step(
-            self.task,
-            self.state,
-            self.denoised,
-            torch.as_tensor(np.asarray(action), device=self.device).long().view(self.n),
-            temperature=self.temperature,
-            noise=(lambda like: self._noise(like, idle)) if self.temperature > 0 else None,
-            on_illegal=self.on_illegal,
-            max_steps=self.max_steps,
-        )
-        self.state = transition.state
-        return transition
-
-    # ------------------------------------------------------------------ numpy
-    def observation(self) -> Observation:
-        """The torch observation of the current state, for orders."""
-        if self.denoised is None:
-            raise UnmaskError("call reset() first")
-        return Observation(self.state.tokens, self.state.open, self.denoised)
-
-    def arrays(self, tokens: Tensor, open: Tensor, denoised: Denoised | None) -> dict[str, np.ndarray]:
-        """Fresh numpy observations (rows first); without ``denoised`` (a finished board) its parts are zeros."""
-        shape = (*tokens.shape, self.top)
-        if denoised is None:
-            values, likely = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
-        else:
-            values, likely = denoised.log_probs.topk(self.top, -1)
-        return {
-            "tokens": to_numpy(tokens),
-            "action_mask": to_numpy(open).astype(np.int8),
-            "top_tokens": to_numpy(likely),
-            "top_log_probs": to_numpy(values.clamp(min=FLOOR, max=0.0)),
-        }
+        left = transition.state
+        rows = (transition.terminated | transition.truncated).nonzero().flatten()
+        state = self.begin(left, rows.tolist())
+        last = blank(left.tokens[rows], left.open[rows], self.top)
+        cut = transition.truncated[rows].nonzero().flatten()
+        if not len(cut):
+            return state, self.look(state), rows, last
+        tokens, open = last["tokens"][cut], last["action_mask"][cut]
+        denoised, view = self._see(torch.cat([state.tokens, tokens]), torch.cat([state.open, open]))
+        last = {key: value.index_copy(0, cut, view[key][self.n :]) for key, value in last.items()}
+        symbols = self._symbols(denoised.log_probs[: self.n], range(self.n))
+        return state, Look({key: value[: self.n] for key, value in view.items()}, symbols), rows, last

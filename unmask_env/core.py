@@ -110,37 +110,38 @@ def reset_rows(state: State, rows: Tensor, instances: Instances, mask_id: int) -
     )
 
 
-def fill(log_probs: Tensor, temperature: float, noise: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Symbols for a batch of distributions (N, V): the most likely one at temperature 0, else a sample.
+def fill(log_probs: Tensor, temperature: float = 0.0, uniform: Tensor | None = None) -> Tensor:
+    """(N, L) the symbol that each position becomes if it is chosen: the most likely one (the lowest where several tie)
+    at temperature 0, else a sample of p^(1/temperature) by inversion of its distribution function.
 
-    Sampling is by the Gumbel trick; ``noise(like)`` returns uniforms of the shape of its argument.
+    Args:
+        log_probs: (N, L, V). uniform: (N, L) in [0, 1), needed above temperature 0.
     """
-    if temperature == 0 or noise is None:
+    if temperature == 0 or uniform is None:
         return log_probs.argmax(-1)
-    gumbel = -torch.log(-torch.log(noise(log_probs).clamp(1e-20, 1 - 1e-7)))
-    return (log_probs / temperature + gumbel).argmax(-1)
+    cumulative = (log_probs / temperature).softmax(-1).cumsum(-1)
+    # The total is 1 up to rounding; staying below it keeps symbols of probability 0 out.
+    at = (uniform * (1 - 1e-6)).unsqueeze(-1) * cumulative[..., -1:]
+    return (cumulative <= at).sum(-1).clamp(max=log_probs.shape[-1] - 1)
 
 
 def step(
     task: Task,
     state: State,
-    denoised: Denoised,
+    symbols: Tensor,
     action: Tensor,
     *,
-    temperature: float = 0.0,
-    noise: Callable[[Tensor], Tensor] | None = None,
     on_illegal: OnIllegal = "noop",
     max_steps: int | None = None,
 ) -> Transition:
-    """Fill position ``action[i]`` of row i with the denoiser's symbol; reward rows that became complete.
+    """Fill position ``action[i]`` of row i with its symbol; reward rows that became complete.
 
     An illegal action (a closed position, or out of range) changes nothing and counts as a step (``noop``), ends the
     episode with reward 0 (``terminate``), or raises. Rows that are already complete stay as they are.
 
     Args:
-        denoised: the forward of ``state.tokens``.
+        symbols: (N, L) what each position would become, from :func:`fill`.
         action: (N,) int64 positions.
-        temperature: 0 fills greedily, as UPO's released code does; 1 samples the denoiser's distribution.
         max_steps: truncate episodes that are still open after this many actions.
 
     Raises:
@@ -156,10 +157,8 @@ def step(
         row = int(illegal.nonzero()[0])
         choices = state.open[row].nonzero().flatten().tolist()
         raise InvalidActionError(f"row {row}: position {int(action[row])} is not open; open are {choices}")
-    at = denoised.log_probs.gather(1, position.unsqueeze(2).expand(-1, -1, denoised.log_probs.shape[2])).squeeze(1)
-    symbol = fill(at, temperature, noise)  # (N,)
     chosen = torch.zeros_like(state.open).scatter(1, position, legal.unsqueeze(1))
-    tokens = torch.where(chosen, symbol.unsqueeze(1), state.tokens)
+    tokens = torch.where(chosen, symbols, state.tokens)
     still_open = state.open & ~chosen
     steps = state.steps + (~done_before).long()
 
@@ -176,6 +175,18 @@ def masked_log_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
     """(N, L) log-probabilities over ``allowed``, -inf elsewhere; rows with nothing allowed are -inf throughout."""
     log_probs = scores.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     return log_probs.masked_fill(~allowed, -torch.inf)
+
+
+def regularised_reward(reward: Tensor, log_prob: Tensor, log_reference: Tensor, beta: float) -> Tensor:
+    """reward - beta * (log pi(a|s) - log g(a|s)): summed over an episode, its mean is J(pi) = E[r] - beta * KL.
+
+    KL is the divergence between the paths of pi and g (the chain rule of KL). The policy gradient of this reward, taken
+    as a constant, is exactly that of J, since E[grad log pi] = 0; so any on-policy method maximises J.
+
+    Args:
+        log_prob: log pi(a|s) of the distribution that the action was sampled from. log_reference: log g(a|s).
+    """
+    return reward - beta * (log_prob - log_reference)
 
 
 def choose(log_prob: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -228,7 +239,7 @@ def rollout(
         order: chooses positions; an order that needs the answers (``with_answers``) is given them here.
         order_generator: sample positions from the order; without it the most likely position is taken, ties by
             lowest index.
-        temperature, fill_generator: as in :func:`step`; both or neither, greedy by default.
+        temperature, fill_generator: as in :func:`fill`; both or neither, greedy by default.
         record: keep the observations and actions (for training).
     """
     if (temperature > 0) != (fill_generator is not None):
@@ -237,9 +248,6 @@ def rollout(
         order = order.with_answers(instances.answers)
     state = begin(instances, task.mask_id)
     reward = torch.zeros(len(instances), device=state.tokens.device)
-    noise = None
-    if fill_generator is not None:
-        noise = lambda like: torch.rand(like.shape, generator=fill_generator, device=like.device)  # noqa: E731
     steps: list[Step] = []
     for _ in range(int(state.open.sum(1).max())):
         observation = Observation(state.tokens, state.open, denoiser(state.tokens))
@@ -248,6 +256,10 @@ def rollout(
         if record:
             taken = log_prob.gather(1, action.unsqueeze(1)).squeeze(1)
             steps.append(Step(observation, action, state.open.any(1), taken))
-        state, gained, *_ = step(task, state, observation.denoised, action, temperature=temperature, noise=noise)
+        uniform = None
+        if fill_generator is not None:
+            uniform = torch.rand(state.tokens.shape, generator=fill_generator, device=state.tokens.device)
+        symbols = fill(observation.denoised.log_probs, temperature, uniform)
+        state, gained, *_ = step(task, state, symbols, action)
         reward += gained
     return Rollout(state, reward, state.steps, steps)

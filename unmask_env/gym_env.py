@@ -7,14 +7,44 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.error import ResetNeeded
+from torch import Tensor, as_tensor
 
 from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
-from unmask_env.boards import Boards, to_numpy
-from unmask_env.core import Denoised, OnIllegal
+from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, blank
+from unmask_env.core import OnIllegal
 from unmask_env.denoiser import Denoiser
+from unmask_env.reference import Reference
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy on the host: observations must not share memory with the state."""
+    return tensor.numpy(force=True).copy()
+
+
+def arrays(view: View) -> dict[str, np.ndarray]:
+    """A view as fresh numpy arrays; the mask is int8, as Gymnasium's ``MultiBinary`` is."""
+    return {
+        key: to_numpy(value).astype(np.int8) if key == "action_mask" else to_numpy(value) for key, value in view.items()
+    }
+
+
+def spaces_of(boards: Boards) -> tuple[spaces.Dict, spaces.Discrete]:
+    """(observation space, action space) of one board."""
+    length, vocab, top = boards.task.length, boards.task.vocab_size, boards.top
+    observation = spaces.Dict(
+        {
+            "tokens": spaces.Box(0, vocab, (length,), np.int64),
+            "action_mask": spaces.MultiBinary(length),
+            "top_tokens": spaces.Box(0, vocab - 1, (length, top), np.int64),
+            "top_log_probs": spaces.Box(FLOOR, 0.0, (length, top), np.float32),
+            "log_reference": spaces.Box(LOG_ZERO, 0.0, (length,), np.float32),
+        }
+    )
+    return observation, spaces.Discrete(length)
 
 
 class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
@@ -32,8 +62,9 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
     ## Observation Space
     ``Dict`` with, for L positions and K = min(8, V) symbols:
     ``tokens`` (L,) int64, V is a hole; ``action_mask`` (L,) int8; ``top_tokens`` (L, K) int64 the denoiser's most
-    likely symbols; ``top_log_probs`` (L, K) float32 their log-probabilities, clipped to [-20, 0]. On a finished board
-    the denoiser is not run and its two parts are zeros.
+    likely symbols; ``top_log_probs`` (L, K) float32 their log-probabilities, clipped to [-20, 0]; ``log_reference``
+    (L,) float32 the reference policy's log g(i|s), -1e4 for -inf. On a complete board the denoiser is not run: its two
+    parts are zeros and the reference's is -1e4.
 
     ## Rewards
     0 until the board is complete, then ``task.reward`` in [0, 1].
@@ -46,12 +77,13 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
     the end raises ``gymnasium.error.ResetNeeded``.
 
     ## Information
-    ``action_mask``, ``nfe`` (denoiser forwards that led to an action of this episode), ``illegal``; at the end the
-    task's metrics, for example ``solved``.
+    ``action_mask``, ``log_reference``, ``nfe`` (denoiser forwards that led to an action of this episode), ``illegal``;
+    at the end the task's metrics, for example ``solved``.
 
     ## Arguments
-    ``task`` and ``denoiser`` (default: the registered ones); ``on_illegal``; ``temperature`` of the filling, 0 is
-    greedy; ``device``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``.
+    ``task`` and ``denoiser`` (default: the registered ones); ``reference``: the policy g to regularise towards, by
+    name or object (default ``"softmax_confidence"``); ``on_illegal``; ``temperature`` of the filling, 0 is greedy;
+    ``device``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``.
 
     ## Version History
     v0: first release.
@@ -64,6 +96,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         env_id: str | None = None,
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
+        reference: str | Reference = "softmax_confidence",
         on_illegal: OnIllegal = "noop",
         temperature: float = 0.0,
         device: str = "cpu",
@@ -72,10 +105,11 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         self.render_mode = render_mode
-        self.boards = Boards(1, env_id, task, denoiser, on_illegal, temperature, device)
+        self.boards = Boards(1, env_id, task, denoiser, reference, on_illegal, temperature, device)
         self.task = self.boards.task
-        self._ended = False
-        self.observation_space, self.action_space = self.boards.spaces()
+        self.state = self.boards.empty()
+        self._look: Look | None = None  # None before the first reset and after an episode's end
+        self.observation_space, self.action_space = spaces_of(self.boards)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -83,39 +117,44 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         super().reset(seed=seed)
         if seed is not None or not self.boards.seeded:
             self.boards.seed([seed if seed is not None else int(self.np_random.integers(2**31))])
-        self.boards.begin([0], (options or {}).get("instances"))
-        self._ended = False
-        self.boards.observe()
-        return self._observation(self.boards.denoised), self._info()
+        self.state = self.boards.begin(self.state, [0], (options or {}).get("instances"))
+        self._look = self.boards.look(self.state)
+        observation = self._observation(self._look.view)
+        return observation, self._info(observation)
 
     def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        if self._ended:
-            raise ResetNeeded("the episode has ended; call reset() first")
-        transition = self.boards.step([action])
+        if self._look is None:
+            raise ResetNeeded("there is no episode in play; call reset() first")
+        transition = self.boards.step(
+            self.state, self._look.symbols, as_tensor([int(action)], device=self.boards.device)
+        )
+        self.state = transition.state
         terminated, truncated = bool(transition.terminated), bool(transition.truncated)
-        self._ended = terminated or truncated
-        if not terminated:
-            self.boards.observe()
-        info = self._info() | {"illegal": bool(transition.illegal)}
-        if self._ended:
-            measured = self.task.metrics(self.boards.state.tokens, self.boards.state.instances)
+        if terminated:
+            view, self._look = blank(self.state.tokens, self.state.open, self.boards.top), None
+        else:
+            look = self.boards.look(self.state, drawing=[] if truncated else None)
+            view, self._look = look.view, None if truncated else look
+        observation = self._observation(view)
+        info = self._info(observation) | {"illegal": bool(transition.illegal)}
+        if terminated or truncated:
+            measured = self.task.metrics(self.state.tokens, self.state.instances)
             info |= {name: float(value) for name, value in measured.items()}
-        observation = self._observation(None if terminated else self.boards.denoised)
         return observation, float(transition.reward), terminated, truncated, info
 
     def action_masks(self) -> np.ndarray:
         """(L,) bool: the open positions (sb3-contrib's convention)."""
-        return to_numpy(self.boards.state.open[0])
+        return to_numpy(self.state.open[0])
 
     def render(self) -> str | np.ndarray | None:
         if self.render_mode is None:
             gymnasium.logger.warn("render() needs render_mode='ansi' or 'rgb_array' in gym.make(...)")
             return None
-        return render.board(self.task, self.boards.state, 0, self.render_mode)
+        return render.board(self.task, self.state, 0, self.render_mode)
 
-    def _observation(self, denoised: Denoised | None) -> dict[str, np.ndarray]:
-        arrays = self.boards.arrays(self.boards.state.tokens, self.boards.state.open, denoised)
-        return {name: value[0] for name, value in arrays.items()}
+    def _observation(self, view: View) -> dict[str, np.ndarray]:
+        return {name: value[0] for name, value in arrays(view).items()}
 
-    def _info(self) -> dict[str, Any]:
-        return {"action_mask": self.action_masks().astype(np.int8), "nfe": int(self.boards.state.steps)}
+    def _info(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
+        shown = {name: observation[name].copy() for name in ("action_mask", "log_reference")}
+        return shown | {"nfe": int(self.state.steps)}

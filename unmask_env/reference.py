@@ -189,6 +189,15 @@ def _positive(name: str, value: float) -> None:
         raise UnmaskError(f"{name} must be a number greater than 0, not {value!r}")
 
 
+def require_full_support(reference: Reference) -> None:
+    """Raises :class:`tasks.UnmaskError` where KL(pi || g) would be infinite: g gives open positions probability 0."""
+    if reference.deterministic or isinstance(reference, Oracle):
+        raise UnmaskError(
+            f"the KL to the deterministic reference {type(reference).__name__} is infinite; take a softmax reference, "
+            "random, or, for UPO, regulariser cross_entropy"
+        )
+
+
 REFERENCES: dict[str, Callable[..., Reference]] = {
     "random": Random,
     "left_to_right": LeftToRight,

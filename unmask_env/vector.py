@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
-from torch import Tensor
 
 from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
-from unmask_env.boards import Boards, to_numpy
-from unmask_env.core import Denoised, OnIllegal, Transition
+from unmask_env.boards import Boards, Look, View
+from unmask_env.core import OnIllegal, Transition, regularised_reward
 from unmask_env.denoiser import Denoiser
+from unmask_env.gym_env import arrays, spaces_of, to_numpy
+from unmask_env.reference import Reference, require_full_support
 
 
 class UnmaskVectorEnv(VectorEnv):
@@ -44,6 +45,7 @@ class UnmaskVectorEnv(VectorEnv):
         env_id: str | None = None,
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
+        reference: str | Reference = "softmax_confidence",
         on_illegal: OnIllegal = "noop",
         temperature: float = 0.0,
         device: str = "cpu",
@@ -51,8 +53,6 @@ class UnmaskVectorEnv(VectorEnv):
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
     ) -> None:
-        if num_envs < 1:
-            raise UnmaskError(f"num_envs must be at least 1, not {num_envs}")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         modes = {mode.name: mode for mode in AutoresetMode} | {mode.value: mode for mode in AutoresetMode}
@@ -62,11 +62,13 @@ class UnmaskVectorEnv(VectorEnv):
         self.autoreset_mode = mode
         self.metadata = {**self.metadata, "autoreset_mode": mode}
         self.render_mode, self.num_envs = render_mode, num_envs
-        self.boards = Boards(num_envs, env_id, task, denoiser, on_illegal, temperature, device)
+        self.boards = Boards(num_envs, env_id, task, denoiser, reference, on_illegal, temperature, device)
         if max_episode_steps is not None:
             self.boards.max_steps = max_episode_steps
         self.task = self.boards.task
-        self.single_observation_space, self.single_action_space = self.boards.spaces()
+        self.state = self.boards.empty()
+        self._look: Look | None = None
+        self.single_observation_space, self.single_action_space = spaces_of(self.boards)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._done = np.ones(num_envs, dtype=bool)
@@ -97,10 +99,16 @@ class UnmaskVectorEnv(VectorEnv):
                 seed = int(self.np_random.integers(2**31))
             seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
             self.boards.seed(seeds, np.flatnonzero(chosen).tolist() if self.boards.seeded else None)
-        self.boards.begin(np.flatnonzero(chosen).tolist(), options.get("instances"))
+        rows = np.flatnonzero(chosen).tolist()
+        self.state = self.boards.begin(self.state, rows, options.get("instances"))
         self._done[chosen] = self._terminated[chosen] = False
-        self.boards.observe()
-        return self._observation(), self._info()
+        kept = None if self._look is None else self._look.symbols
+        self._look = self.boards.look(self.state, rows)
+        if kept is not None and len(rows) < self.num_envs:  # rows in play keep the symbols they have drawn
+            begun = torch.as_tensor(chosen, device=self.boards.device).unsqueeze(1)
+            self._look = Look(self._look.view, self._look.symbols.where(begun, kept))
+        observation = self._observation()
+        return observation, self._info(observation)
 
     def step(
         self, actions: np.ndarray
@@ -111,59 +119,56 @@ class UnmaskVectorEnv(VectorEnv):
         if self.autoreset_mode == AutoresetMode.DISABLED and self._done.any():
             rows = np.flatnonzero(self._done).tolist()
             raise UnmaskError(f"rows {rows} are finished; reset them with options={{'reset_mask': ...}} first")
+        if self._look is None:
+            raise UnmaskError("call reset() before step()")
         stale = self._done.copy()  # NEXT_STEP: finished in the step before; whatever the action, they restart now
         # Complete boards idle by themselves; a truncated one is kept from an illegal action, its step is dropped.
-        actions = np.where(stale, to_numpy(self.boards.state.open.int().argmax(1)), actions)
-        transition = self.boards.step(actions, idle=stale)
+        actions = np.where(stale, to_numpy(self.state.open.int().argmax(1)), actions)
+        index = torch.as_tensor(actions, device=self.boards.device).long()
+        transition = self.boards.step(self.state, self._look.symbols, index)
         if stale.any():
             restarted = torch.as_tensor(stale, device=self.boards.device)
             transition = Transition(
-                transition.state,
+                self.boards.begin(transition.state, np.flatnonzero(stale).tolist()),
                 transition.reward.masked_fill(restarted, 0.0),
                 transition.terminated & ~restarted,
                 transition.truncated & ~restarted,
                 transition.illegal & ~restarted,
             )
-            self.boards.begin(np.flatnonzero(stale).tolist())
         terminated, truncated = to_numpy(transition.terminated), to_numpy(transition.truncated)
         done = terminated | truncated
-        info: dict[str, Any] = {}
+        info: dict[str, Any] = self._ended(transition, done) if done.any() else {}
         if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
-            final = self.boards.state
-            rows, cut = np.flatnonzero(done), torch.as_tensor(truncated, device=self.boards.device)
-            self.boards.begin(rows.tolist())
-            extra = self.boards.observe(final.tokens[cut])  # only truncated boards need the denoiser's last word
-            info = self._final(final.tokens, final.open, rows, cut, extra) | {
-                "final_info": self._ended(transition, done)
-            }
+            self.state, self._look, rows, last = self.boards.go_on(transition)
+            info = self._final(rows.tolist(), last) | {"final_info": info, "_final_info": done.copy()}
         else:
-            self.boards.observe()
-            self._done, self._terminated = done, terminated.copy()
-            if done.any():
-                info = self._ended(transition, done)
-        info |= self._info() | {"illegal": to_numpy(transition.illegal)}
-        return self._observation(), to_numpy(transition.reward), terminated, truncated, info
+            self.state = transition.state
+            self._look = self.boards.look(self.state, np.flatnonzero(~done).tolist())
+            self._done, self._terminated = done, terminated
+        observation = self._observation()
+        info |= self._info(observation) | {"illegal": to_numpy(transition.illegal)}
+        return observation, to_numpy(transition.reward), terminated, truncated, info
 
     def action_masks(self) -> np.ndarray:
         """(N, L) bool: the open positions; all True on finished rows, where any action is ignored."""
-        return to_numpy(self.boards.state.open) | self._done[:, None]
+        return to_numpy(self.state.open) | self._done[:, None]
 
     def render(self) -> tuple[str | np.ndarray, ...] | None:
         if self.render_mode is None:
             return None
-        return tuple(render.board(self.task, self.boards.state, row, self.render_mode) for row in range(self.num_envs))
+        return tuple(render.board(self.task, self.state, row, self.render_mode) for row in range(self.num_envs))
 
     # ------------------------------------------------------------------ parts
     def _observation(self) -> dict[str, np.ndarray]:
-        state = self.boards.state
-        arrays = self.boards.arrays(state.tokens, state.open, self.boards.denoised)
-        arrays["action_mask"] = self.action_masks().astype(np.int8)
-        for name in ("top_tokens", "top_log_probs"):
-            arrays[name][self._terminated] = 0
-        return arrays
+        shown = arrays(self._look.view)
+        if self._done.any():
+            shown["action_mask"][self._done] = 1
+            shown["top_tokens"][self._terminated] = shown["top_log_probs"][self._terminated] = 0
+        return shown
 
-    def _info(self) -> dict[str, Any]:
-        return {"action_mask": self.action_masks().astype(np.int8), "nfe": to_numpy(self.boards.state.steps)}
+    def _info(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
+        shown = {name: observation[name].copy() for name in ("action_mask", "log_reference")}
+        return shown | {"nfe": to_numpy(self.state.steps)}
 
     def _ended(self, transition: Transition, done: np.ndarray) -> dict[str, Any]:
         """The task's metrics of finished rows, in Gymnasium's vector layout (value and ``_`` mask)."""
@@ -176,17 +181,53 @@ class UnmaskVectorEnv(VectorEnv):
             out[name], out[f"_{name}"] = np.where(done, value, np.zeros_like(value)), done.copy()
         return out
 
-    def _final(
-        self, tokens: Tensor, open: Tensor, rows: np.ndarray, cut: Tensor, extra: Denoised | None
-    ) -> dict[str, Any]:
-        finished = self.boards.arrays(tokens, open, None)
-        if extra is not None:
-            truncated = self.boards.arrays(tokens[cut], open[cut], extra)
-            for name in ("top_tokens", "top_log_probs"):
-                finished[name][to_numpy(cut)] = truncated[name]
+    def _final(self, rows: list[int], last: View) -> dict[str, Any]:
+        shown = arrays(last)
         final = np.full(self.num_envs, None, dtype=object)
-        for row in rows:
-            final[row] = {name: value[row] for name, value in finished.items()}
+        for at, row in enumerate(rows):
+            final[row] = {name: value[at] for name, value in shown.items()}
         present = np.zeros(self.num_envs, dtype=bool)
         present[rows] = True
-        return {"final_obs": final, "_final_obs": present, "_final_info": present.copy()}
+        return {"final_obs": final, "_final_obs": present}
+
+
+class RegularisedReward(VectorWrapper):
+    """Rewards of the KL-regularised problem for training loops that know their policy's log-probabilities.
+
+    ``step(actions, log_prob)`` takes (N,) log pi(a|s) of the distribution that the actions were sampled from and
+    returns r - beta * (log pi(a|s) - log g(a|s)) (:func:`unmask_env.core.regularised_reward`); the task's own reward
+    is ``info["task_reward"]``.
+
+    Args:
+        envs: a :class:`UnmaskVectorEnv`, wrapped or not, that resets in the same step or is reset by hand.
+        beta: weight of the KL.
+
+    Raises:
+        UnmaskError: the reference is deterministic (its KL would be infinite), or the mode is ``NEXT_STEP``, whose
+            resetting steps belong to no episode.
+    """
+
+    def __init__(self, envs: VectorEnv, beta: float) -> None:
+        super().__init__(envs)
+        require_full_support(envs.unwrapped.boards.reference)
+        if envs.unwrapped.autoreset_mode == AutoresetMode.NEXT_STEP:
+            raise UnmaskError("RegularisedReward needs autoreset_mode SAME_STEP or DISABLED, not NEXT_STEP")
+        if not beta >= 0:
+            raise UnmaskError(f"beta must be at least 0, not {beta}")
+        self.beta = beta
+
+    def reset(
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._log_reference = observation["log_reference"]
+        return observation, info
+
+    def step(
+        self, actions: np.ndarray, log_prob: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        at_actions = np.take_along_axis(self._log_reference, np.asarray(actions)[:, None], 1)[:, 0]
+        observation, reward, terminated, truncated, info = self.env.step(actions)
+        regularised = regularised_reward(reward, np.asarray(log_prob, dtype=np.float32), at_actions, self.beta)
+        self._log_reference = observation["log_reference"]
+        return observation, regularised, terminated, truncated, info | {"task_reward": reward}

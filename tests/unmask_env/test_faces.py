@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
@@ -198,7 +199,7 @@ def test_single_and_vector_agree_step_for_step(id: str, options: dict, steps: in
                 same(obs, infos["final_obs"][i])
                 assert infos["_final_obs"][i]
                 assert infos["_final_info"][i]
-                metrics = env.task.metrics(env.boards.state.tokens, env.boards.state.instances)
+                metrics = env.task.metrics(env.state.tokens, env.state.instances)
                 for name in [*metrics, "nfe", "illegal"]:
                     assert infos["final_info"][name][i] == info[name]
                     assert infos["final_info"][f"_{name}"][i]
@@ -550,6 +551,6 @@ def test_mistakes_of_the_vector_face() -> None:
 
 
 def test_step_before_reset_says_so() -> None:
-    for env, action in ((single(), 0), (vector(2), np.array([0, 0]))):
-        with pytest.raises(UnmaskError, match=r"call reset\(\)"):
+    for env, action, error in ((single(), 0, ResetNeeded), (vector(2), np.array([0, 0]), UnmaskError)):
+        with pytest.raises(error, match=r"call reset\(\)"):
             env.step(action)
