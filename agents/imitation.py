@@ -91,7 +91,7 @@ class States:
                 keep = (state.open & ~right).any(1) & right.any(1) & (stuck | spared)
                 found.append((state.tokens[keep].cpu(), part.answers[keep].cpu(), stuck[keep].cpu()))
                 action = reference.margin(observation).masked_fill(~right, -1.0).argmax(1)
-                state = core.step(task, state, observation.denoised, action).state
+                state = core.step(task, state, core.fill(observation.denoised.log_probs), action).state
                 state = replace(state, open=state.open & right.any(1, keepdim=True))  # a lost board is given up
         self.tokens, self.answers, self.stuck = (torch.cat(parts) for parts in zip(*found, strict=True))
 

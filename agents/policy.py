@@ -51,6 +51,15 @@ class PolicyShape:
     """see the denoiser's last hidden states, where it has them"""
 
 
+def features(observation: Observation, k: int) -> Tensor:
+    """(N, L, 2 k + 4): top k probabilities, their logs / 8, entropy, margin, open flag, fraction left open."""
+    top = observation.denoised.log_probs.topk(k, -1).values.clamp(min=-16.0)  # (N, L, k)
+    entropy, margin = reference.entropy(observation), reference.margin(observation)
+    is_open = observation.open.float()
+    left = is_open.mean(1, keepdim=True).expand_as(is_open)
+    return torch.cat([top.exp(), top / 8, torch.stack([entropy, margin, is_open, left], -1)], -1)
+
+
 class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     """pi(i | observation) over the open positions.
 
@@ -119,14 +128,6 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if self.hidden is not None:
             self.hidden.weight.mul_(0.1)
 
-    def features(self, observation: Observation) -> Tensor:
-        """(N, L, 2 top + 4): top probabilities, their logs / 8, entropy, margin, open flag, fraction left open."""
-        top = observation.denoised.log_probs.topk(self.top, -1).values.clamp(min=-16.0)  # (N, L, top)
-        entropy, margin = reference.entropy(observation), reference.margin(observation)
-        is_open = observation.open.float()
-        left = is_open.mean(1, keepdim=True).expand_as(is_open)
-        return torch.cat([top.exp(), top / 8, torch.stack([entropy, margin, is_open, left], -1)], -1)
-
     def beliefs(self, observation: Observation) -> list[Tensor]:
         """Per reading (N, L, V) log-probabilities: the policy's own view of the board, the last one its belief."""
         is_open = observation.open.unsqueeze(-1)
@@ -151,7 +152,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         filled = observation.denoised.log_probs.argmax(-1, keepdim=True)
         log_q = belief.gather(-1, filled).squeeze(-1).clamp(max=-1e-6)
         log_odds = log_q - torch.log(-torch.expm1(log_q))
-        return self.gate * log_odds + self.numbers(self.features(observation)).squeeze(-1)
+        return self.gate * log_odds + self.numbers(features(observation, self.top)).squeeze(-1)
 
     def allowed(self, observation: Observation) -> Tensor:
         """(N, L) bool: the open positions, or the most confident of them."""

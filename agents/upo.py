@@ -12,7 +12,8 @@ Denoiser outputs are cached in the rollout (the paper's Algorithm 2), so an upda
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,78 +21,39 @@ import torch
 from torch import Tensor, nn
 
 from agents.divergences import categorical_kl, cross_entropy, trajectory_kl_surrogate
+from agents.learner import LearnerConfig, prepare
 from agents.mining import Pool
-from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
+from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, require_at_least, require_seed, resolve_device, set_learning_rate
+from pretrain.run import Run, decayed_groups, require_at_least, set_learning_rate
 from tasks import Task, UnmaskError
-from unmask_env import reference as references
-from unmask_env import registration
+from unmask_env import exact
 from unmask_env.core import Denoised, Observation, Rollout, rollout
 from unmask_env.denoiser import Denoiser
 from unmask_env.reference import Reference
 
-Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl"]
-ReferenceName = Literal[
-    "random", "left_to_right", "max_confidence", "margin", "entropy", "softmax_confidence", "softmax_margin", "top_k"
-]
+Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl", "terminal_kl"]
 
 
 @dataclass(frozen=True)
-class UPOConfig:
+class UPOConfig(LearnerConfig):
     """Settings of a UPO run; each is an option of ``unmask train upo``."""
 
-    out: str
-    """folder for the policy, the logs and the state to resume from"""
-    env: str = "Unmask/Sudoku6x6-v0"
-    denoiser: str | None = None
-    """packaged name, folder or hub id; the default is the environment's"""
-    reference: ReferenceName = "softmax_confidence"
     regulariser: Regulariser = "auto"
-    """cross_entropy to a deterministic reference, UPO's trajectory_kl estimate, or the exact step_kl; auto takes
-    cross_entropy where the reference is deterministic and step_kl elsewhere"""
-    beta: float = 1e-4
-    """weight of the regulariser (the paper's value); 0 switches it off"""
-    tau: float = 0.05
-    """temperature of the softmax references (the paper's value)"""
-    top_k: int = 5
-    """positions that the top_k reference, and then the policy, choose among (the paper's value)"""
-    init: str | None = None
-    """an order policy to start from; the default starts at the reference (at its softmax, or uniform, where it is
-    deterministic). With it, ``shape`` and the temperature of the start are the loaded policy's"""
-    iterations: int = 100
-    """rounds of sampling and updating; the first five warm the learning rate up"""
+    """cross_entropy to a deterministic reference, UPO's trajectory_kl estimate, the exact step_kl, or, on boards small
+    enough to enumerate, the exact terminal_kl that the others bound; auto takes cross_entropy where the reference is
+    deterministic and step_kl elsewhere"""
     puzzles: int = 32
     """groups per iteration"""
     group: int = 8
     """trajectories per group (the paper's is 6)"""
-    epochs: int = 2
-    """passes over each iteration's trajectories"""
-    minibatches: int = 4
-    clip: float = 0.2
-    """of the probability ratios (the paper's is 0.5)"""
-    lr: float | None = None
-    """the default is 3e-5 with ``init``, where ten times more undoes what imitation learned, and 1e-3 without"""
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
     temperature: float = 1.0
     """of the order while sampling (the released code's is 0.8); log-probabilities, ratios and divergences are those of
     the distribution sampled from"""
     over_steps: Literal["sum", "mean"] = "sum"
     """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
-    normalise: bool = False
-    """divide advantages by the group's standard deviation: the paper's formula does, the released code does not. The
-    reward is then in units of that deviation, and beta weighs against it"""
     mine: float = 0.75
     """share of instances resampled among those that went wrong before; 0 trains on fresh ones only"""
-    shape: PolicyShape = field(default_factory=PolicyShape)
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    resume: bool = False
-    """go on from the state in ``out``"""
-    log_every: int = 1
-    save_every: int = 10
 
 
 # ---------------------------------------------------------------------- what a rollout leaves for the update
@@ -173,12 +135,27 @@ def check_regulariser(config: UPOConfig, reference: Reference) -> str:
         chosen = "cross_entropy" if reference.deterministic else "step_kl"
     if config.beta == 0:
         return "none"
-    if chosen in ("trajectory_kl", "step_kl") and reference.deterministic:
+    if chosen.endswith("_kl") and reference.deterministic:
         raise UnmaskError(
             f"the KL to the deterministic reference {config.reference} is infinite; use regulariser cross_entropy, "
             "or a softmax reference"
         )
     return chosen
+
+
+def terminal_divergence(graph: exact.Graph, policy: Tempered, reference: Reference) -> Callable[[], Tensor]:
+    """KL(p_pi || p_g) of the finished sequences, exact and differentiable, as a function of the policy as it is.
+
+    Averaged over the instances of ``graph``. The paper's objective has this KL; its loss bounds it by the trajectory's.
+    """
+    with torch.no_grad():
+        log_reference = exact.tabulate(graph, reference)
+
+    def divergence() -> Tensor:
+        values = exact.evaluate(graph, exact.tabulate(graph, policy), log_reference)
+        return (graph.weight * values.terminal_kl).sum()
+
+    return divergence
 
 
 # ---------------------------------------------------------------------- the loss
@@ -190,10 +167,14 @@ def upo_loss(
     beta: float,
     clip: float,
     over_steps: str = "sum",
+    terminal: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean over trajectories of the clipped policy-gradient loss plus ``beta`` times the divergence.
 
     L_pg = - sum_n min(rho_n A, clip(rho_n, 1 - eps, 1 + eps) A), rho_n = pi(a_n | x_n) / pi_old(a_n | x_n).
+
+    Args:
+        terminal: the regulariser ``terminal_kl``, from :func:`terminal_divergence`.
 
     Returns:
         The scalar loss, and parts to log.
@@ -212,6 +193,9 @@ def upo_loss(
     parts = {"loss/policy": loss.item(), "ratio/clipped": clipped.item()}
     if regulariser == "none":
         return loss, parts
+    if regulariser == "terminal_kl" and terminal is not None:
+        regular = terminal()
+        return loss + beta * regular, parts | {"divergence/terminal_kl": regular.item()}
     with torch.no_grad():
         log_ref = reference.log_prob(batch.observation)
     if regulariser == "trajectory_kl":
@@ -248,31 +232,6 @@ def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> 
 
 
 # ---------------------------------------------------------------------- the loop
-def start(config: UPOConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
-    """``config.init``, or a policy that equals the reference: its softmax for max_confidence and margin, the uniform
-    order for entropy and left_to_right, which have no softmax form here."""
-    if config.init is not None:
-        return load_policy(config.init, task, denoiser)
-    base: Base = "none"
-    if config.reference in ("max_confidence", "softmax_confidence"):
-        base = "softmax_confidence"
-    elif config.reference in ("margin", "softmax_margin"):
-        base = "softmax_margin"
-    candidates = config.top_k if config.reference == "top_k" else None
-    # A uniform reference does not prefer sure positions, so a policy that equals it reads every board.
-    shape = replace(config.shape, sure=2.0) if base == "none" else config.shape
-    return new_policy(shape, task, denoiser, config.seed, base, config.tau, candidates)
-
-
-def make_reference(config: UPOConfig) -> Reference:
-    options: dict[str, float] = {}
-    if config.reference.startswith("softmax"):
-        options["tau"] = config.tau
-    if config.reference == "top_k":
-        options["k"] = config.top_k
-    return references.get(config.reference, **options)
-
-
 def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
     """Train an order policy with UPO and save it in ``config.out``.
 
@@ -283,31 +242,15 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
         UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
-    device = resolve_device(config.device, config.threads)
-    require_at_least(
-        1,
-        iterations=config.iterations,
-        puzzles=config.puzzles,
-        epochs=config.epochs,
-        minibatches=config.minibatches,
-        save_every=config.save_every,
-        log_every=config.log_every,
-    )
-    require_at_least(0, beta=config.beta, clip=config.clip, lr=config.lr or 0.0, grad_clip=config.grad_clip)
-    require_seed(config.seed)
-    require_at_least(0, weight_decay=config.weight_decay)
+    require_at_least(1, puzzles=config.puzzles)
     if config.group < 2:
         raise UnmaskError(f"group must be at least 2 to compare trajectories, not {config.group}")
     if not 0 < config.temperature < math.inf:
         raise UnmaskError(f"temperature must be greater than 0, not {config.temperature}")
     if not 0 <= config.mine < 1:
         raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
-    task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
-    if config.lr is None:
-        config = replace(config, lr=1e-3 if config.init is None else 3e-5)
-    reference = make_reference(config)
+    config, task, denoiser, reference, policy, device = prepare(config, task, denoiser)
     regulariser = check_regulariser(config, reference)
-    policy = start(config, task, denoiser).to(device)
     behaviour = Tempered(policy, config.temperature)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     pool = Pool(task, config.mine)
@@ -318,12 +261,19 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
             instances, fresh = pool.sample(config.puzzles, generator)
             policy.eval()
             played = rollout(
-                task, denoiser, behaviour, instances.repeat(config.group), order_generator=generator, record=True
+                task,
+                denoiser,
+                behaviour,
+                instances.repeat(config.group),
+                order_generator=generator,
+                temperature=config.fill_temperature,
+                fill_generator=generator if config.fill_temperature > 0 else None,
+                record=True,
             )
             reward = played.reward.view(config.puzzles, config.group)
             pool.add(instances, reward.mean(1) < 1)
             batch = flatten(played, group_advantage(played.reward, config.group, config.normalise))
-            if regulariser in ("step_kl", "trajectory_kl"):
+            if regulariser.endswith("_kl"):
                 with torch.no_grad():
                     kl = categorical_kl(behaviour.log_prob(batch.observation), reference.log_prob(batch.observation))
                 if not bool(kl.isfinite().all()):
@@ -333,9 +283,17 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                     )
             if regulariser == "step_kl":
                 batch = batch._replace(advantage=regularised_advantage(batch, kl, config.beta, config.group))
+            if not config.normalise:
+                # A group's mean contains the trajectory itself, which shrinks the expected gradient by (G - 1) / G and
+                # would let beta weigh more than it says; this makes it the mean of the others.
+                batch = batch._replace(advantage=batch.advantage * config.group / (config.group - 1))
+            terminal = None
+            if regulariser == "terminal_kl":
+                graph = exact.enumerate_boards(task, denoiser, instances, config.fill_temperature)
+                terminal = terminal_divergence(graph, behaviour, reference)
 
             policy.train()
-            set_learning_rate(optimizer, config.lr * min(1.0, (iteration + 1) / 5))
+            set_learning_rate(optimizer, config.learning_rate(iteration))
             trajectories = config.puzzles * config.group
             logged: dict[str, list[float]] = {}
             for _ in range(config.epochs):
@@ -343,7 +301,7 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                 for chosen in shuffled.chunk(config.minibatches):
                     part = batch.rows(torch.isin(batch.trajectory, chosen).nonzero().squeeze(1))
                     loss, parts = upo_loss(
-                        behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps
+                        behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps, terminal
                     )
                     for name, value in parts.items():
                         logged.setdefault(name, []).append(value)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tasks
-from agents.policy import OrderPolicy, PolicyShape, load_policy, new_policy
+from agents.policy import OrderPolicy, PolicyShape, features, load_policy, new_policy
 from agents.upo import categorical_kl
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import CheckpointError, save_model
@@ -257,18 +257,17 @@ def test_what_the_denoiser_says_of_closed_positions_is_not_seen() -> None:
 def test_features_by_hand() -> None:
     p = torch.tensor([[[0.2, 0.7, 0.1], [1.0, 0.0, 0.0], [0.5, 0.25, 0.25]]])
     is_open = torch.tensor([[True, True, False]])
-    model = OrderPolicy(3, [[0], [1], [2]], dim=4, layers=1, heads=1)
-    features = model.features(Observation(torch.tensor([[3, 3, 0]]), is_open, Denoised(p.log())))[0]
+    numbers = features(Observation(torch.tensor([[3, 3, 0]]), is_open, Denoised(p.log())), 3)[0]
     log = torch.log
     entropy = -(0.2 * log(p[0, 0, 0]) + 0.7 * log(p[0, 0, 1]) + 0.1 * log(p[0, 0, 2]))
     first = torch.tensor([0.7, 0.2, 0.1, *(p[0, 0, [1, 0, 2]].log() / 8), entropy, 0.5, 1.0, 2 / 3])
     e16 = torch.tensor(-16.0).exp()
     second = torch.tensor([1.0, e16, e16, 0.0, -2.0, -2.0, 0.0, 1.0, 1.0, 2 / 3])
-    torch.testing.assert_close(features[0], first)
-    torch.testing.assert_close(features[1], second)
+    torch.testing.assert_close(numbers[0], first)
+    torch.testing.assert_close(numbers[1], second)
     half, quarter = math.log(0.5), math.log(0.25)
     third = [0.5, 0.25, 0.25, half / 8, quarter / 8, quarter / 8, -0.5 * half - 0.5 * quarter, 0.25, 0.0, 2 / 3]
-    torch.testing.assert_close(features[2], torch.tensor(third))
+    torch.testing.assert_close(numbers[2], torch.tensor(third))
 
 
 def test_score_by_hand() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tasks
 from agents import upo
+from agents.learner import make_reference, start
 from agents.mining import Pool
 from agents.policy import OrderPolicy, PolicyShape, load_policy, new_policy
 from agents.upo import (
@@ -23,9 +24,7 @@ from agents.upo import (
     cross_entropy,
     flatten,
     group_advantage,
-    make_reference,
     regularised_advantage,
-    start,
     trajectory_kl_surrogate,
     upo_loss,
 )

@@ -1,0 +1,202 @@
+"""What every learner of an order shares: the settings that mean the same everywhere, and the start of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
+from pretrain.run import require_at_least, require_seed, resolve_device
+from tasks import Task, UnmaskError
+from unmask_env import reference as references
+from unmask_env import registration
+from unmask_env.denoiser import Denoiser
+from unmask_env.reference import Reference, require_full_support
+
+ReferenceName = Literal[
+    "random", "left_to_right", "max_confidence", "margin", "entropy", "softmax_confidence", "softmax_margin", "top_k"
+]
+WARMUP = 5  # iterations over which the learning rate rises
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Settings that all learners share."""
+
+    out: str
+    """folder for the policy, the logs and the state to resume from"""
+    env: str = "Unmask/Sudoku6x6-v0"
+    denoiser: str | None = None
+    """packaged name, folder or hub id; the default is the environment's"""
+    reference: ReferenceName = "softmax_confidence"
+    beta: float = 1e-4
+    """weight of the divergence from the reference (UPO's value); 0 switches it off"""
+    tau: float = 0.05
+    """temperature of the softmax references (UPO's value)"""
+    top_k: int = 5
+    """positions that the top_k reference, and then the policy, choose among (UPO's value)"""
+    init: str | None = None
+    """an order policy to start from; the default starts at the reference (at its softmax, or uniform, where it is
+    deterministic). With it, ``shape`` and the temperature of the start are the loaded policy's"""
+    fill_temperature: float = 0.0
+    """0 fills greedily, as UPO's released code does; 1 samples the denoiser's distribution"""
+    iterations: int = 100
+    """rounds of sampling and updating; the first five warm the learning rate up"""
+    epochs: int = 2
+    """passes over each iteration's trajectories"""
+    minibatches: int = 4
+    clip: float = 0.2
+    """of the probability ratios (UPO's is 0.5)"""
+    lr: float | None = None
+    """the default is 3e-5 with ``init``, where ten times more undoes what imitation learned, and 1e-3 without"""
+    anneal: bool = False
+    """let the learning rate fall linearly to 0 over the run"""
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    normalise: bool = False
+    """divide advantages by their standard deviation (of the group, or for PPO of the minibatch). The reward is then in
+    units of that deviation, and beta weighs against it"""
+    shape: PolicyShape = field(default_factory=PolicyShape)
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    resume: bool = False
+    """go on from the state in ``out``"""
+    log_every: int = 1
+    save_every: int = 10
+
+    def learning_rate(self, iteration: int) -> float:
+        """Of iteration 0, 1, ...: five to warm up, then constant or falling linearly to 0."""
+        decay = 1.0 - iteration / self.iterations if self.anneal else 1.0
+        return (self.lr or 0.0) * decay * min(1.0, (iteration + 1) / WARMUP)
+
+
+@dataclass(frozen=True)
+class PPOConfig(LearnerConfig):
+    """Settings that the PPOs of both libraries share."""
+
+    boards: int = 64
+    """boards side by side"""
+    steps: int | None = None
+    """steps of each board per iteration; the default is the task's length, so that whole episodes fit"""
+    gae_lambda: float = 0.95
+    critic_weight: float = 0.5
+    """of the value loss"""
+
+
+class Prepared(NamedTuple):
+    """A run's parts; ``config`` has its learning rate filled in."""
+
+    config: LearnerConfig
+    task: Task
+    denoiser: Denoiser
+    reference: Reference
+    policy: OrderPolicy
+    device: torch.device
+
+
+def prepare(config: LearnerConfig, task: Task | None, denoiser: Denoiser | None) -> Prepared:
+    """Check ``config`` and make what it names.
+
+    Args:
+        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+
+    Raises:
+        UnmaskError: names, sizes or settings that do not fit, before any long work starts.
+    """
+    device = resolve_device(config.device, config.threads)
+    require_at_least(
+        1,
+        iterations=config.iterations,
+        epochs=config.epochs,
+        minibatches=config.minibatches,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    require_at_least(
+        0,
+        beta=config.beta,
+        clip=config.clip,
+        lr=config.lr or 0.0,
+        grad_clip=config.grad_clip,
+        weight_decay=config.weight_decay,
+        fill_temperature=config.fill_temperature,
+    )
+    require_seed(config.seed)
+    task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
+    if config.lr is None:
+        config = replace(config, lr=1e-3 if config.init is None else 3e-5)
+    reference = make_reference(config)
+    return Prepared(config, task, denoiser, reference, start(config, task, denoiser).to(device), device)
+
+
+def prepare_on_policy(
+    config: LearnerConfig, boards: int, steps: int | None, task: Task | None, denoiser: Denoiser | None
+) -> tuple[Prepared, int]:
+    """:func:`prepare` for learners that play in an environment, and the number of steps per iteration.
+
+    Raises:
+        UnmaskError: as there; a KL to a deterministic reference; a policy that sees hidden states, which environments
+            do not show; boards and steps that do not make ``minibatches`` equal parts.
+    """
+    require_at_least(1, boards=boards, steps=1 if steps is None else steps)
+    ready = prepare(config, task, denoiser)
+    steps = ready.task.length if steps is None else steps
+    if config.beta > 0:
+        require_full_support(ready.reference)
+    if ready.policy.hidden is not None:
+        raise UnmaskError(
+            "this policy sees the denoiser's hidden states, which environments do not show; train it with upo, or use "
+            "one without (--no-hidden)"
+        )
+    if boards * steps % config.minibatches:
+        raise UnmaskError(f"{boards} boards x {steps} steps do not divide into {config.minibatches} minibatches")
+    return ready, steps
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[int]:
+    """Torch's and numpy's global streams, which the RL libraries sample from, seeded by a draw from ``generator``.
+
+    Hands out that seed, and puts the streams back afterwards.
+    """
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    state = np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield seed
+        finally:
+            np.random.set_state(state)
+
+
+def make_reference(config: LearnerConfig) -> Reference:
+    """The reference policy that ``config`` names, with its temperature or size."""
+    options: dict[str, float] = {}
+    if config.reference.startswith("softmax"):
+        options["tau"] = config.tau
+    if config.reference == "top_k":
+        options["k"] = config.top_k
+    return references.get(config.reference, **options)
+
+
+def start(config: LearnerConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
+    """``config.init``, or a policy that equals the reference: its softmax for max_confidence and margin, the uniform
+    order for entropy and left_to_right, which have no softmax form here."""
+    if config.init is not None:
+        return load_policy(config.init, task, denoiser)
+    base: Base = "none"
+    if config.reference in ("max_confidence", "softmax_confidence"):
+        base = "softmax_confidence"
+    elif config.reference in ("margin", "softmax_margin"):
+        base = "softmax_margin"
+    candidates = config.top_k if config.reference == "top_k" else None
+    # A uniform reference does not prefer sure positions, so a policy that equals it reads every board.
+    shape = replace(config.shape, sure=2.0) if base == "none" else config.shape
+    return new_policy(shape, task, denoiser, config.seed, base, config.tau, candidates)

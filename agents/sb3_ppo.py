@@ -1,0 +1,179 @@
+"""PPO by stable-baselines3: ``MaskablePPO`` with an order policy, on KL-regularised rewards.
+
+Read from top to bottom: settings, the policy as stable-baselines3 sees it, the model, the loop. The loop calls
+``model.learn`` once per iteration on freshly seeded boards, so a run that was cut off goes on exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from agents.critic import Critic, new_critic
+from agents.learner import PPOConfig, prepare_on_policy, seeded
+from agents.policy import OrderPolicy
+from pretrain.checkpoint import save_model, step_generator
+from pretrain.run import Run, decayed_groups
+from tasks import Task
+from unmask_env.boards import LOG_ZERO, read
+from unmask_env.denoiser import Denoiser
+from unmask_env.sb3 import KLRolloutBuffer, SB3VecEnv
+from unmask_env.vector import UnmaskVectorEnv
+
+
+@dataclass(frozen=True)
+class SB3PPOConfig(PPOConfig):
+    """Settings of a run of stable-baselines3's MaskablePPO; each is an option of ``unmask train ppo-sb3``."""
+
+
+# ---------------------------------------------------------------------- the policy as stable-baselines3 sees it
+class PerPosition(BaseFeaturesExtractor):
+    """The features are the order's log-probabilities at the L positions, and the critic's value: (N, L + 1)."""
+
+    def __init__(self, observation_space: spaces.Dict, order: OrderPolicy, critic: Critic) -> None:
+        super().__init__(observation_space, features_dim=order.length + 1)
+        self.order, self.critic = order, critic
+
+    def forward(self, view: dict[str, Tensor]) -> Tensor:
+        observation = read(view, self.order.vocab_size)
+        log_prob = self.order.log_prob(observation).clamp(min=LOG_ZERO)
+        return torch.cat([log_prob, self.critic(observation).unsqueeze(1)], 1)
+
+
+class _Split(nn.Module):
+    """Hands the two parts of the features to the two heads."""
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward_actor(features), self.forward_critic(features)
+
+    def forward_actor(self, features: Tensor) -> Tensor:
+        return features[:, :-1]
+
+    def forward_critic(self, features: Tensor) -> Tensor:
+        return features[:, -1:]
+
+
+class OrderActorCritic(MaskableActorCriticPolicy):
+    """An order policy and a critic as ``MaskablePPO``'s policy.
+
+    Nothing is learned on top of them: the action logits are the order's log-probabilities. ``policy_kwargs``:
+    ``order``, ``critic`` and ``weight_decay``.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Discrete,
+        lr_schedule: Any,
+        order: OrderPolicy,
+        critic: Critic,
+        weight_decay: float = 0.0,
+        **_: Any,
+    ) -> None:
+        self._weight_decay = weight_decay
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=[],
+            ortho_init=False,
+            features_extractor_class=PerPosition,
+            features_extractor_kwargs={"order": order, "critic": critic},
+        )
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.mlp_extractor, self.action_net, self.value_net = _Split(), nn.Identity(), nn.Identity()
+        groups = decayed_groups(self, self._weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr_schedule(1), betas=(0.9, 0.99))
+
+
+# ---------------------------------------------------------------------- the model
+def make_model(config: PPOConfig, envs: SB3VecEnv, order: OrderPolicy, critic: Critic, steps: int) -> MaskablePPO:
+    """A ``MaskablePPO`` that maximises J(pi) = E[r] - beta * KL; its ``policy`` trains ``order`` and ``critic``."""
+    return MaskablePPO(
+        OrderActorCritic,
+        envs,
+        learning_rate=config.lr,
+        n_steps=steps,
+        batch_size=steps * envs.num_envs // config.minibatches,
+        n_epochs=config.epochs,
+        gamma=1.0,  # J has no discount
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip,
+        normalize_advantage=config.normalise,
+        vf_coef=config.critic_weight,
+        max_grad_norm=config.grad_clip,
+        rollout_buffer_class=KLRolloutBuffer,
+        rollout_buffer_kwargs={"beta": config.beta},
+        policy_kwargs={"order": order, "critic": critic, "weight_decay": config.weight_decay},
+        device=envs.envs.unwrapped.boards.device,
+    )
+
+
+class Tally(BaseCallback):
+    """Counts the task's own rewards and the episodes that ended, which the rollout buffer does not know."""
+
+    def _init_callback(self) -> None:
+        self.reward, self.episodes = 0.0, 0
+
+    def _on_step(self) -> bool:
+        self.reward += float(self.locals["rewards"].sum())
+        self.episodes += int(self.locals["dones"].sum())
+        return True
+
+
+# ---------------------------------------------------------------------- the loop
+def train(config: SB3PPOConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
+    """Train an order policy with ``MaskablePPO`` and save it in ``config.out``.
+
+    Args:
+        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+
+    Raises:
+        UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
+        Interrupted: after Ctrl-C, with the state saved.
+    """
+    ready, steps = prepare_on_policy(config, config.boards, config.steps, task, denoiser)
+    config, task, denoiser, reference, policy, device = ready
+    envs = UnmaskVectorEnv(
+        config.boards,
+        task=task,
+        denoiser=denoiser,
+        reference=reference,
+        temperature=config.fill_temperature,
+        device=str(device),
+    )
+    vec = SB3VecEnv(envs)
+    critic = new_critic(task, config.seed).to(device)
+    model = make_model(config, vec, policy, critic, steps)
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    parts = {"policy": policy, "critic": critic, "optimizer": model.policy.optimizer}
+    run = Run(config, config.iterations, parts, f"ppo-sb3 {task.name}")
+    with run:
+        for iteration in run.loop():
+            rate = config.learning_rate(iteration)
+            model.lr_schedule = lambda _, rate=rate: rate
+            tally = Tally()
+            with seeded(step_generator(device, config.seed, iteration, 4 << 16)) as seed:
+                vec.seed(seed)
+                model.set_env(vec, force_reset=True)
+                model.learn(config.boards * steps, tally, log_interval=None, reset_num_timesteps=False)
+            ratios = np.concatenate(model.rollout_buffer.log_ratios)
+            episodes = max(1, tally.episodes)
+            scalars = {"reward": tally.reward / episodes, "divergence/trajectory_kl": float(ratios.sum()) / episodes}
+            scalars |= {name: float(value) for name, value in model.logger.name_to_value.items()}
+            run.log(scalars, f"reward {scalars['reward']:.3f}")
+    policy.eval()
+    save_model(policy, Path(config.out))
+    return policy

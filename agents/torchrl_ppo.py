@@ -1,0 +1,236 @@
+"""PPO and group-relative PPO by TorchRL: ``ClipPPOLoss`` with an order policy, on KL-regularised rewards.
+
+Read from top to bottom: settings, the policy as TorchRL sees it, advantages, the loop. Each iteration collects freshly
+seeded boards, so a run that was cut off goes on exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.envs import TransformedEnv
+from torchrl.modules import MaskedCategorical, ProbabilisticActor, ValueOperator
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
+
+from agents.critic import Critic, new_critic
+from agents.learner import LearnerConfig, PPOConfig, prepare_on_policy, seeded
+from agents.policy import OrderPolicy
+from pretrain.checkpoint import save_model, step_generator
+from pretrain.run import Run, decayed_groups, require_at_least, set_learning_rate
+from tasks import Task, UnmaskError
+from unmask_env.boards import LOG_ZERO, read
+from unmask_env.core import Observation
+from unmask_env.denoiser import Denoiser
+from unmask_env.torchrl import KLReward, UnmaskTorchEnv
+
+SHOWN = ["tokens", "action_mask", "top_tokens", "top_log_probs"]  # what policy and critic read
+
+
+@dataclass(frozen=True)
+class TorchRLPPOConfig(PPOConfig):
+    """Settings of a run of TorchRL's PPO; each is an option of ``unmask train ppo-torchrl``."""
+
+
+@dataclass(frozen=True)
+class TorchRLGRPOConfig(LearnerConfig):
+    """Settings of a run of TorchRL's PPO without a critic, on group-relative advantages; each is an option of
+    ``unmask train grpo-torchrl``."""
+
+    puzzles: int = 32
+    """groups side by side"""
+    group: int = 8
+    """boards per group: they play the same instances"""
+    steps: int | None = None
+    """steps of each board per iteration; the default is the task's length. Episodes it cuts off teach nothing"""
+
+
+# ---------------------------------------------------------------------- the policy as TorchRL sees it
+class _Reading(nn.Module):
+    """Calls a module of observations on the shown keys, with any leading dimensions."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def observe(self, *shown: Tensor) -> tuple[Observation, torch.Size]:
+        lead = shown[0].shape[:-1]
+        flat = (value.reshape(-1, *value.shape[len(lead) :]) for value in shown)
+        return read(dict(zip(SHOWN, flat, strict=True)), self.vocab_size), lead
+
+
+class _Logits(_Reading):
+    def __init__(self, order: OrderPolicy) -> None:
+        super().__init__(order.vocab_size)
+        self.order = order
+
+    def forward(self, *shown: Tensor) -> Tensor:
+        observation, lead = self.observe(*shown)
+        return self.order.log_prob(observation).clamp(min=LOG_ZERO).view(*lead, -1)
+
+
+class _Value(_Reading):
+    def __init__(self, critic: Critic) -> None:
+        super().__init__(critic.likely.num_embeddings)
+        self.critic = critic
+
+    def forward(self, *shown: Tensor) -> Tensor:
+        observation, lead = self.observe(*shown)
+        return self.critic(observation).view(*lead, 1)
+
+
+def make_actor(order: OrderPolicy) -> ProbabilisticActor:
+    """``order`` as a TorchRL actor: samples legal positions, writes ``action`` and ``action_log_prob``."""
+    return ProbabilisticActor(
+        TensorDictModule(_Logits(order), in_keys=SHOWN, out_keys=["logits"]),
+        in_keys={"logits": "logits", "mask": "action_mask"},
+        distribution_class=MaskedCategorical,
+        distribution_kwargs={"neg_inf": -1e8},  # a finished board's mask is empty, and must not raise
+        return_log_prob=True,
+    )
+
+
+# ---------------------------------------------------------------------- advantages without a critic
+def group_relative(reward: Tensor, done: Tensor, group: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """(N, T) reward still to come, minus that of the others in the group at the same step; and which steps count.
+
+    The boards of a group play the same instances and so stay in step. Steps of episodes that the batch cut off do not
+    count: their reward is not known. The mean is that of the *other* boards, which keeps the policy gradient unbiased.
+
+    Args:
+        reward, done: (N, T); rows in groups of ``group``. normalise: divide by the group's standard deviation.
+    """
+    to_go = torch.zeros_like(reward)
+    running = torch.zeros_like(reward[:, 0])
+    for step in reversed(range(reward.shape[1])):
+        running = reward[:, step] + running * ~done[:, step]
+        to_go[:, step] = running
+    grouped = to_go.view(-1, group, reward.shape[1])
+    advantage = (grouped - grouped.mean(1, keepdim=True)) * group / (group - 1)
+    if normalise:
+        advantage = advantage / (grouped.std(1, keepdim=True) + 1e-4)
+    counts = done.flip(1).cummax(1).values.flip(1)
+    return advantage.view_as(reward), counts
+
+
+# ---------------------------------------------------------------------- the loop
+def train(
+    config: TorchRLPPOConfig | TorchRLGRPOConfig, task: Task | None = None, denoiser: Denoiser | None = None
+) -> OrderPolicy:
+    """Train an order policy with TorchRL's ``ClipPPOLoss`` and save it in ``config.out``.
+
+    With a :class:`TorchRLPPOConfig`, advantages are generalised ones from a critic; with a :class:`TorchRLGRPOConfig`
+    they are group-relative.
+
+    Args:
+        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+
+    Raises:
+        UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
+        Interrupted: after Ctrl-C, with the state saved.
+    """
+    grouped = isinstance(config, TorchRLGRPOConfig)
+    if grouped:
+        require_at_least(1, puzzles=config.puzzles)
+        if config.group < 2:
+            raise UnmaskError(f"group must be at least 2 to compare trajectories, not {config.group}")
+    group = config.group if grouped else 1
+    boards = config.puzzles * group if grouped else config.boards
+    ready, steps = prepare_on_policy(config, boards, config.steps, task, denoiser)
+    config, task, denoiser, reference, policy, device = ready
+    env = UnmaskTorchEnv(
+        num_envs=boards,
+        task=task,
+        denoiser=denoiser,
+        reference=reference,
+        temperature=config.fill_temperature,
+        group=group,
+        device=device,
+    )
+    actor = make_actor(policy)
+    parts: dict[str, nn.Module | torch.optim.Optimizer] = {"policy": policy}
+    groups = decayed_groups(policy, config.weight_decay)
+    if grouped:
+        loss = ClipPPOLoss(actor, None, critic_coeff=None, clip_epsilon=config.clip, entropy_bonus=False)
+    else:
+        critic = new_critic(task, config.seed).to(device)
+        parts["critic"] = critic
+        groups += decayed_groups(critic, config.weight_decay)
+        value = ValueOperator(_Value(critic), in_keys=SHOWN)
+        advantages = GAE(
+            gamma=1.0, lmbda=config.gae_lambda, value_network=value, deactivate_vmap=True
+        )  # no discount in J
+        loss = ClipPPOLoss(
+            actor,
+            value,
+            clip_epsilon=config.clip,
+            entropy_bonus=False,
+            critic_coeff=config.critic_weight,
+            loss_critic_type="l2",
+            normalize_advantage=config.normalise,
+        )
+    optimizer = parts["optimizer"] = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    collector = Collector(
+        TransformedEnv(env, KLReward(config.beta)) if config.beta > 0 else env,
+        actor,
+        frames_per_batch=boards * steps,
+        total_frames=-1,
+        reset_at_each_iter=True,
+        auto_register_policy_transforms=False,  # the policy has no state to track
+    )
+    batches = iter(collector)
+    run = Run(config, config.iterations, parts, f"{'grpo' if grouped else 'ppo'}-torchrl {task.name}")
+    with run:
+        for iteration in run.loop():
+            generator = step_generator(device, config.seed, iteration, 5 << 16)
+            set_learning_rate(optimizer, config.learning_rate(iteration))
+            with seeded(generator) as seed:
+                env.set_seed(seed)
+                data = next(batches)  # (boards, steps)
+            done = data["next", "done"].squeeze(-1)
+            if grouped:
+                reward = data["next", "reward"].squeeze(-1)
+                data["advantage"], counts = group_relative(reward, done, group, config.normalise)
+                data["advantage"] = data["advantage"].unsqueeze(-1)
+                frames = data[counts]
+            else:
+                with torch.no_grad():
+                    advantages(data)
+                frames = data.reshape(-1)
+            if not len(frames):
+                raise UnmaskError(f"no episode ends within {steps} steps; raise --steps")
+            logged: dict[str, list[float]] = {}
+            for _ in range(config.epochs):
+                shuffled = torch.randperm(len(frames), generator=generator, device=device)
+                for rows in shuffled.chunk(config.minibatches):
+                    terms = loss(frames[rows])
+                    total = sum(term for name, term in terms.items() if name.startswith("loss_"))
+                    for name, term in terms.items():
+                        logged.setdefault(f"train/{name}", []).append(float(term.detach().mean()))
+                    if not total.requires_grad:  # the denoiser was sure throughout: there was nothing to decide
+                        continue
+                    optimizer.zero_grad(set_to_none=True)
+                    total.backward()
+                    nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], config.grad_clip)
+                    optimizer.step()
+            scalars = {name: sum(values) / len(values) for name, values in logged.items()} | summary(data, config.beta)
+            run.log(scalars, f"reward {scalars['reward']:.3f}")
+    collector.shutdown()
+    policy.eval()
+    save_model(policy, Path(config.out))
+    return policy
+
+
+def summary(data: TensorDictBase, beta: float) -> dict[str, float]:
+    """Per finished episode: the task's reward, and the sampled KL to the reference."""
+    episodes = max(1, int(data["next", "done"].sum()))
+    log_reference = data["log_reference"].gather(-1, data["action"].unsqueeze(-1)).squeeze(-1)
+    ratio = (data["action_log_prob"] - log_reference).sum()
+    reward = data["next", "reward"].sum() + beta * ratio
+    return {"reward": float(reward) / episodes, "divergence/trajectory_kl": float(ratio) / episodes}
