@@ -74,7 +74,8 @@ def read(view: View, vocab_size: int) -> Observation:
         left = (-torch.expm1(values.logsumexp(-1).clamp(max=-1e-7))).log() - torch.tensor(float(others)).log()
         log_probs = left.unsqueeze(-1).expand(n, length, vocab_size).scatter(-1, top, values)
     else:
-        log_probs = torch.empty(n, length, vocab_size, device=values.device).scatter(-1, top, values)
+        # Blank boards name one symbol K times: the others must not be left to chance.
+        log_probs = torch.full((n, length, vocab_size), FLOOR, device=values.device).scatter(-1, top, values)
     return Observation(view["tokens"].long(), view["action_mask"].bool(), Denoised(log_probs))
 
 
