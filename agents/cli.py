@@ -20,12 +20,13 @@ from rich.text import Text
 
 import tasks
 from agents import demo, evaluate, imitation, upo
+from agents.learner import ReferenceName, SB3PPOConfig, TorchRLGRPOConfig, TorchRLPPOConfig
 from agents.policy import PACKAGED_POLICIES
 from pretrain.checkpoint import PACKAGED_DENOISERS, packaged, write_json
 from pretrain.run import Interrupted, require_seed, resolve_device
 from pretrain.train import PretrainConfig, pretrain
 from tasks import Instances, Sudoku, UnmaskError
-from unmask_env import core, ids, reference, render
+from unmask_env import core, exact, ids, reference, render
 from unmask_env.denoiser import load_denoiser
 
 
@@ -54,6 +55,11 @@ class EvaluateCommand:
     """packaged Sudoku puzzles that naked and hidden singles alone solve, or those that need more"""
     blanks: int | None = None
     """reveal clues at random until this many blanks are left"""
+    exact: bool = False
+    """on boards of at most 16 blanks: also the exact expected reward of each order, the best that any order could reach
+    with this denoiser, and the exact divergences from ``reference``"""
+    reference: ReferenceName = "softmax_confidence"
+    """what ``exact`` measures divergences from"""
     seed: int = 0
     """of the stochastic orders"""
     batch: int = 500
@@ -121,9 +127,16 @@ def run_evaluate(command: EvaluateCommand) -> None:
     for order in orders.values():
         if isinstance(order, torch.nn.Module):
             order.to(device)
+    if command.exact:
+        exact.check_holes(task, instances)
     results = evaluate.evaluate(task, denoiser, orders, instances, command.seed, command.batch, progress=True)
     title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
     Console().print(evaluate.table(results, title))
+    if command.exact:
+        results = evaluate.add_exact(
+            results, task, denoiser, orders, instances, reference.get(command.reference), progress=True
+        )
+        Console().print(evaluate.exact_table(results, command.reference))
     if command.json is not None:
         write_json(command.json, [result.row() for result in results])
 
@@ -179,6 +192,9 @@ def application() -> tyro.extras.SubcommandApp:
     training = tyro.extras.SubcommandApp()
     training.command(upo.UPOConfig, name="upo")
     training.command(imitation.ImitationConfig, name="imitation")
+    training.command(SB3PPOConfig, name="ppo-sb3")
+    training.command(TorchRLPPOConfig, name="ppo-torchrl")
+    training.command(TorchRLGRPOConfig, name="grpo-torchrl")
     app.command(training, name="train", help="Train an order policy on top of a frozen denoiser.")
     app.command(EvaluateCommand, name="evaluate")
     app.command(ShowCommand, name="show")
@@ -211,6 +227,14 @@ def dispatch(command: Any) -> None:
             upo.train(command)
         case imitation.ImitationConfig():
             imitation.train(command)
+        case SB3PPOConfig():
+            from agents import sb3_ppo  # the RL libraries take seconds to import
+
+            sb3_ppo.train(command)
+        case TorchRLPPOConfig() | TorchRLGRPOConfig():
+            from agents import torchrl_ppo
+
+            torchrl_ppo.train(command)
         case EvaluateCommand():
             run_evaluate(command)
         case ShowCommand():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -17,11 +17,24 @@ from torch import Tensor
 from agents.policy import PACKAGED_POLICIES, load_policy
 from pretrain.checkpoint import packaged
 from tasks import Instances, Task, UnknownNameError, UnmaskError
-from unmask_env import reference
+from unmask_env import exact, reference
 from unmask_env.core import Order, rollout
 from unmask_env.denoiser import Denoiser
 
 Z95 = 1.959963984540054
+
+
+class Exact(NamedTuple):
+    """Exact expectations over an order's own choices (a learned one sampled), (n,) per instance.
+
+    ``reward`` is E[r]; ``best`` the most that any order reaches; ``trajectory_kl`` and ``terminal_kl`` the divergences
+    from a reference, in nats.
+    """
+
+    reward: Tensor
+    best: Tensor
+    trajectory_kl: Tensor
+    terminal_kl: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,14 @@ class Result:
     Attributes:
         metrics: per metric of the task, (n,) values per instance; the first one is the solve rate of tables.
         nfe: mean denoiser forwards per instance.
+        exact: on small boards, if asked for.
     """
 
     order: str
     metrics: dict[str, Tensor]
     nfe: float
     seconds: float
+    exact: Exact | None = None
 
     @property
     def solved(self) -> Tensor:
@@ -47,6 +62,9 @@ class Result:
         mean = {name: float(values.double().mean()) for name, values in self.metrics.items()}
         n = len(self.solved)
         names = {"solved": "solve_rate", "valid": "valid_rate"}
+        exactly = {}
+        if self.exact is not None:
+            exactly = {f"exact_{name}": float(values.mean()) for name, values in self.exact._asdict().items()}
         return {
             "order": self.order,
             **{names.get(name, name): value for name, value in mean.items()},
@@ -54,6 +72,7 @@ class Result:
             "n": n,
             "ci95": list(interval(self.solved)),
             "seconds": self.seconds,
+            **exactly,
         }
 
 
@@ -145,6 +164,58 @@ def evaluate(
             metrics = {metric: torch.cat(values)[back] for metric, values in measured.items()}
             results.append(Result(name, metrics, nfe / len(instances), time.perf_counter() - started))
     return results
+
+
+def add_exact(
+    results: Sequence[Result],
+    task: Task,
+    denoiser: Denoiser,
+    orders: dict[str, Order],
+    instances: Instances,
+    reference_policy: reference.Reference,
+    batch: int = 8,
+    progress: bool = False,
+) -> list[Result]:
+    """The results with their exact expectations under greedy filling; the oracle, which sees the answers, has none.
+
+    Args:
+        orders: those of ``results``. batch: instances whose boards are listed together.
+
+    Raises:
+        TooLargeError: an instance of more than 16 holes, or too many boards.
+    """
+    exact.check_holes(task, instances)
+    known = {name: order for name, order in orders.items() if not isinstance(order, reference.Oracle)}
+    parts: dict[str, list[Exact]] = {name: [] for name in known}
+    with Progress(transient=True, disable=not progress) as bar, torch.no_grad():
+        work = bar.add_task("exact", total=len(instances))
+        for start in range(0, len(instances), batch):
+            graph = exact.enumerate_boards(task, denoiser, instances[start : start + batch], max_states=3_000_000)
+            best, log_reference = exact.best_reward(graph), exact.tabulate(graph, reference_policy)
+            for name, order in known.items():
+                values = exact.evaluate(graph, order, log_reference)
+                columns = (values.reward, best, values.trajectory_kl, values.terminal_kl)
+                parts[name].append(Exact(*(column[graph.start_of].cpu() for column in columns)))
+            bar.advance(work, min(batch, len(instances) - start))
+    joined = {name: Exact(*(torch.cat(c) for c in zip(*found, strict=True))) for name, found in parts.items()}
+    return [replace(result, exact=joined.get(result.order)) for result in results]
+
+
+def exact_table(results: Sequence[Result], reference_name: str) -> Table:
+    """A rich table of the exact columns."""
+    view = Table(
+        title=f"exact, over each order's own choices; divergences from {reference_name} in nats",
+        caption="best possible: the most that any order reaches with this denoiser",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    view.add_column("order")
+    for name in ("reward", "best possible", "trajectory KL", "terminal KL"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        columns = result.exact or ()
+        view.add_row(result.order, *(f"{float(values.mean()):.4f}" for values in columns))
+    return view
 
 
 def table(results: Sequence[Result], title: str) -> Table:

@@ -1,4 +1,7 @@
-"""What every learner of an order shares: the settings that mean the same everywhere, and the start of a run."""
+"""What the learners of an order share: settings that mean the same everywhere, and the start of a run.
+
+The settings of the learners that rest on an RL library are here too, so that the command line need not import one.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,29 @@ class PPOConfig(LearnerConfig):
     gae_lambda: float = 0.95
     critic_weight: float = 0.5
     """of the value loss"""
+
+
+@dataclass(frozen=True)
+class SB3PPOConfig(PPOConfig):
+    """Settings of stable-baselines3's MaskablePPO; each is an option of ``unmask train ppo-sb3``."""
+
+
+@dataclass(frozen=True)
+class TorchRLPPOConfig(PPOConfig):
+    """Settings of TorchRL's PPO; each is an option of ``unmask train ppo-torchrl``."""
+
+
+@dataclass(frozen=True)
+class TorchRLGRPOConfig(LearnerConfig):
+    """Settings of TorchRL's PPO without a critic, on group-relative advantages; each is an option of
+    ``unmask train grpo-torchrl``."""
+
+    puzzles: int = 32
+    """groups side by side"""
+    group: int = 8
+    """boards per group: they play the same instances"""
+    steps: int | None = None
+    """steps of each board per iteration; the default is the task's length. Episodes it cuts off teach nothing"""
 
 
 class Prepared(NamedTuple):

@@ -1,12 +1,11 @@
 """PPO by stable-baselines3: ``MaskablePPO`` with an order policy, on KL-regularised rewards.
 
-Read from top to bottom: settings, the policy as stable-baselines3 sees it, the model, the loop. The loop calls
-``model.learn`` once per iteration on freshly seeded boards, so a run that was cut off goes on exactly.
+Read from top to bottom: the policy as stable-baselines3 sees it, the model, the loop; the settings are in learner.py.
+The loop calls ``model.learn`` once per iteration on freshly seeded boards, so a run that was cut off goes on exactly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from agents.critic import Critic, new_critic
-from agents.learner import PPOConfig, prepare_on_policy, seeded
+from agents.learner import PPOConfig, SB3PPOConfig, prepare_on_policy, seeded
 from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups
@@ -30,11 +29,6 @@ from unmask_env.boards import LOG_ZERO, read
 from unmask_env.denoiser import Denoiser
 from unmask_env.sb3 import KLRolloutBuffer, SB3VecEnv
 from unmask_env.vector import UnmaskVectorEnv
-
-
-@dataclass(frozen=True)
-class SB3PPOConfig(PPOConfig):
-    """Settings of a run of stable-baselines3's MaskablePPO; each is an option of ``unmask train ppo-sb3``."""
 
 
 # ---------------------------------------------------------------------- the policy as stable-baselines3 sees it

@@ -1,12 +1,11 @@
 """PPO and group-relative PPO by TorchRL: ``ClipPPOLoss`` with an order policy, on KL-regularised rewards.
 
-Read from top to bottom: settings, the policy as TorchRL sees it, advantages, the loop. Each iteration collects freshly
-seeded boards, so a run that was cut off goes on exactly.
+Read from top to bottom: the policy as TorchRL sees it, advantages, the loop; the settings are in learner.py. Each
+iteration collects freshly seeded boards, so a run that was cut off goes on exactly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from agents.critic import Critic, new_critic
-from agents.learner import LearnerConfig, PPOConfig, prepare_on_policy, seeded
+from agents.learner import TorchRLGRPOConfig, TorchRLPPOConfig, prepare_on_policy, seeded
 from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, require_at_least, set_learning_rate
@@ -31,24 +30,6 @@ from unmask_env.denoiser import Denoiser
 from unmask_env.torchrl import KLReward, UnmaskTorchEnv
 
 SHOWN = ["tokens", "action_mask", "top_tokens", "top_log_probs"]  # what policy and critic read
-
-
-@dataclass(frozen=True)
-class TorchRLPPOConfig(PPOConfig):
-    """Settings of a run of TorchRL's PPO; each is an option of ``unmask train ppo-torchrl``."""
-
-
-@dataclass(frozen=True)
-class TorchRLGRPOConfig(LearnerConfig):
-    """Settings of a run of TorchRL's PPO without a critic, on group-relative advantages; each is an option of
-    ``unmask train grpo-torchrl``."""
-
-    puzzles: int = 32
-    """groups side by side"""
-    group: int = 8
-    """boards per group: they play the same instances"""
-    steps: int | None = None
-    """steps of each board per iteration; the default is the task's length. Episodes it cuts off teach nothing"""
 
 
 # ---------------------------------------------------------------------- the policy as TorchRL sees it

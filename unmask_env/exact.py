@@ -101,7 +101,7 @@ def enumerate_boards(
         TooLargeError: more than 16 holes in an instance, or more than ``max_states`` boards.
         UnmaskError: a negative temperature, or a denoiser that gives no symbol any probability.
     """
-    _check_holes(task, instances)
+    check_holes(task, instances)
     instances = instances.to(denoiser.device)
     tokens, start_of, count = instances.tokens.unique(dim=0, return_inverse=True, return_counts=True)
     start = torch.arange(len(tokens), device=tokens.device)
@@ -187,7 +187,8 @@ def _log_fill(denoised: Denoised, temperature: float) -> Tensor:
     return masked_log_softmax(log_probs / temperature, log_probs > -INF)
 
 
-def _check_holes(task: Task, instances: Instances) -> None:
+def check_holes(task: Task, instances: Instances) -> None:
+    """Raises :class:`TooLargeError` if an instance has more than 16 holes."""
     holes = int((instances.tokens == task.mask_id).sum(1).max())
     if holes > MAX_HOLES:
         raise TooLargeError(
@@ -459,7 +460,7 @@ def sequence_log_prob(
     Raises:
         TooLargeError: more than 16 holes in an instance. UnmaskError: a negative temperature.
     """
-    _check_holes(task, instances)
+    check_holes(task, instances)
     instances = instances.to(denoiser.device)
     found = []
     for tokens, answer in zip(instances.tokens, instances.answers, strict=True):
