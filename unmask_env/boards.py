@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ View = dict[Key, Tensor]
 
 
 def show(tokens: Tensor, open: Tensor, denoised: Denoised, log_reference: Tensor) -> View:
-    """The view of N boards."""
+    """The view of N boards. Symbols of equal probability are listed in no fixed order."""
     log_probs = denoised.log_probs
     k = min(TOP, log_probs.shape[-1])
     # Sorting everything is the faster way to the top of a small vocabulary.
@@ -64,8 +65,9 @@ def blank(tokens: Tensor, open: Tensor, top: int) -> View:
 def read(view: View, vocab_size: int) -> Observation:
     """The observation that ``view`` shows, for orders. What the most likely symbols leave is spread over the others.
 
-    Exact up to ``FLOOR`` for vocabularies of at most nine symbols. ``tokens``, ``top_tokens`` and ``action_mask`` may
-    be floats, as stable-baselines3 hands them on. Hidden states are not shown, so there are none.
+    Exact up to ``FLOOR`` for vocabularies of at most eight symbols; of nine, the last one's probability is right to
+    float32's 3e-7. ``tokens``, ``top_tokens`` and ``action_mask`` may be floats, as stable-baselines3 hands them on.
+    Hidden states are not shown, so there are none.
     """
     top, values = view["top_tokens"].long(), view["top_log_probs"].float()
     n, length, k = top.shape
@@ -89,6 +91,15 @@ class Look:
 
     view: View
     symbols: Tensor
+
+
+def require_possible(log_reference: np.ndarray | Tensor) -> None:
+    """Raises :class:`tasks.UnmaskError` where an action has log g(a|s) = -inf: the KL would be infinite."""
+    if bool((log_reference <= LOG_ZERO).any()):
+        raise UnmaskError(
+            "an action has probability 0 under the reference (a closed position, or one that it excludes), so the KL "
+            "is infinite; mask the policy's actions, and take a reference that allows every open position"
+        )
 
 
 class Boards:
@@ -162,6 +173,13 @@ class Boards:
             instances, at = self.task.sample(_AHEAD, self._instances[row]), 0
         self._ahead[row] = (instances, at + 1)
         return instances[at : at + 1]
+
+    def put_back(self, rows: Sequence[int]) -> None:
+        """The instances that ``rows`` drew last were not used: they draw them again."""
+        for row in rows:
+            instances, at = self._ahead[row] or (None, 0)
+            if instances is not None and at > 0:
+                self._ahead[row] = (instances, at - 1)
 
     # ------------------------------------------------------------------ play
     def empty(self) -> State:

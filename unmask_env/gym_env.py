@@ -26,10 +26,12 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def arrays(view: View) -> dict[str, np.ndarray]:
-    """A view as fresh numpy arrays; the mask is int8, as Gymnasium's ``MultiBinary`` is."""
-    return {
-        key: to_numpy(value).astype(np.int8) if key == "action_mask" else to_numpy(value) for key, value in view.items()
-    }
+    """A view as numpy arrays of its own; the mask is int8, as Gymnasium's ``MultiBinary`` is.
+
+    Tokens and mask are the state's, so they are copied; the rest was computed for this view.
+    """
+    shown = {key: value.numpy(force=True) for key, value in view.items()}
+    return shown | {"tokens": shown["tokens"].copy(), "action_mask": shown["action_mask"].astype(np.int8)}
 
 
 def spaces_of(boards: Boards) -> tuple[spaces.Dict, spaces.Discrete]:

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from tasks import UnmaskError
+from unmask_env.boards import require_possible
 from unmask_env.core import regularised_reward
 
 
@@ -94,6 +95,9 @@ class KLRolloutBuffer(MaskableDictRolloutBuffer):
     ``MaskablePPO(..., rollout_buffer_class=KLRolloutBuffer, rollout_buffer_kwargs={"beta": 0.01}, gamma=1.0)``. The
     log-probabilities are those of the distribution that the actions were sampled from, and g's are in the observation.
 
+    Raises:
+        UnmaskError: a beta below 0; an action to which the reference gives probability 0, when it is added.
+
     Attributes:
         log_ratios: log pi(a|s) - log g(a|s) of the steps since the last reset, (N,) each; their mean times the episode
             length estimates the KL.
@@ -120,6 +124,7 @@ class KLRolloutBuffer(MaskableDictRolloutBuffer):
         action_masks: np.ndarray | None = None,
     ) -> None:
         log_reference = np.take_along_axis(obs["log_reference"], action.reshape(-1, 1).astype(np.int64), 1)[:, 0]
+        require_possible(log_reference)
         taken = log_prob.numpy(force=True)
         self.log_ratios.append(taken - log_reference)
         regularised = regularised_reward(reward, taken, log_reference, self.beta)

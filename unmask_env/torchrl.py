@@ -14,7 +14,7 @@ from torchrl.envs.transforms import Transform
 
 from pretrain.backbone import Backbone
 from tasks import Instances, Task, UnmaskError
-from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View
+from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, require_possible
 from unmask_env.core import OnIllegal, State, regularised_reward
 from unmask_env.denoiser import Denoiser
 from unmask_env.reference import Reference, require_full_support
@@ -124,6 +124,8 @@ class UnmaskTorchEnv(EnvBase):
         transition = self.boards.step(before, tensordict["symbols"], tensordict["action"])
         done = transition.terminated | transition.truncated
         if bool(done.any()):
+            if self._waiting is not None:  # never claimed: those rows were played on without a reset
+                self.boards.put_back(self._waiting[0].nonzero().flatten().tolist())
             following, look, rows, last = self.boards.go_on(transition)
             self._waiting = (done.cpu(), following, look)
             view: View = {key: value.index_copy(0, rows, last[key]) for key, value in look.view.items()}
@@ -175,8 +177,8 @@ class KLReward(Transform):
     (``ProbabilisticActor(..., return_log_prob=True)``).
 
     Raises:
-        UnmaskError: a beta below 0; a deterministic reference, when the transform meets its environment; a policy that
-            writes no log-probability, at the first step.
+        UnmaskError: a beta below 0; a deterministic reference, when the transform meets its environment; in a step, a
+            policy that writes no log-probability, or an action to which the reference gives probability 0.
     """
 
     def __init__(self, beta: float, log_prob_key: str = "action_log_prob") -> None:
@@ -199,5 +201,6 @@ class KLReward(Transform):
                 "ProbabilisticActor(..., return_log_prob=True)"
             )
         log_reference = tensordict["log_reference"].gather(-1, tensordict["action"].unsqueeze(-1))
+        require_possible(log_reference[tensordict["action_mask"].any(-1)])  # finished boards idle
         reward = regularised_reward(next_tensordict["reward"], log_prob.unsqueeze(-1), log_reference, self.beta)
         return next_tensordict.set("reward", reward)

@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
-from unmask_env.boards import Boards, Look, View
+from unmask_env.boards import LOG_ZERO, Boards, Look, View, require_possible
 from unmask_env.core import OnIllegal, Transition, regularised_reward
 from unmask_env.denoiser import Denoiser
 from unmask_env.gym_env import arrays, spaces_of, to_numpy
@@ -122,8 +122,9 @@ class UnmaskVectorEnv(VectorEnv):
         if self._look is None:
             raise UnmaskError("call reset() before step()")
         stale = self._done.copy()  # NEXT_STEP: finished in the step before; whatever the action, they restart now
-        # Complete boards idle by themselves; a truncated one is kept from an illegal action, its step is dropped.
-        actions = np.where(stale, to_numpy(self.state.open.int().argmax(1)), actions)
+        if stale.any():
+            # Complete boards idle by themselves; a truncated one is kept from an illegal action, its step is dropped.
+            actions = np.where(stale, to_numpy(self.state.open.int().argmax(1)), actions)
         index = torch.as_tensor(actions, device=self.boards.device).long()
         transition = self.boards.step(self.state, self._look.symbols, index)
         if stale.any():
@@ -144,7 +145,7 @@ class UnmaskVectorEnv(VectorEnv):
         else:
             self.state = transition.state
             self._look = self.boards.look(self.state, np.flatnonzero(~done).tolist())
-            self._done, self._terminated = done, terminated
+            self._done, self._terminated = done, terminated.copy()  # the caller may write to what is returned
         observation = self._observation()
         info |= self._info(observation) | {"illegal": to_numpy(transition.illegal)}
         return observation, to_numpy(transition.reward), terminated, truncated, info
@@ -164,6 +165,7 @@ class UnmaskVectorEnv(VectorEnv):
         if self._done.any():
             shown["action_mask"][self._done] = 1
             shown["top_tokens"][self._terminated] = shown["top_log_probs"][self._terminated] = 0
+            shown["log_reference"][self._terminated] = LOG_ZERO
         return shown
 
     def _info(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -204,7 +206,7 @@ class RegularisedReward(VectorWrapper):
 
     Raises:
         UnmaskError: the reference is deterministic (its KL would be infinite), or the mode is ``NEXT_STEP``, whose
-            resetting steps belong to no episode.
+            resetting steps belong to no episode; in a step, an action to which the reference gives probability 0.
     """
 
     def __init__(self, envs: VectorEnv, beta: float) -> None:
@@ -227,6 +229,7 @@ class RegularisedReward(VectorWrapper):
         self, actions: np.ndarray, log_prob: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         at_actions = np.take_along_axis(self._log_reference, np.asarray(actions)[:, None], 1)[:, 0]
+        require_possible(at_actions)
         observation, reward, terminated, truncated, info = self.env.step(actions)
         regularised = regularised_reward(reward, np.asarray(log_prob, dtype=np.float32), at_actions, self.beta)
         self._log_reference = observation["log_reference"]

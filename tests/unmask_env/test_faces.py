@@ -1,4 +1,4 @@
-"""The Gymnasium faces: conventions, agreement with one another and with Gymnasium's own vector env, autoreset."""
+"""The faces agree; the Gymnasium ones also with Gymnasium's conventions and its own vector env. What a view shows."""
 
 import itertools
 import warnings
@@ -14,12 +14,15 @@ from gymnasium.vector import AutoresetMode
 import unmask_env
 from pretrain.checkpoint import PACKAGED_DENOISERS, packaged
 from tasks import Instances, UnknownNameError, UnmaskError
-from tests.oracles.enumeration import TableTask, random_joint
-from unmask_env import registration
-from unmask_env.core import InvalidActionError
+from tests.oracles.enumeration import TableTask, random_joint, sequences
+from unmask_env import boards, reference, registration
+from unmask_env.boards import FLOOR, LOG_ZERO
+from unmask_env.core import Denoised, InvalidActionError, Observation
 from unmask_env.denoiser import TableDenoiser
 from unmask_env.gym_env import UnmaskEnv
-from unmask_env.vector import UnmaskVectorEnv
+from unmask_env.sb3 import SB3VecEnv
+from unmask_env.torchrl import UnmaskTorchEnv
+from unmask_env.vector import RegularisedReward, UnmaskVectorEnv
 
 SUDOKU = "Unmask/Sudoku6x6-v0"
 IDS = [id for id in unmask_env.ids() if id.startswith("Unmask/")]
@@ -56,6 +59,9 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     for name in ("tokens", "action_mask"):
         np.testing.assert_array_equal(a[name], b[name])
     np.testing.assert_allclose(a["top_log_probs"], b["top_log_probs"], atol=1e-4)
+    # A softmax reference divides differences of probabilities by its small temperature.
+    np.testing.assert_array_equal(a["log_reference"] == LOG_ZERO, b["log_reference"] == LOG_ZERO)
+    np.testing.assert_allclose(a["log_reference"], b["log_reference"], atol=1e-3)
     # Symbols whose probabilities all but tie may swap places.
     gaps = np.abs(np.diff(a["top_log_probs"], axis=-1)) > 1e-3
     edge = np.ones((*gaps.shape[:-1], 1), dtype=bool)
@@ -63,14 +69,76 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     np.testing.assert_array_equal(a["top_tokens"][clear], b["top_tokens"][clear])
 
 
-# ---------------------------------------------------------------------- conventions
-@pytest.mark.parametrize("id", IDS)
-def test_check_env_without_a_warning(id: str) -> None:
+def packaged_denoiser(id: str) -> str:
+    """The denoiser that ``id`` was registered with, or its small version where only that is packaged."""
     denoiser = registration.lookup(id).denoiser
     if isinstance(denoiser, str) and denoiser not in packaged(PACKAGED_DENOISERS):
         denoiser = f"{denoiser}-tiny"
         if denoiser not in packaged(PACKAGED_DENOISERS):
             pytest.skip(f"no packaged denoiser for {id}")
+    return denoiser
+
+
+class Counting:
+    """A denoiser that also notes how many boards each forward had."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.hidden_dim, self.device, self.rows = inner, inner.hidden_dim, inner.device, []
+
+    @property
+    def calls(self) -> int:
+        return len(self.rows)
+
+    def __call__(self, tokens: torch.Tensor) -> Denoised:
+        self.rows.append(len(tokens))
+        return self.inner(tokens)
+
+
+def exact_return(task: TableTask, denoiser, log_policy, log_reference, temperature: float) -> tuple[float, float]:
+    """(E[r], KL(pi || g)) of whole episodes, by a dynamic programme over all partial boards.
+
+    Args:
+        log_policy, log_reference: (N, L) log-probabilities of an :class:`Observation` of N boards.
+    """
+    vocab, start = task.vocab_size, {}
+    for sequence in sequences(vocab, task.length).tolist():
+        board = tuple(symbol if i in task.clues else vocab for i, symbol in enumerate(sequence))
+        start[board] = start.get(board, 0.0) + float(task.joint[tuple(sequence)])
+    level, divergence = start, 0.0
+    for _ in range(task.length - len(task.clues)):
+        tokens = torch.tensor(list(level))
+        is_open = tokens == vocab
+        seen = Observation(tokens, is_open, denoiser(tokens))
+        log_pi, log_g = (f(seen).double() for f in (log_policy, log_reference))
+        ratio = torch.where(is_open, log_pi - log_g, 0.0)
+        mass = torch.tensor(list(level.values()), dtype=torch.float64)
+        divergence += float((mass[:, None] * log_pi.exp().where(is_open, 0.0) * ratio).sum())
+        what = seen.denoised.log_probs.double().exp()
+        if temperature == 0:
+            what = torch.nn.functional.one_hot(what.argmax(-1), vocab).double()
+        following: dict[tuple[int, ...], float] = {}
+        for row, (board, weight) in enumerate(level.items()):
+            for position in is_open[row].nonzero().flatten().tolist():
+                for symbol in range(vocab):
+                    flow = weight * float(log_pi[row, position].exp()) * float(what[row, position, symbol])
+                    after = (*board[:position], symbol, *board[position + 1 :])
+                    following[after] = following.get(after, 0.0) + flow
+        level = following
+    shown = {b: tuple(s if i in task.clues else vocab for i, s in enumerate(b)) for b in level}
+    return sum(mass * float(task.joint[b]) / start[shown[b]] for b, mass in level.items()), divergence
+
+
+def agrees(sample: np.ndarray, expected: float, at_least: float = 0.0) -> None:
+    """The mean of ``sample`` is ``expected`` within 5 standard errors, which are small beside ``at_least``."""
+    error = sample.std() / len(sample) ** 0.5
+    assert abs(sample.mean() - expected) < 5 * error, f"{sample.mean()} +- {error}, expected {expected}"
+    assert at_least == 0 or error < at_least / 10
+
+
+# ---------------------------------------------------------------------- conventions
+@pytest.mark.parametrize("id", IDS)
+def test_check_env_without_a_warning(id: str) -> None:
+    denoiser = packaged_denoiser(id)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(gym.make(id, denoiser=denoiser).unwrapped)
@@ -290,6 +358,73 @@ def test_unseeded_first_reset_plays() -> None:
         assert env.observation_space.contains(env.reset()[0])
 
 
+# ---------------------------------------------------------------------- four faces, one environment
+@pytest.mark.parametrize("on_illegal", ["noop", "terminate"])
+@pytest.mark.parametrize(
+    ("id", "temperature", "steps"),
+    [(TABLE, 0.0, 50), (TABLE, 1.0, 50)] + [(id, 0.0, 6 if "9x9" in id else 40) for id in IDS],
+)
+def test_four_faces_agree(id: str, temperature: float, steps: int, on_illegal: str) -> None:
+    """The same seeds and actions: legal ones, and now and then any position. Where there is time, the last row insists
+    on a closed position until it is truncated."""
+    n, seed, rng = 3, 11, np.random.default_rng(5)
+    denoiser = "sudoku6-tiny" if id == SUDOKU else packaged_denoiser(id)
+    options = {"denoiser": denoiser, "temperature": temperature, "on_illegal": on_illegal}
+    alone = [single(id, **options) for _ in range(n)]
+    envs = vector(n, id=id, **options)
+    stable = SB3VecEnv(vector(n, id=id, **options))
+    rl = UnmaskTorchEnv(id, n, seed=seed, **options)
+
+    stable.seed(seed)
+    current = [env.reset(seed=seed + i)[0] for i, env in enumerate(alone)]
+    many, theirs, td = envs.reset(seed=seed)[0], stable.reset(), rl.reset()
+    insist = on_illegal == "noop" and steps >= 2 * envs.task.length
+    ended = cut = illegal = 0
+    for _ in range(steps):
+        for i in range(n):
+            for other in (many, theirs, td):
+                same(current[i], {name: np.asarray(other[name][i]) for name in current[i]})
+        masks = np.array([env.action_masks() for env in alone])
+        np.testing.assert_array_equal(envs.action_masks(), masks)
+        np.testing.assert_array_equal(stable.env_method("action_masks"), masks)
+        np.testing.assert_array_equal(td["action_mask"], masks)
+
+        actions = legal(masks, rng)
+        wild = rng.random(n) < 1 / 10
+        actions[wild] = rng.integers(masks.shape[1], size=n)[wild]
+        if insist:
+            actions[-1] = masks[-1].argmin()
+
+        many, rewards, terminated, truncated, infos = envs.step(actions)
+        theirs, their_rewards, dones, their_infos = stable.step(actions)
+        td["action"] = torch.from_numpy(actions)
+        taken, td = rl.step_and_maybe_reset(td)
+        after = taken["next"]
+        for i, env in enumerate(alone):
+            obs, reward, end, stop, info = env.step(int(actions[i]))
+            assert (reward, end, stop) == (rewards[i], terminated[i], truncated[i])
+            assert (reward, end or stop) == (their_rewards[i], dones[i])
+            assert (reward, end, stop) == tuple(after[key][i].item() for key in ("reward", "terminated", "truncated"))
+            assert bool(after["done"][i]) == (end or stop)
+            same(obs, {name: after[name][i].numpy() for name in obs})
+            illegal += info["illegal"]
+            if end or stop:
+                ended, cut = ended + end, cut + stop
+                same(obs, infos["final_obs"][i])
+                same(obs, their_infos[i]["terminal_observation"])
+                assert their_infos[i]["TimeLimit.truncated"] == stop
+                for name in [*env.task.metrics(env.state.tokens, env.state.instances), "nfe"]:
+                    assert info[name] == infos["final_info"][name][i] == their_infos[i][name]
+                obs, _ = env.reset()
+            else:
+                assert their_infos[i] == {}
+            current[i] = obs
+    assert illegal
+    if steps > 6:
+        assert ended >= 2
+    assert bool(cut) == insist
+
+
 # ---------------------------------------------------------------------- autoreset
 def finish(envs: UnmaskVectorEnv, row: int = 0) -> tuple:
     """Play until ``row`` alone is complete: the others repeat an illegal no-op. Returns the last step."""
@@ -378,6 +513,30 @@ def test_disabled_raises_on_finished_rows_and_resets_only_the_masked() -> None:
     envs.step(np.zeros(3, dtype=int))
 
 
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
+def test_a_reset_leaves_the_flags_of_the_step_before_alone(mode: AutoresetMode) -> None:
+    envs = vector(2, mode)
+    envs.reset(seed=0)
+    *_, terminated, _, _ = finish(envs)
+    assert terminated.tolist() == [True, False]
+    envs.reset()
+    assert terminated.tolist() == [True, False]
+
+
+def test_the_terminated_flags_may_be_the_reset_mask() -> None:
+    """Rows that begin anew are filled as their new boards say, not as the boards before them did."""
+    envs, rng = vector(8, AutoresetMode.DISABLED), np.random.default_rng(0)
+    obs, _ = envs.reset(seed=0)
+    for _ in range(30):
+        before, actions, rows = obs, legal(obs["action_mask"], rng), np.arange(8)
+        idle = rng.random(8) < 0.2  # so that the rows do not all end together
+        obs, _, terminated, _, _ = envs.step(np.where(idle, CLUE, actions))
+        rows, actions = rows[~idle], actions[~idle]
+        np.testing.assert_array_equal(obs["tokens"][rows, actions], before["top_tokens"][rows, actions, 0])
+        if terminated.any():
+            obs, _ = envs.reset(options={"reset_mask": terminated})
+
+
 @pytest.mark.parametrize("mask", [[True, False], np.array([1, 0]), np.array([True]), np.array([False, False])])
 def test_malformed_reset_masks_are_refused(mask) -> None:
     envs = vector(2, AutoresetMode.DISABLED)
@@ -418,6 +577,94 @@ def test_at_most_one_denoiser_call_per_single_step() -> None:
     assert denoiser.calls == before + 3
     env.step(3)  # complete: there is nothing left to ask
     assert denoiser.calls == before + 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("limit", [None, 2])
+def test_last_observations_in_the_same_step_are_the_finished_boards(temperature: float, limit: int | None) -> None:
+    """Beside the next board, and with features where a learner still needs the value: on truncated ones."""
+    envs, rng = vector(4, temperature=temperature, max_episode_steps=limit), np.random.default_rng(0)
+    before, _ = envs.reset(seed=0)
+    ends = 0
+    for k in range(24):
+        actions = legal(before["action_mask"], rng)
+        after, _, terminated, truncated, info = envs.step(actions)
+        assert (terminated.any(), truncated.any()) == (
+            (limit is None) and k % 3 == 2,
+            (limit is not None) and k % 2 == 1,
+        )
+        for row in np.flatnonzero(terminated | truncated):
+            ends += 1
+            last = info["final_obs"][row]
+            rest = np.arange(4) != actions[row]
+            np.testing.assert_array_equal(last["tokens"][rest], before["tokens"][row][rest])
+            assert last["tokens"][actions[row]] < 3
+            if temperature == 0:
+                assert last["tokens"][actions[row]] == before["top_tokens"][row, actions[row], 0]
+            assert last["action_mask"].sum() == (last["tokens"] == 3).sum() == (0 if limit is None else 1)
+            if limit is None:
+                assert not last["top_log_probs"].any()
+                assert (last["log_reference"] == LOG_ZERO).all()
+            else:
+                left = np.flatnonzero(last["action_mask"])
+                assert (last["top_log_probs"][left] < 0).any()
+                np.testing.assert_allclose(last["log_reference"][left], 0, atol=1e-6)  # the only choice
+            assert after["tokens"][row].tolist().count(3) == 3
+        before = after
+    assert ends == (32 if limit is None else 48)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *MODES,
+    ],
+)
+def test_a_board_ended_by_an_illegal_action_is_blank_in_every_mode(mode: AutoresetMode) -> None:
+    """As the single face shows it: the denoiser was not asked, so neither was the reference."""
+    env, envs = single(on_illegal="terminate"), vector(1, mode, on_illegal="terminate")
+    env.reset(seed=0)
+    envs.reset(seed=0)
+    expected = env.step(CLUE)[0]
+    shown, *_, info = envs.step(np.array([CLUE]))
+    last = (
+        info["final_obs"][0] if mode == AutoresetMode.SAME_STEP else {name: value[0] for name, value in shown.items()}
+    )
+    for name in ("tokens", "top_tokens", "top_log_probs", "log_reference"):
+        np.testing.assert_array_equal(last[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_forward_holds_each_board_once(mode: AutoresetMode) -> None:
+    """In the same step a truncated board rides beside the one that follows it; complete boards do not."""
+    counting = Counting(registration.lookup(TABLE).denoiser)
+    envs, rng = vector(4, mode, denoiser=counting), np.random.default_rng(0)
+    obs, _ = envs.reset(seed=0)
+    kinds = set()
+    for k in range(60):
+        counting.rows.clear()
+        actions = np.append(legal(obs["action_mask"][:3], rng), CLUE)
+        obs, _, terminated, truncated, _ = envs.step(actions)
+        riding = int(truncated.sum()) if mode == AutoresetMode.SAME_STEP else 0
+        assert counting.rows == [4 + riding], f"step {k}"
+        kinds.add((bool(terminated.any()), bool(truncated.any())))
+        if mode == AutoresetMode.DISABLED and (terminated | truncated).any():
+            obs, _ = envs.reset(options={"reset_mask": terminated | truncated})
+            assert counting.rows[1:] == [4]
+    assert {(True, False), (False, True)} <= kinds
+
+
+def test_one_forward_of_one_board_per_single_step() -> None:
+    counting = Counting(registration.lookup(TABLE).denoiser)
+    env = single(denoiser=counting)
+    for plays in ([0, 2, 3], [CLUE] * 8):
+        env.reset(seed=0)
+        counting.rows.clear()
+        for action in plays:
+            *_, terminated, truncated, _ = env.step(action)
+        assert terminated or truncated
+        # A complete board has nothing left to ask; a truncated one still has a value.
+        assert counting.rows == [1] * (len(plays) - terminated)
 
 
 # ---------------------------------------------------------------------- episode ends
@@ -491,6 +738,173 @@ def test_greedy_solves_a_sudoku_and_is_rewarded_once() -> None:
     assert not np.isnan(solved).any()
 
 
+# ---------------------------------------------------------------------- what a view shows
+def boards_of(vocab: int, seed: int = 0) -> Observation:
+    """500 rows of 6 positions: sharp, flat and certain distributions, some positions closed."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([0.0, 0.5, 2.0, 8.0, 30.0, 100.0]).view(6, 1)
+    log_probs = (torch.randn(500, 6, vocab, generator=generator) * scale).log_softmax(-1)
+    is_open = torch.rand(500, 6, generator=generator) < 0.7
+    filled = torch.randint(vocab, (500, 6), generator=generator)
+    return Observation(torch.where(is_open, vocab, filled), is_open, Denoised(log_probs))
+
+
+def shown(observation: Observation, order=None) -> boards.View:
+    log_reference = (order or reference.SoftmaxConfidence()).log_prob(observation)
+    return boards.show(observation.tokens, observation.open, observation.denoised, log_reference)
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 6, 8])
+def test_reading_a_view_gives_back_what_was_shown(vocab: int) -> None:
+    observation = boards_of(vocab)
+    back = boards.read(shown(observation), vocab)
+    assert torch.equal(back.denoised.log_probs, observation.denoised.log_probs.clamp(min=FLOOR))
+    assert torch.equal(back.tokens, observation.tokens)
+    assert torch.equal(back.open, observation.open)
+    assert back.denoised.hidden is None
+
+
+def test_the_ninth_symbol_gets_what_eight_leave() -> None:
+    """Up to float32: what is left of one is known to about 1e-7 in probability."""
+    observation = boards_of(9)
+    view = shown(observation)
+    back = boards.read(view, 9).denoised.log_probs
+    expected = observation.denoised.log_probs
+    torch.testing.assert_close(back.exp(), expected.exp(), atol=1e-6, rtol=0)
+    top = view["top_tokens"]
+    assert torch.equal(back.gather(-1, top), expected.gather(-1, top).clamp(min=FLOOR))
+    likely = expected > -5
+    torch.testing.assert_close(back[likely], expected[likely], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vocab", [10, 16, 17, 20, 100])
+def test_large_vocabularies_keep_their_top_symbols_and_total_one(vocab: int) -> None:
+    observation = boards_of(vocab)
+    view = shown(observation)
+    back = boards.read(view, vocab).denoised.log_probs
+    expected = observation.denoised.log_probs
+    torch.testing.assert_close(back.exp().sum(-1), torch.ones(500, 6), atol=2e-6, rtol=0)
+    assert torch.equal(view["top_log_probs"], expected.topk(8, -1).values.clamp(min=FLOOR))
+    torch.testing.assert_close(expected.gather(-1, view["top_tokens"]).clamp(min=FLOOR), view["top_log_probs"])
+    assert torch.equal(back.gather(-1, view["top_tokens"]), view["top_log_probs"])
+    rest = back.scatter(-1, view["top_tokens"], torch.nan)
+    assert (rest.nan_to_num(-torch.inf).max(-1).values - rest.nan_to_num(torch.inf).min(-1).values).abs().max() == 0
+    # No symbol that was left out becomes more likely than one that was shown, but for the floor's sake.
+    sharp = view["top_log_probs"][..., -1] > -10
+    assert (rest.nan_to_num(-torch.inf).max(-1).values[sharp] <= view["top_log_probs"][..., -1][sharp] + 1e-3).all()
+
+
+@pytest.mark.parametrize("vocab", [3, 9, 20])
+def test_float_views_read_the_same(vocab: int) -> None:
+    """As stable-baselines3 hands them to a policy."""
+    view = shown(boards_of(vocab))
+    exact, floats = boards.read(view, vocab), boards.read({key: value.float() for key, value in view.items()}, vocab)
+    for a, b in ((exact.tokens, floats.tokens), (exact.open, floats.open)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    assert torch.equal(exact.denoised.log_probs, floats.denoised.log_probs)
+
+
+@pytest.mark.parametrize("order", [reference.SoftmaxConfidence(), reference.Random(), reference.Margin()])
+def test_the_references_minus_infinity_is_shown_as_a_bounded_number(order: reference.Reference) -> None:
+    observation = boards_of(3)
+    expected, log_reference = order.log_prob(observation), shown(observation, order)["log_reference"]
+    impossible = expected == -torch.inf
+    assert impossible[~observation.open].all()
+    assert bool(impossible[observation.open].any()) == order.deterministic
+    assert (log_reference[impossible] == LOG_ZERO).all()
+    assert torch.equal(log_reference[~impossible], expected[~impossible])
+
+
+@pytest.mark.parametrize("name", ["margin", "softmax_margin", "left_to_right", "top_k"])
+def test_the_reference_may_be_chosen_by_name(name: str) -> None:
+    order, task = reference.get(name), registration.lookup(TABLE).task
+    denoiser, rng = TableDenoiser(task.joint, task), np.random.default_rng(0)
+    for env in (gym.make(TABLE, reference=name).unwrapped, gym.make(TABLE, reference=order).unwrapped):
+        obs, info = env.reset(seed=0)
+        for _ in range(2):
+            tokens, is_open = torch.from_numpy(obs["tokens"])[None], torch.from_numpy(env.action_masks())[None]
+            expected = order.log_prob(Observation(tokens, is_open, denoiser(tokens)))[0].clamp(min=LOG_ZERO)
+            np.testing.assert_allclose(obs["log_reference"], expected, atol=1e-5)
+            np.testing.assert_array_equal(info["log_reference"], obs["log_reference"])
+            obs, *_, info = env.step(legal(obs["action_mask"][None], rng)[0])
+
+
+# ---------------------------------------------------------------------- regularised rewards
+BETA = 0.3
+
+
+def sampled(log_prob: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One position per row of (N, L) log-probabilities, and its log-probability."""
+    actions = (log_prob + rng.gumbel(size=log_prob.shape)).argmax(1)
+    return actions, np.take_along_axis(log_prob, actions[:, None], 1)[:, 0]
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_regularised_rewards_are_those_of_the_definition(mode: AutoresetMode) -> None:
+    envs, plain, rng = RegularisedReward(vector(3, mode), BETA), vector(3, mode), np.random.default_rng(0)
+    obs, _ = envs.reset(seed=0)
+    plain.reset(seed=0)
+    ends = 0
+    for _ in range(30):
+        uniform = np.where(obs["action_mask"], -np.log(obs["action_mask"].sum(1, keepdims=True)), -np.inf)
+        actions, log_prob = sampled(uniform, rng)
+        log_g = obs["log_reference"][np.arange(3), actions]
+        obs, reward, terminated, _, info = envs.step(actions, log_prob)
+        raw = plain.step(actions)[1]
+        np.testing.assert_allclose(reward, raw - BETA * (log_prob - log_g), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(info["task_reward"], raw)
+        ends += raw[terminated].sum()
+        if mode == AutoresetMode.DISABLED and terminated.any():
+            options = {"reset_mask": terminated.copy()}
+            obs, _ = envs.reset(options=options)
+            plain.reset(options=options)
+    assert ends > 0  # the last step carries both the task's reward and its share of the KL
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_regularised_returns_have_the_objective_as_their_mean(temperature: float) -> None:
+    """J = E[r] - beta * KL, known exactly by enumeration."""
+    n, rng = 500, np.random.default_rng(1)
+    envs = RegularisedReward(vector(n, temperature=temperature), BETA)
+    unwrapped, policy = envs.unwrapped, reference.SoftmaxMargin(0.5)
+    mean, divergence = exact_return(
+        unwrapped.task, unwrapped.boards.denoiser, policy.log_prob, unwrapped.boards.reference.log_prob, temperature
+    )
+    assert 0.05 < mean < 0.95
+    obs, _ = envs.reset(seed=0)
+    returns = []
+    for _ in range(8):
+        total = np.zeros(n)
+        for _ in range(3):
+            seen = boards.read({key: torch.from_numpy(value) for key, value in obs.items()}, 3)
+            actions, log_prob = sampled(policy.log_prob(seen).numpy(), rng)
+            obs, reward, terminated, _, _ = envs.step(actions, log_prob)
+            total += reward
+        assert terminated.all()
+        returns.append(total)
+    agrees(np.concatenate(returns), mean - BETA * divergence, at_least=BETA * divergence)
+
+
+def test_mistakes_with_regularised_rewards() -> None:
+    with pytest.raises(UnmaskError, match="KL to the deterministic reference Margin is infinite"):
+        RegularisedReward(vector(2, reference="margin"), BETA)
+    with pytest.raises(UnmaskError, match="beta must be at least 0, not -1"):
+        RegularisedReward(vector(2), -1.0)
+    with pytest.raises(UnmaskError, match="SAME_STEP or DISABLED, not NEXT_STEP"):
+        RegularisedReward(vector(2, AutoresetMode.NEXT_STEP), BETA)
+
+
+def test_an_action_that_the_reference_excludes_is_refused() -> None:
+    envs = RegularisedReward(vector(2, reference=reference.TopK(1)), BETA)
+    obs, _ = envs.reset(seed=0)
+    best = obs["log_reference"].argmax(1)
+    obs, *_ = envs.step(best, np.zeros(2))
+    excluded = (obs["action_mask"] - (obs["log_reference"] == 0)).argmax(1)
+    with pytest.raises(UnmaskError, match="infinite"):
+        envs.step(excluded, np.zeros(2))
+
+
 # ---------------------------------------------------------------------- rendering through the faces
 def test_render_modes() -> None:
     env = single(SUDOKU, denoiser="sudoku6-tiny", render_mode="ansi")
@@ -514,6 +928,8 @@ BOTH = pytest.mark.parametrize("face", [UnmaskEnv, UnmaskVectorEnv])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (SMALL | {"reference": "oracle"}, "the oracle sees the answers, which an observation never shows"),
+        (SMALL | {"reference": reference.Oracle()}, "the oracle sees the answers, which an observation never shows"),
         ({"task": "sudoku6"}, "needs a denoiser; give denoiser="),
         ({"denoiser": "sudoku6-tiny"}, "needs a task; give task="),
         (SMALL | {"render_mode": "human"}, r"render_mode must be one of \['ansi', 'rgb_array'\], not 'human'"),
@@ -527,6 +943,12 @@ def test_mistakes_give_one_clear_line(face, options: dict, message: str) -> None
     with pytest.raises(UnmaskError, match=message) as error:
         face(**options)
     assert "\n" not in str(error.value)
+
+
+@BOTH
+def test_unknown_references_list_the_known_ones(face) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown reference policy 'margins'; known: .*margin"):
+        face(**SMALL, reference="margins")
 
 
 @BOTH
