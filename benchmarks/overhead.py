@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
-64 boards of 81 positions and 10 symbols, with a denoiser that returns a constant array. *Bare* is the same transition written
-out in plain torch: forward, top symbols, reference log-probabilities, filling, legality, reward, fresh boards for the
-finished ones, arrays for the host. Repeats are interleaved; the median of the ratios is reported.
+64 boards of 81 positions and 10 symbols, with a denoiser that returns a constant array. *Bare* is the same transition
+written out in plain torch: forward, top symbols, reference log-probabilities, filling, legality, reward, fresh boards
+for the finished ones, arrays for the host. Repeats are interleaved; the median of the ratios is reported.
 """
 
 from __future__ import annotations
