@@ -172,8 +172,8 @@ def entropy_bonus(config: SB3PPOConfig, task: Task, denoiser: Denoiser) -> Order
 
 def learners(common: dict[str, Any], steps: int) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
     """Per learner its function and settings."""
-    ppo = common | {"boards": 128, "steps": steps, "epochs": 4, "iterations": 150, "gae_lambda": 1.0}
-    grouped = common | {"puzzles": 16, "group": 16, "epochs": 2, "iterations": 120}
+    ppo = common | {"boards": 64, "steps": steps, "epochs": 4, "iterations": 120, "gae_lambda": 1.0}
+    grouped = common | {"puzzles": 16, "group": 16, "epochs": 2, "iterations": 80}
     uniform = ppo | {"reference": "random"}
     return {
         "UPO, step_kl": (upo.train, UPOConfig(**grouped, regulariser="step_kl", mine=0.0)),
