@@ -109,14 +109,10 @@ def flatten(played: Rollout, advantage: Tensor) -> Batch:
     steps = played.steps
     alive = torch.stack([s.alive for s in steps])  # (steps, T)
     time, trajectory = alive.nonzero(as_tuple=True)
-    hidden = [s.observation.denoised.hidden for s in steps]
     observation = Observation(
         torch.stack([s.observation.tokens for s in steps])[alive],
         torch.stack([s.observation.open for s in steps])[alive],
-        Denoised(
-            torch.stack([s.observation.denoised.log_probs for s in steps])[alive],
-            None if hidden[0] is None else torch.stack([h for h in hidden if h is not None])[alive],
-        ),
+        Denoised.join([s.observation.denoised for s in steps], lambda part: torch.stack(list(part))[alive]),
     )
     action = torch.stack([s.action for s in steps])[alive]
     old = torch.stack([s.log_prob for s in steps])[alive]

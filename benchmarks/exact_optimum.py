@@ -2,10 +2,11 @@
 
     python benchmarks/exact_optimum.py --problem sudoku --threads 1 --out benchmarks/results/exact-optimum-sudoku.json
 
-Three problems: *sudoku*, a 4x4 board with 7 blanks and a denoiser stopped after 100 steps; *letters*, a correlated
-distribution over four letters, filled by sampling from a denoiser that sees neighbours only; *misled*, five letters
-where the reference is wrong on purpose. Three betas, and every learner. The optimum, a policy's value and its
-divergences are exact (unmask_env/exact.py). Runs that are already in the output are kept.
+Problems: *sudoku*, a 4x4 board with 7 blanks and a denoiser stopped after 100 steps; *letters*, a correlated
+distribution over four letters with its exact conditionals, rewarded by the likelihood of the finished word; *misled*,
+five letters where the reference is wrong on purpose; and *sampled*, where filling is sampled, from a denoiser that sees
+neighbours only, so that a reward is noisy and the two KLs part. Three betas, and every learner. The optimum, a policy's
+value and its divergences are exact (unmask_env/exact.py). Runs that are already in the output are kept.
 """
 
 from __future__ import annotations
@@ -140,6 +141,12 @@ def sudoku(runs: Path) -> Problem:
 
 
 def letters(runs: Path) -> Problem:
+    joint = correlated(3, 4, seed=3)
+    task = Word(joint / joint.max())  # how likely the word is that an order ends with
+    return Problem(task, TableDenoiser(joint, task), 0.1, 0.0, 8)
+
+
+def sampled(runs: Path) -> Problem:
     joint = correlated(3, 4, seed=0)
     likely = Word((joint >= joint.flatten().sort(descending=True).values[1]).float())  # the two likeliest words
     return Problem(likely, Neighbours(joint, likely), 0.2, 1.0, 8)
@@ -152,7 +159,12 @@ def misled(runs: Path) -> Problem:
     return Problem(task, Neighbours(correlated(3, 5, seed=27), task), 0.1, 0.0, 10)
 
 
-PROBLEMS: dict[str, Callable[[Path], Problem]] = {"sudoku": sudoku, "letters": letters, "misled": misled}
+PROBLEMS: dict[str, Callable[[Path], Problem]] = {
+    "sudoku": sudoku,
+    "letters": letters,
+    "misled": misled,
+    "sampled": sampled,
+}
 
 
 # ---------------------------------------------------------------------- learners
@@ -170,10 +182,10 @@ def entropy_bonus(config: SB3PPOConfig, task: Task, denoiser: Denoiser) -> Order
     return policy
 
 
-def learners(common: dict[str, Any], steps: int) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
+def learners(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
     """Per learner its function and settings."""
-    ppo = common | {"boards": 64, "steps": steps, "epochs": 4, "iterations": 120, "gae_lambda": 1.0}
-    grouped = common | {"puzzles": 16, "group": 16, "epochs": 2, "iterations": 80}
+    ppo = common | {"boards": 128, "steps": steps, "epochs": 4, "iterations": 120, "gae_lambda": 1.0}
+    grouped = common | {"puzzles": groups, "group": 16, "epochs": 2, "iterations": 80}
     uniform = ppo | {"reference": "random"}
     return {
         "UPO, step_kl": (upo.train, UPOConfig(**grouped, regulariser="step_kl", mine=0.0)),
@@ -241,12 +253,14 @@ def main() -> None:
             "seed": args.seed,
             "threads": args.threads,
         }
+        # A sampled reward of 0 or 1 is noisy, and a small beta makes small differences count.
+        groups = 64 if problem.fill_temperature else 16
         for name in learners({"out": "", **common}, problem.steps):
             if (name, beta, args.seed) in known or (args.learners and name not in args.learners):
                 continue
             out = args.runs / args.problem / f"{name} {beta} {args.seed}".replace(", ", "-").replace(" ", "-")
             shutil.rmtree(out, ignore_errors=True)
-            train, config = learners({"out": str(out), **common}, problem.steps)[name]
+            train, config = learners({"out": str(out), **common}, problem.steps, groups)[name]
             started = time.perf_counter()
             policy = train(config, problem.task, problem.denoiser).eval()
             seconds = time.perf_counter() - started

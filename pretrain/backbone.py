@@ -1,4 +1,4 @@
-"""The bidirectional transformer that denoisers are made of. Small enough to read in one sitting.
+"""The transformer that denoisers are made of. Small enough to read in one sitting.
 
 Shapes: N sequences, L positions, V symbols, C coordinates per position, D channels.
 """
@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+
+from pretrain import orders
+from pretrain.orders import OrderName
+from pretrain.processes import blocks_of
 
 
 class Output(NamedTuple):
@@ -34,11 +38,12 @@ class Block(nn.Module):
         self.up = nn.Linear(dim, mlp_ratio * dim, bias=False)
         self.down = nn.Linear(mlp_ratio * dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attends: Tensor | None = None) -> Tensor:
+        """(N, L, D) to the same; ``attends`` (L, L) bool says which positions (columns) each one (row) may look at."""
         n, length, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D / H)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attends)
         x = x + self.out(attended.transpose(1, 2).reshape(n, length, dim))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
@@ -84,6 +89,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         coordinates: (L, C) integer coordinates of the positions, as nested lists.
         dim, layers, heads: D, number of blocks, attention heads.
         predicts: what the logits mean. ``denoiser`` is p(x_0 | visible tokens).
+        order: what it learns about its order (:mod:`pretrain.orders`).
+        block_length: positions see their own block of this many and those before; 1 is autoregressive. None: all.
+        c1, c2: of the order ``context``; the paper's best.
     """
 
     def __init__(
@@ -94,6 +102,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         layers: int = 4,
         heads: int = 4,
         predicts: Literal["denoiser"] = "denoiser",
+        order: OrderName = "none",
+        block_length: int | None = None,
+        c1: float = 0.7,
+        c2: float = 0.65,
     ) -> None:
         super().__init__()
         if min(vocab_size, dim, layers, heads) < 1 or dim % heads or predicts != "denoiser":
@@ -102,23 +114,64 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
                 "must be at least 1, dim a multiple of heads, and predicts 'denoiser'"
             )
         self.vocab_size, self.length, self.dim, self.predicts = vocab_size, len(coordinates), dim, predicts
+        self.block_length = block_length
         self.symbols = nn.Embedding(vocab_size + 1, dim)
         self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size)
         init_weights(self, layers)
+        self.order: orders.NoOrder
+        if order == "positions":
+            self.order = orders.PositionOrder(self.length)
+        elif order == "symbols":
+            self.order = orders.SymbolOrder(vocab_size)
+        elif order == "context":
+            self.order = orders.ContextOrder(_order_network(dim, heads), _order_network(dim, heads), c1, c2)
+        else:
+            self.order = orders.NoOrder()
 
     @property
     def mask_id(self) -> int:
         return self.vocab_size
 
-    def forward(self, tokens: Tensor) -> Output:
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """(N, L, D) states before the head."""
+        attends = None
+        if self.block_length is not None:
+            block = blocks_of(self.length, self.block_length).to(tokens.device)
+            attends = block.unsqueeze(1) >= block
         x = self.symbols(tokens) + self.positions()  # (N, L, D)
-        for block in self.blocks:
-            x = block(x)
-        hidden = self.norm(x)
+        for layer in self.blocks:
+            x = layer(x, attends)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Output:
+        hidden = self.trunk(tokens)
         return Output(self.head(hidden), hidden)
+
+    def predict_blocks(self, noisy: Tensor, clean: Tensor) -> Tensor:
+        """(N, L, V) logits of every block of ``noisy`` given the clean blocks before it, in one pass.
+
+        Noisy and clean sequence run side by side (Arriola et al. 2025, arXiv 2503.09573): a noisy position sees its own
+        noisy block and the clean blocks before, a clean one what :meth:`trunk` lets it see. So block b's logits are
+        those of :meth:`forward` on clean blocks before b, noisy block b, and anything after.
+        """
+        block = blocks_of(self.length, self.block_length or self.length).to(noisy.device)
+        same, before = block.unsqueeze(1) == block, block.unsqueeze(1) > block
+        attends = torch.cat([torch.cat([same, before], 1), torch.cat([torch.zeros_like(same), same | before], 1)])
+        x = self.symbols(torch.cat([noisy, clean], 1)) + self.positions().repeat(2, 1)  # (N, 2 L, D)
+        for layer in self.blocks:
+            x = layer(x, attends)
+        return self.head(self.norm(x[:, : self.length]))
+
+
+def _order_network(dim: int, heads: int) -> nn.Module:
+    """One block and an MLP, (N, L, D) to (N, L, 1), zero at the start."""
+    network = nn.Sequential(Block(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
+    init_weights(network, 1)
+    nn.init.zeros_(network[-1].weight)
+    return network
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -1,9 +1,95 @@
-"""Noise processes: how complete sequences lose their symbols."""
+"""Noise processes: how complete sequences lose their symbols, and in which order they come back.
+
+Time runs from 0 (clean) to 1 (all masked). A *schedule* gives every position its own alpha^i(t), the probability that
+it is still visible at time t, and the *velocity* A^i(t) = -alpha'(t) / (1 - alpha(t)), the rate at which a masked
+position is revealed when time runs backwards (Hong et al. 2026, arXiv 2602.02112): the higher, the earlier it comes.
+
+Shapes: N sequences, L positions. Schedules may have N = 1 and then hold for every sequence.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Schedule(Protocol):
+    """Per-position masking schedules."""
+
+    def masked_probability(self, t: Tensor) -> Tensor:
+        """(N, L) 1 - alpha^i(t) at times ``t`` (N,)."""
+        ...
+
+    def velocity(self, t: Tensor) -> Tensor:
+        """(N, L) A^i(t) at times ``t`` (N,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Powers:
+    """alpha^i(t) = 1 - t^(w_i), so A^i(t) = w_i / t; the order of revealing is Plackett-Luce with weights w.
+
+    w = 1 is masked diffusion; other constants per position are a multivariate schedule (Garg et al. 2025, arXiv
+    2511.19152); w may also depend on the symbols (GenMD4) or on the whole sequence (LoMDM).
+
+    Args:
+        exponents: (N, L) or (1, L), greater than 0.
+    """
+
+    exponents: Tensor
+
+    def masked_probability(self, t: Tensor) -> Tensor:
+        return t.unsqueeze(1) ** self.exponents
+
+    def velocity(self, t: Tensor) -> Tensor:
+        return self.exponents / t.unsqueeze(1)
+
+    def log_probability(self, masked: Tensor, t: Tensor) -> Tensor:
+        """(N,) log q(which positions are masked | clean, t); ``masked`` (N, L) bool. Differentiable in the exponents.
+
+        log alpha = log(1 - t^w) is taken as log(-expm1(w log t)), with t kept below 1, where it is -inf.
+        """
+        log_masked = self.exponents * t.clamp(max=1 - 1e-6).log().unsqueeze(1)
+        # The inner where keeps the gradient of the branch not taken finite.
+        visible = torch.log(-torch.expm1(torch.where(masked, -1.0, log_masked)))
+        return torch.where(masked, log_masked, visible).sum(1)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Blocks are revealed one after another, each within its own window of time: block 0 first.
+
+    1 - alpha^i(t) = clip(B t - (B - 1 - b(i)), 0, 1) for B blocks. One position per block is the autoregressive order;
+    one block is masked diffusion; in between is block diffusion (Arriola et al. 2025, arXiv 2503.09573).
+
+    Args:
+        block: (L,) int64, the block of each position, 0 .. B - 1.
+    """
+
+    block: Tensor
+
+    @property
+    def blocks(self) -> int:
+        return int(self.block.max()) + 1
+
+    def _local(self, t: Tensor) -> Tensor:
+        return self.blocks * t.unsqueeze(1) - (self.blocks - 1 - self.block)
+
+    def masked_probability(self, t: Tensor) -> Tensor:
+        return self._local(t).clamp(0.0, 1.0)
+
+    def velocity(self, t: Tensor) -> Tensor:
+        local = self._local(t)
+        inside = (local > 0) & (local <= 1)
+        return torch.where(inside, self.blocks / torch.where(inside, local, 1.0), 0.0)
+
+
+def blocks_of(length: int, block_length: int) -> Tensor:
+    """(L,) int64 block of each position when the sequence is cut into blocks of ``block_length``."""
+    return torch.arange(length) // block_length
 
 
 def low_discrepancy_times(n: int, generator: torch.Generator) -> Tensor:
@@ -15,14 +101,24 @@ def low_discrepancy_times(n: int, generator: torch.Generator) -> Tensor:
     return (torch.arange(1, n + 1, device=generator.device) - u) / n
 
 
-def mask(clean: Tensor, t: Tensor, mask_id: int, generator: torch.Generator) -> Tensor:
-    """Masked diffusion with the linear schedule: each symbol of row i becomes ``mask_id`` with probability t_i.
+def mask(clean: Tensor, probability: Tensor, mask_id: int, generator: torch.Generator) -> Tensor:
+    """Each symbol becomes ``mask_id`` with its own probability, independently.
 
     Args:
-        clean: (N, L) int64. t: (N,) in [0, 1].
+        clean: (N, L) int64. probability: broadcastable to (N, L), from a schedule.
 
     Returns:
         (N, L) int64.
     """
-    hide = torch.rand(clean.shape, generator=generator, device=clean.device) < t.unsqueeze(1)
+    hide = torch.rand(clean.shape, generator=generator, device=clean.device) < probability
     return torch.where(hide, mask_id, clean)
+
+
+def plackett_luce(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """(N, L) rank of each position in an order of revealing drawn in proportion to ``weights`` (N, L): 0 comes first.
+
+    Exponential clocks with rates w ring in Plackett-Luce order.
+    """
+    uniform = torch.rand(weights.shape, generator=generator, device=weights.device, dtype=weights.dtype)
+    clocks = -torch.log1p(-uniform) / weights
+    return clocks.argsort(1).argsort(1)

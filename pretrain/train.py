@@ -6,16 +6,17 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tasks
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import save_model, step_generator
+from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import masked_diffusion_loss
 from pretrain.run import (
     Run,
@@ -30,7 +31,7 @@ from pretrain.run import (
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of a pretraining run; each is an option of ``unmask pretrain``."""
+    """Masked diffusion: every position alike."""
 
     task: str
     """what to learn, for example sudoku6 (``unmask list`` shows all)"""
@@ -62,6 +63,75 @@ class PretrainConfig:
     """go on from the state in ``out``"""
     log_every: int = 50
     save_every: int = 500
+
+    def order(self) -> dict[str, Any]:
+        """What the :class:`Backbone` is told about its order."""
+        return {}
+
+
+@dataclass(frozen=True)
+class ARConfig(PretrainConfig):
+    """Autoregression, left to right."""
+
+    def order(self) -> dict[str, Any]:
+        return {"block_length": 1}
+
+
+@dataclass(frozen=True)
+class BlockConfig(PretrainConfig):
+    """Block diffusion: blocks from left to right, masked diffusion inside each."""
+
+    block_length: int = 4
+
+    def order(self) -> dict[str, Any]:
+        return {"block_length": self.block_length}
+
+
+@dataclass(frozen=True)
+class LearnedScheduleConfig(PretrainConfig):
+    """Masked diffusion with a learned schedule per position."""
+
+    def order(self) -> dict[str, Any]:
+        return {"order": "positions"}
+
+
+@dataclass(frozen=True)
+class GenMD4Config(PretrainConfig):
+    """Masked diffusion with a learned schedule per symbol."""
+
+    def order(self) -> dict[str, Any]:
+        return {"order": "symbols"}
+
+
+@dataclass(frozen=True)
+class LoMDMConfig(PretrainConfig):
+    """Masked diffusion with an order learned from the context."""
+
+    c1: float = 0.7
+    """mean exponent (the paper's best)"""
+    c2: float = 0.65
+    """how far exponents may spread around c1, below it (the paper's best); 0 is a fixed schedule"""
+
+    def order(self) -> dict[str, Any]:
+        return {"order": "context", "c1": self.c1, "c2": self.c2}
+
+
+class Objective(nn.Module):
+    """A model's loss as a module, so that several processes and ``torch.compile`` see one forward."""
+
+    def __init__(self, model: Backbone) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Scalars: what to differentiate, and the estimate of the bound in nats per position."""
+        if self.model.block_length is not None:
+            loss = block_loss(self.model, clean, generator)
+        elif self.model.order.learned:
+            return learned_order_loss(self.model, clean, generator)
+        else:
+            loss = masked_diffusion_loss(self.model, clean, self.model.mask_id, generator)
+        return loss, loss.detach()
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -98,13 +168,19 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {config.ema}")
     if config.dim % config.heads:
         raise tasks.UnmaskError(f"dim must be a multiple of heads; {config.dim} is not one of {config.heads}")
+    if isinstance(config, BlockConfig) and not 1 <= config.block_length <= task.length:
+        raise tasks.UnmaskError(f"block_length must be between 1 and {task.length}, not {config.block_length}")
+    if isinstance(config, LoMDMConfig) and not 0 <= config.c2 < config.c1:
+        raise tasks.UnmaskError(f"c1 and c2 must satisfy 0 <= c2 < c1, not c1 = {config.c1}, c2 = {config.c2}")
     rank, world, device = distributed(device)
     if config.batch % world:
         raise tasks.UnmaskError(f"batch {config.batch} does not split over {world} processes")
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Backbone(task.vocab_size, task.coordinates.tolist(), config.dim, config.layers, config.heads)
+        model = Backbone(
+            task.vocab_size, task.coordinates.tolist(), config.dim, config.layers, config.heads, **config.order()
+        )
     model = model.to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
@@ -112,9 +188,11 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     run = Run(
         config, config.steps, parts, f"pretrain {task.name} ({parameter_count(model):,} parameters)", main=rank == 0
     )
-    forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
     if config.compile:
-        forward = torch.compile(forward)
+        model.compile()
+    objective: nn.Module = Objective(model)
+    if world > 1:
+        objective = DistributedDataParallel(objective)
     precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
 
     total, counted = torch.zeros((), device=device), 0
@@ -124,14 +202,14 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             generator = step_generator(device, config.seed, step, rank)
             clean = task.clean(config.batch // world, generator)
             with precision:
-                loss = masked_diffusion_loss(forward, clean, task.mask_id, generator)
+                loss, bound = objective(clean, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             set_learning_rate(optimizer, learning_rate(config, step))
             optimizer.step()
             averaged.update_parameters(model)
-            total, counted = total + loss.detach(), counted + 1
+            total, counted = total + bound, counted + 1
             if (step + 1) % config.log_every == 0:
                 mean, total, counted = float(total) / counted, torch.zeros_like(total), 0
                 run.log({"loss": mean, "grad_norm": float(norm), "lr": learning_rate(config, step)}, f"loss {mean:.4f}")

@@ -9,7 +9,7 @@ Shapes: N rows (independent boards), L positions, V symbols, D hidden channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -26,10 +26,18 @@ class InvalidActionError(UnmaskError):
 
 
 class Denoised(NamedTuple):
-    """One denoiser forward: ``log_probs`` (N, L, V) float32 at every position, ``hidden`` (N, L, D) or None."""
+    """One denoiser forward: ``log_probs`` (N, L, V) float32 at every position; ``hidden`` (N, L, D), where it gives
+    some; ``exponents`` (N, L), where it has learned an order: the larger, the sooner a position is revealed.
+    """
 
     log_probs: Tensor
     hidden: Tensor | None = None
+    exponents: Tensor | None = None
+
+    @classmethod
+    def join(cls, outputs: Sequence[Denoised], how: Callable[[Sequence[Tensor]], Tensor]) -> Denoised:
+        """One output of several: ``how`` (for example ``torch.cat``) of each of their parts."""
+        return cls(*(None if part[0] is None else how(part) for part in zip(*outputs, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,7 @@ class Observation:
     denoised: Denoised
 
     def __getitem__(self, rows: Tensor | slice) -> Observation:
-        hidden = self.denoised.hidden
-        denoised = Denoised(self.denoised.log_probs[rows], None if hidden is None else hidden[rows])
+        denoised = Denoised.join([self.denoised], lambda part: part[0][rows])
         return Observation(self.tokens[rows], self.open[rows], denoised)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
@@ -45,7 +45,7 @@ class FrozenDenoiser:
 
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
         check_fits(model.vocab_size, model.length, task)
-        self.model: nn.Module = model.to(device).eval().requires_grad_(False)
+        self.model: Backbone = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.hidden_dim: int | None = model.dim
         self.vocab_size, self.length = model.vocab_size, model.length
@@ -55,7 +55,8 @@ class FrozenDenoiser:
     def __call__(self, tokens: Tensor) -> Denoised:
         self.calls += 1
         logits, hidden = self.model(tokens)
-        return Denoised(logits.float().log_softmax(-1), hidden)
+        log_probs, exponents = self.model.order.reverse(logits.float(), hidden)
+        return Denoised(log_probs, hidden, exponents if self.model.order.learned else None)
 
 
 class TableDenoiser:

@@ -138,10 +138,8 @@ def _expand(
             raise UnmaskError("the denoiser gives every symbol probability 0 somewhere; take instances that it allows")
         row, position, symbol = likely.nonzero(as_tuple=True)
         edges.append((row + len(edges) * batch, position, symbol, log_fill[row, position, symbol]))
-    log_probs = torch.cat([output.log_probs for output in outputs])
-    hidden = None if outputs[0].hidden is None else torch.cat([output.hidden for output in outputs])
     joined = [torch.cat(column) for column in zip(*edges, strict=True)]
-    return Observation(tokens, is_open, Denoised(log_probs, hidden)), joined
+    return Observation(tokens, is_open, Denoised.join(outputs, torch.cat)), joined
 
 
 def _mean_reward(task: Task, observation: Observation, start: Tensor, by_start: Instances, count: Tensor) -> Tensor:

@@ -159,6 +159,22 @@ class TopK(Reference):
         return masked_log_softmax(torch.zeros_like(score), among)
 
 
+class Learned(Reference):
+    """The order that the denoiser itself learned: g(i) proportional to its exponent w_i.
+
+    For LoMDM (arXiv 2602.02112) the velocity of its revealing process, w_i / sum w; for a learned multivariate schedule
+    (arXiv 2511.19152) the Plackett-Luce order of its positions; for GenMD4 what its predictions imply.
+    """
+
+    def log_prob(self, observation: Observation) -> Tensor:
+        if observation.denoised.exponents is None:
+            raise UnmaskError(
+                "this denoiser has learned no order; the reference 'learned' is for those of `unmask pretrain lomdm`, "
+                "learned-schedule and genmd4"
+            )
+        return masked_log_softmax(observation.denoised.exponents.log(), observation.open)
+
+
 @dataclass(frozen=True)
 class Oracle(Reference):
     """Sees the answers and never picks a position whose top symbol is wrong while a right one is open.
@@ -207,6 +223,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "softmax_confidence": SoftmaxConfidence,
     "softmax_margin": SoftmaxMargin,
     "top_k": TopK,
+    "learned": Learned,
     "oracle": Oracle,
 }
 

@@ -1,4 +1,12 @@
-"""The masked-diffusion objective."""
+"""The objective of the whole masking family, and its plainest instance, masked diffusion.
+
+Every member is a choice of two velocities: A of the process that masks, and Â of the model that reveals. Its bound on
+-log p(x) is the time integral of the expected
+
+    sum over masked i of  A^i CE^i + A^i log(A^i / Â^i) - A^i + Â^i,     CE^i = -log p(x^i | x_t)
+
+(Hong et al. 2026, arXiv 2602.02112, proposition 3.2; the second part is 0 where A = Â).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +17,25 @@ from torch import Tensor, nn
 from pretrain import processes
 
 
+def integrand(cross_entropy: Tensor, velocity: Tensor, reverse: Tensor, masked: Tensor) -> Tensor:
+    """(N,) the bound's integrand at one time, in nats.
+
+    Args:
+        cross_entropy: (N, L) -log p(x^i | x_t). velocity, reverse: (N, L) A and Â, at least 0, Â above 0 where A is.
+        masked: (N, L) bool.
+    """
+    flows = masked & (velocity > 0)
+    ratio = torch.where(flows, velocity, 1.0) / torch.where(flows, reverse, 1.0)
+    terms = velocity * cross_entropy + velocity * ratio.log() - velocity + reverse
+    return torch.where(masked, terms, 0.0).sum(1)
+
+
 def masked_diffusion_loss(model: nn.Module, clean: Tensor, mask_id: int, generator: torch.Generator) -> Tensor:
     """One-sample estimate, per position, of the bound on -log p(x) in nats.
 
     E_t (1/t) * sum over masked l of -log p(x_l | x_t), with t uniform: the negative ELBO of masked diffusion with
-    the linear schedule (Sahoo et al. 2024, arXiv 2406.07524, eq. 11; Shi et al. 2024, arXiv 2406.04329, eq. 4).
+    the linear schedule (Sahoo et al. 2024, arXiv 2406.07524, eq. 11; Shi et al. 2024, arXiv 2406.04329, eq. 4), which
+    is :func:`integrand` with A = Â = 1/t.
 
     Args:
         model: maps (N, L) tokens to an output with ``logits`` (N, L, V).
@@ -23,7 +45,7 @@ def masked_diffusion_loss(model: nn.Module, clean: Tensor, mask_id: int, generat
         Scalar float32: the bound divided by L, averaged over the batch.
     """
     t = processes.low_discrepancy_times(clean.shape[0], generator)
-    noisy = processes.mask(clean, t, mask_id, generator)
+    noisy = processes.mask(clean, t.unsqueeze(1), mask_id, generator)
     logits = model(noisy).logits.float()
     cross_entropy = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")  # (N, L)
     return torch.where(noisy == mask_id, cross_entropy / t.unsqueeze(1), 0.0).mean()

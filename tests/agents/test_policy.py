@@ -128,7 +128,7 @@ def test_sampling_follows_the_log_probs() -> None:
     many = Observation(
         observation.tokens.expand(n, -1),
         observation.open.expand(n, -1),
-        Denoised(*(part.expand(n, -1, -1) for part in observation.denoised)),
+        Denoised.join([observation.denoised], lambda part: part[0].expand(n, -1, -1)),
     )
     drawn = model.sample(many, torch.Generator().manual_seed(0)).bincount(minlength=LENGTH) / n
     torch.testing.assert_close(drawn, model.log_prob(observation)[0].exp().detach(), atol=0.012, rtol=0)
@@ -209,7 +209,7 @@ def test_more_layers_than_the_denoiser_has_are_refused(sudoku6, tiny) -> None:
 def tampered(observation: Observation, part: str, seed: int = 9) -> Observation:
     """The observation with one part of its information changed and the others kept."""
     generator = torch.Generator().manual_seed(seed)
-    log_probs, hidden = observation.denoised
+    log_probs, hidden, _ = observation.denoised
     if part == "tokens":
         symbols = torch.randint(VOCAB, observation.tokens.shape, generator=generator)
         return replace(observation, tokens=torch.where(observation.open, observation.tokens, symbols))

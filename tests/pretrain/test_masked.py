@@ -111,7 +111,7 @@ def test_times_are_uniform_on_average():
 def test_masking_at_the_ends_and_in_between():
     clean = torch.randint(0, 6, (2000, 50), generator=generator(1))
     t = torch.linspace(0, 1, 2000)
-    noisy = mask(clean, t, 6, generator(2))
+    noisy = mask(clean, t.unsqueeze(1), 6, generator(2))
     assert torch.equal(noisy[0], clean[0]), "t = 0 hides nothing"
     assert (noisy[-1] == 6).all(), "t = 1 hides everything"
     hidden = noisy == 6
@@ -119,19 +119,19 @@ def test_masking_at_the_ends_and_in_between():
     for part, times in zip(hidden.chunk(10), t.chunk(10), strict=True):
         count = part.numel()
         assert abs(part.double().mean() - times.mean()) < 4 * 0.5 / count**0.5
-    assert torch.equal(noisy, mask(clean, t, 6, generator(2)))
-    assert not torch.equal(noisy, mask(clean, t, 6, generator(3)))
+    assert torch.equal(noisy, mask(clean, t.unsqueeze(1), 6, generator(2)))
+    assert not torch.equal(noisy, mask(clean, t.unsqueeze(1), 6, generator(3)))
 
 
 def test_all_ends_for_many_seeds():
     clean = torch.zeros(2, 1000, dtype=torch.long)
     for seed in range(50):
-        noisy = mask(clean, torch.tensor([0.0, 1.0]), 1, generator(seed))
+        noisy = mask(clean, torch.tensor([[0.0], [1.0]]), 1, generator(seed))
         assert noisy.sum(1).tolist() == [0, 1000]
 
 
 def test_positions_are_masked_independently():
-    noisy = mask(torch.zeros(40_000, 2, dtype=torch.long), torch.full((40_000,), 0.3), 1, generator(4)).double()
+    noisy = mask(torch.zeros(40_000, 2, dtype=torch.long), torch.full((40_000, 1), 0.3), 1, generator(4)).double()
     expected = torch.tensor([0.3, 0.3, 0.09])
     found = torch.stack([noisy[:, 0].mean(), noisy[:, 1].mean(), (noisy[:, 0] * noisy[:, 1]).mean()])
     assert ((found - expected).abs() < 4 * (expected * (1 - expected) / 40_000).sqrt()).all()
@@ -157,7 +157,7 @@ def test_one_draw_of_the_loss_by_hand(seed):
     model, clean = Inconsistent(), SEQUENCES
     repeat = generator(seed)
     t = low_discrepancy_times(len(clean), repeat)
-    noisy = mask(clean, t, M, repeat)
+    noisy = mask(clean, t.unsqueeze(1), M, repeat)
     log_p = model(noisy).logits.log_softmax(2)
     total = 0.0
     for n, l_at in itertools.product(range(len(clean)), range(L)):

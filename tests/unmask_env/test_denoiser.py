@@ -63,10 +63,11 @@ def test_frozen_backbone_normalises_has_no_gradient_and_counts() -> None:
     assert isinstance(denoiser, FrozenDenoiser)
     assert not model.training
     tokens = task.heldout(3).tokens
-    log_probs, hidden = denoiser(tokens)
+    log_probs, hidden, exponents = denoiser(tokens)
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, 16))
     torch.testing.assert_close(log_probs, model(tokens).logits.log_softmax(-1))
     assert hidden is not None
+    assert exponents is None  # it learned no order
     assert hidden.shape == (3, 16, denoiser.hidden_dim)
     assert not log_probs.requires_grad
     assert not any(p.requires_grad for p in model.parameters())

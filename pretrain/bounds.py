@@ -1,0 +1,114 @@
+"""How likely a model finds a sequence: unbiased estimates of bounds on -log p(x), exact values where there are some.
+
+The time integral of the objective cannot be cut off at a small t without leaving the bound: what is dropped is
+positive, and for exponents below 1 it is not small. In tau = -log t masking is time-homogeneous, so the integral has a
+form without t (derived; tests/pretrain/test_bounds.py checks it by enumeration): positions are revealed in
+Plackett-Luce order sigma of the masking exponents w, and with W, Ŵ the sums of w and of the model's ŵ over the
+positions still masked after k,
+
+    path bound  = E_sigma sum_k (1 / W) sum_i { w_i CE_i + w_i log(w_i / ŵ_i) - w_i + ŵ_i }
+    order bound = E_sigma sum_k sum_i (w_i / W) { CE_i + log(w_i / W) - log(ŵ_i / Ŵ) }   <=  path bound
+
+both sums over masked i. The order bound is that of the exact event sampler, one symbol at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain import processes
+from pretrain.backbone import Backbone
+from pretrain.objectives.masked import integrand
+from pretrain.processes import Powers
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Estimates per sequence, (N,) nats each: divide by the length for nats per position.
+
+    ``path`` and ``order`` are unbiased and bound -log p(x) from above in expectation; ``exact`` says that they are
+    -log p(x) itself. ``truncated``, if asked for, is the integral over t >= ``epsilon`` alone: *not* a bound.
+    """
+
+    path: Tensor
+    order: Tensor
+    exact: bool = False
+    truncated: Tensor | None = None
+    epsilon: float = 1e-3
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """(mean, standard error) over (N,) sequences."""
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+@torch.no_grad()
+def bound(
+    model: Backbone, clean: Tensor, generator: torch.Generator, samples: int = 8, truncated: bool = False
+) -> Bound:
+    """Estimate the bounds of ``clean`` (N, L) from ``samples`` forwards, each with one mask per sequence (and block).
+
+    The number of masked positions is stratified over the samples. Autoregressive models take one forward.
+    """
+    if model.block_length is not None:
+        return _block_bound(model, clean, generator, samples)
+    n, length = clean.shape
+    hidden = model.trunk(clean) if model.order.reads_clean else None
+    weights = model.order.exponents(clean, hidden).double().expand(n, length)
+    paths, by_order, cut = [], [], []
+    for sample in range(samples):
+        uniform = torch.rand(n, generator=generator, device=clean.device)
+        revealed = ((sample + uniform) * length / samples).long().clamp(max=length - 1)  # how many are visible
+        masked = processes.plackett_luce(weights, generator) >= revealed.unsqueeze(1)
+        cross_entropy, exponents = _predict(model, clean, masked)
+        paths.append(length * integrand(cross_entropy, weights, exponents, masked) / (weights * masked).sum(1))
+        share = torch.where(masked, weights / (weights * masked).sum(1, keepdim=True), 1.0)
+        own = torch.where(masked, exponents / (exponents * masked).sum(1, keepdim=True), 1.0)
+        terms = share * (cross_entropy + share.log() - own.log())
+        by_order.append(length * torch.where(masked, terms, 0.0).sum(1))
+        if truncated:
+            cut.append(_at_time(model, clean, Powers(weights), generator))
+    return Bound(
+        torch.stack(paths).mean(0), torch.stack(by_order).mean(0), truncated=torch.stack(cut).mean(0) if cut else None
+    )
+
+
+def _predict(model: Backbone, clean: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, L) float64 each: cross-entropy of the clean symbols and the model's exponents, given what is not masked."""
+    log_probs, exponents = model.order.reverse(*model(torch.where(masked, model.mask_id, clean)))
+    return F.nll_loss(log_probs.double().transpose(1, 2), clean, reduction="none"), exponents.double()
+
+
+def _at_time(
+    model: Backbone, clean: Tensor, schedule: Powers, generator: torch.Generator, epsilon: float = 1e-3
+) -> Tensor:
+    """(N,) one-sample estimate of the integral over t in [epsilon, 1]."""
+    t = epsilon + (1 - epsilon) * torch.rand(len(clean), generator=generator, device=clean.device).double()
+    masked = torch.rand(clean.shape, generator=generator, device=clean.device) < schedule.masked_probability(t)
+    cross_entropy, exponents = _predict(model, clean, masked)
+    return (1 - epsilon) * integrand(cross_entropy, schedule.velocity(t), exponents / t.unsqueeze(1), masked)
+
+
+def _block_bound(model: Backbone, clean: Tensor, generator: torch.Generator, samples: int) -> Bound:
+    """The sum over blocks of each block's bound given those before it; every block is estimated in every forward."""
+    n, length = clean.shape
+    block = processes.blocks_of(length, model.block_length).to(clean.device)
+    sizes = block.bincount()[block]  # (L,) of its block
+    totals = []
+    for sample in range(1 if model.block_length == 1 else samples):
+        uniform = torch.rand(n, int(block[-1]) + 1, generator=generator, device=clean.device)[:, block]
+        revealed = ((sample + uniform) * sizes / samples).long().minimum(sizes - 1) if model.block_length > 1 else 0
+        clocks = torch.rand(n, length, generator=generator, device=clean.device)
+        same = block.unsqueeze(1) == block
+        rank = ((clocks.unsqueeze(1) < clocks.unsqueeze(2)) & same).sum(2)  # within its block
+        masked = rank >= revealed
+        logits = model.predict_blocks(torch.where(masked, model.mask_id, clean), clean).double()
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")
+        left = (masked.unsqueeze(1) & same).sum(2)  # masked in its block
+        totals.append(torch.where(masked, cross_entropy * sizes / left.clamp(min=1), 0.0).sum(1))
+    total = torch.stack(totals).mean(0)
+    return Bound(total, total, exact=model.block_length == 1)
