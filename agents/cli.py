@@ -129,16 +129,19 @@ def run_evaluate(command: EvaluateCommand) -> None:
             order.to(device)
     if command.exact:
         exact.check_holes(task, instances)
+        reference.require_full_support(reference.get(command.reference))
     results = evaluate.evaluate(task, denoiser, orders, instances, command.seed, command.batch, progress=True)
     title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
     Console().print(evaluate.table(results, title))
+    if command.json is not None:
+        write_json(command.json, [result.row() for result in results])
     if command.exact:
         results = evaluate.add_exact(
             results, task, denoiser, orders, instances, reference.get(command.reference), progress=True
         )
         Console().print(evaluate.exact_table(results, command.reference))
-    if command.json is not None:
-        write_json(command.json, [result.row() for result in results])
+        if command.json is not None:
+            write_json(command.json, [result.row() for result in results])
 
 
 def run_show(command: ShowCommand) -> None:

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from agents.policy import PACKAGED_POLICIES, load_policy
+from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from pretrain.checkpoint import packaged
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from unmask_env import exact, reference
@@ -64,7 +64,8 @@ class Result:
         names = {"solved": "solve_rate", "valid": "valid_rate"}
         exactly = {}
         if self.exact is not None:
-            exactly = {f"exact_{name}": float(values.mean()) for name, values in self.exact._asdict().items()}
+            means = {f"exact_{name}": float(values.mean()) for name, values in self.exact._asdict().items()}
+            exactly = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}  # JSON has no inf
         return {
             "order": self.order,
             **{names.get(name, name): value for name, value in mean.items()},
@@ -179,7 +180,7 @@ def add_exact(
     """The results with their exact expectations under greedy filling; the oracle, which sees the answers, has none.
 
     Args:
-        orders: those of ``results``. batch: instances whose boards are listed together.
+        orders: those of ``results``. batch: starts whose boards are listed together.
 
     Raises:
         TooLargeError: an instance of more than 16 holes, or too many boards.
@@ -187,17 +188,24 @@ def add_exact(
     exact.check_holes(task, instances)
     known = {name: order for name, order in orders.items() if not isinstance(order, reference.Oracle)}
     parts: dict[str, list[Exact]] = {name: [] for name in known}
+    hidden = any(isinstance(order, OrderPolicy) and order.hidden is not None for order in known.values())
+    starts, start_of = instances.tokens.unique(dim=0, return_inverse=True)
+    # Instances of the same board share its expectations, so they are listed together.
+    batches = [(start_of // batch == number).nonzero().squeeze(1) for number in range(-(-len(starts) // batch))]
     with Progress(transient=True, disable=not progress) as bar, torch.no_grad():
         work = bar.add_task("exact", total=len(instances))
-        for start in range(0, len(instances), batch):
-            graph = exact.enumerate_boards(task, denoiser, instances[start : start + batch], max_states=3_000_000)
+        for rows in batches:
+            graph = exact.enumerate_boards(task, denoiser, instances[rows], max_states=3_000_000, hidden=hidden)
             best, log_reference = exact.best_reward(graph), exact.tabulate(graph, reference_policy)
             for name, order in known.items():
                 values = exact.evaluate(graph, order, log_reference)
-                columns = (values.reward, best, values.trajectory_kl, values.terminal_kl)
+                # A divergence of 0 may come out a rounding error below it.
+                kls = (values.trajectory_kl.clamp(min=0), values.terminal_kl.clamp(min=0))
+                columns = (values.reward, best.maximum(values.reward), *kls)
                 parts[name].append(Exact(*(column[graph.start_of].cpu() for column in columns)))
-            bar.advance(work, min(batch, len(instances) - start))
-    joined = {name: Exact(*(torch.cat(c) for c in zip(*found, strict=True))) for name, found in parts.items()}
+            bar.advance(work, len(rows))
+    back = torch.cat(batches).argsort().cpu()
+    joined = {name: Exact(*(torch.cat(c)[back] for c in zip(*found, strict=True))) for name, found in parts.items()}
     return [replace(result, exact=joined.get(result.order)) for result in results]
 
 

@@ -5,6 +5,7 @@ The settings of the learners that rest on an RL library are here too, so that th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import torch
 
 from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.run import require_at_least, require_seed, resolve_device
-from tasks import Task, UnmaskError
+from tasks import Instances, Task, UnmaskError
 from unmask_env import reference as references
 from unmask_env import registration
 from unmask_env.denoiser import Denoiser
@@ -70,7 +71,6 @@ class LearnerConfig:
     threads: int | None = None
     resume: bool = False
     """go on from the state in ``out``"""
-    log_every: int = 1
     save_every: int = 10
 
     def learning_rate(self, iteration: int) -> float:
@@ -142,17 +142,19 @@ def prepare(config: LearnerConfig, task: Task | None, denoiser: Denoiser | None)
         epochs=config.epochs,
         minibatches=config.minibatches,
         save_every=config.save_every,
-        log_every=config.log_every,
     )
     require_at_least(
         0,
         beta=config.beta,
-        clip=config.clip,
         lr=config.lr or 0.0,
         grad_clip=config.grad_clip,
         weight_decay=config.weight_decay,
         fill_temperature=config.fill_temperature,
     )
+    if not 0 <= config.clip < 1:
+        raise UnmaskError(f"clip must be at least 0 and below 1, not {config.clip}")
+    if not math.isfinite((config.lr or 0.0) + config.beta):
+        raise UnmaskError(f"lr and beta must be finite, not {config.lr} and {config.beta}")
     require_seed(config.seed)
     task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
     if config.lr is None:
@@ -171,6 +173,10 @@ def prepare_on_policy(
             do not show; boards and steps that do not make ``minibatches`` equal parts.
     """
     require_at_least(1, boards=boards, steps=1 if steps is None else steps)
+    if isinstance(config, PPOConfig):
+        require_at_least(0, critic_weight=config.critic_weight)
+        if not 0 <= config.gae_lambda <= 1:
+            raise UnmaskError(f"gae_lambda must be between 0 and 1, not {config.gae_lambda}")
     ready = prepare(config, task, denoiser)
     steps = ready.task.length if steps is None else steps
     if config.beta > 0:
@@ -182,7 +188,14 @@ def prepare_on_policy(
         )
     if boards * steps % config.minibatches:
         raise UnmaskError(f"{boards} boards x {steps} steps do not divide into {config.minibatches} minibatches")
+    if config.normalise and boards * steps < 2 * config.minibatches:
+        raise UnmaskError("normalise needs minibatches of 2 steps or more: one advantage has no standard deviation")
     return ready, steps
+
+
+def look_ahead(task: Task) -> Instances:
+    """A few training instances, to see before a run whether its settings fit the task."""
+    return task.sample(64, torch.Generator().manual_seed(0))
 
 
 @contextmanager
@@ -193,7 +206,7 @@ def seeded(generator: torch.Generator) -> Iterator[int]:
     """
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     state = np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[generator.device] if generator.device.type == "cuda" else []):
         torch.manual_seed(seed)
         np.random.seed(seed)
         try:

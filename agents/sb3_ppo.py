@@ -116,15 +116,26 @@ def make_model(config: PPOConfig, envs: SB3VecEnv, order: OrderPolicy, critic: C
 
 
 class Tally(BaseCallback):
-    """Counts the task's own rewards and the episodes that ended, which the rollout buffer does not know."""
+    """Keeps the task's own rewards and where episodes ended, (N,) per step, which the rollout buffer does not know."""
 
     def _init_callback(self) -> None:
-        self.reward, self.episodes = 0.0, 0
+        self.rewards: list[np.ndarray] = []
+        self.dones: list[np.ndarray] = []
 
     def _on_step(self) -> bool:
-        self.reward += float(self.locals["rewards"].sum())
-        self.episodes += int(self.locals["dones"].sum())
+        self.rewards.append(self.locals["rewards"].copy())
+        self.dones.append(self.locals["dones"])
         return True
+
+    def summary(self, log_ratios: list[np.ndarray]) -> dict[str, float]:
+        """Per finished episode: the task's reward, and the sampled KL to the reference, if there are ``log_ratios``."""
+        dones = np.stack(self.dones)  # (T, N)
+        episodes = max(1, int(dones.sum()))
+        scalars = {"reward": float(np.sum(self.rewards)) / episodes}
+        if log_ratios:
+            finished = np.maximum.accumulate(dones[::-1])[::-1]
+            scalars["divergence/trajectory_kl"] = float(np.stack(log_ratios)[finished].sum()) / episodes
+        return scalars
 
 
 # ---------------------------------------------------------------------- the loop
@@ -163,9 +174,7 @@ def train(config: SB3PPOConfig, task: Task | None = None, denoiser: Denoiser | N
                 vec.seed(seed)
                 model.set_env(vec, force_reset=True)
                 model.learn(config.boards * steps, tally, log_interval=None, reset_num_timesteps=False)
-            ratios = np.concatenate(model.rollout_buffer.log_ratios)
-            episodes = max(1, tally.episodes)
-            scalars = {"reward": tally.reward / episodes, "divergence/trajectory_kl": float(ratios.sum()) / episodes}
+            scalars = tally.summary(model.rollout_buffer.log_ratios)
             scalars |= {name: float(value) for name, value in model.logger.name_to_value.items()}
             run.log(scalars, f"reward {scalars['reward']:.3f}")
     policy.eval()

@@ -19,7 +19,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from agents.critic import Critic, new_critic
-from agents.learner import TorchRLGRPOConfig, TorchRLPPOConfig, prepare_on_policy, seeded
+from agents.learner import TorchRLGRPOConfig, TorchRLPPOConfig, look_ahead, prepare_on_policy, seeded
 from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, require_at_least, set_learning_rate
@@ -96,8 +96,12 @@ def group_relative(reward: Tensor, done: Tensor, group: int, normalise: bool) ->
     advantage = (grouped - grouped.mean(1, keepdim=True)) * group / (group - 1)
     if normalise:
         advantage = advantage / (grouped.std(1, keepdim=True) + 1e-4)
-    counts = done.flip(1).cummax(1).values.flip(1)
-    return advantage.view_as(reward), counts
+    return advantage.view_as(reward), of_finished(done)
+
+
+def of_finished(done: Tensor) -> Tensor:
+    """(N, T) bool: steps of episodes that end within the batch; ``done`` (N, T)."""
+    return done.flip(1).cummax(1).values.flip(1)
 
 
 # ---------------------------------------------------------------------- the loop
@@ -125,6 +129,11 @@ def train(
     boards = config.puzzles * group if grouped else config.boards
     ready, steps = prepare_on_policy(config, boards, config.steps, task, denoiser)
     config, task, denoiser, reference, policy, device = ready
+    least = int((look_ahead(task).tokens == task.mask_id).sum(1).min())
+    if grouped and steps < least:
+        raise UnmaskError(
+            f"no episode ends within {steps} steps, as the task has {least} holes and more; raise --steps"
+        )
     env = UnmaskTorchEnv(
         num_envs=boards,
         task=task,
@@ -132,6 +141,7 @@ def train(
         reference=reference,
         temperature=config.fill_temperature,
         group=group,
+        seed=config.seed,
         device=device,
     )
     actor = make_actor(policy)
@@ -167,51 +177,59 @@ def train(
     )
     batches = iter(collector)
     run = Run(config, config.iterations, parts, f"{'grpo' if grouped else 'ppo'}-torchrl {task.name}")
-    with run:
-        for iteration in run.loop():
-            generator = step_generator(device, config.seed, iteration, 5 << 16)
-            set_learning_rate(optimizer, config.learning_rate(iteration))
-            with seeded(generator) as seed:
-                env.set_seed(seed)
-                data = next(batches)  # (boards, steps)
-            done = data["next", "done"].squeeze(-1)
-            if grouped:
-                reward = data["next", "reward"].squeeze(-1)
-                data["advantage"], counts = group_relative(reward, done, group, config.normalise)
-                data["advantage"] = data["advantage"].unsqueeze(-1)
-                frames = data[counts]
-            else:
-                with torch.no_grad():
-                    advantages(data)
-                frames = data.reshape(-1)
-            if not len(frames):
-                raise UnmaskError(f"no episode ends within {steps} steps; raise --steps")
-            logged: dict[str, list[float]] = {}
-            for _ in range(config.epochs):
-                shuffled = torch.randperm(len(frames), generator=generator, device=device)
-                for rows in shuffled.chunk(config.minibatches):
-                    terms = loss(frames[rows])
-                    total = sum(term for name, term in terms.items() if name.startswith("loss_"))
-                    for name, term in terms.items():
-                        logged.setdefault(f"train/{name}", []).append(float(term.detach().mean()))
-                    if not total.requires_grad:  # the denoiser was sure throughout: there was nothing to decide
-                        continue
-                    optimizer.zero_grad(set_to_none=True)
-                    total.backward()
-                    nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], config.grad_clip)
-                    optimizer.step()
-            scalars = {name: sum(values) / len(values) for name, values in logged.items()} | summary(data, config.beta)
-            run.log(scalars, f"reward {scalars['reward']:.3f}")
-    collector.shutdown()
+    try:
+        with run:
+            for iteration in run.loop():
+                generator = step_generator(device, config.seed, iteration, 5 << 16)
+                set_learning_rate(optimizer, config.learning_rate(iteration))
+                with seeded(generator) as seed:
+                    env.set_seed(seed)
+                    data = next(batches)  # (boards, steps)
+                done = data["next", "done"].squeeze(-1)
+                if grouped:
+                    reward = data["next", "reward"].squeeze(-1)
+                    data["advantage"], counts = group_relative(reward, done, group, config.normalise)
+                    data["advantage"] = data["advantage"].unsqueeze(-1)
+                    frames = data[counts]
+                else:
+                    with torch.no_grad():
+                        advantages(data)
+                    frames = data.reshape(-1)
+                if not len(frames):
+                    run.note("no episode ended")
+                    continue
+                logged: dict[str, list[float]] = {}
+                for _ in range(config.epochs):
+                    shuffled = torch.randperm(len(frames), generator=generator, device=device)
+                    for rows in shuffled.chunk(config.minibatches):
+                        terms = loss(frames[rows])
+                        total = sum(term for name, term in terms.items() if name.startswith("loss_"))
+                        for name, term in terms.items():
+                            logged.setdefault(f"train/{name}", []).append(float(term.detach().mean()))
+                        if not total.requires_grad:  # the denoiser was sure throughout: there was nothing to decide
+                            continue
+                        optimizer.zero_grad(set_to_none=True)
+                        total.backward()
+                        nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], config.grad_clip)
+                        optimizer.step()
+                scalars = {name: sum(values) / len(values) for name, values in logged.items()} | summary(
+                    data, config.beta
+                )
+                run.log(scalars, f"reward {scalars['reward']:.3f}")
+    finally:
+        collector.shutdown()
     policy.eval()
     save_model(policy, Path(config.out))
     return policy
 
 
 def summary(data: TensorDictBase, beta: float) -> dict[str, float]:
-    """Per finished episode: the task's reward, and the sampled KL to the reference."""
+    """Per finished episode: the task's reward, and, where beta is above 0, the sampled KL to the reference."""
     episodes = max(1, int(data["next", "done"].sum()))
+    if beta == 0:
+        return {"reward": float(data["next", "reward"].sum()) / episodes}
     log_reference = data["log_reference"].gather(-1, data["action"].unsqueeze(-1)).squeeze(-1)
-    ratio = (data["action_log_prob"] - log_reference).sum()
-    reward = data["next", "reward"].sum() + beta * ratio
-    return {"reward": float(reward) / episodes, "divergence/trajectory_kl": float(ratio) / episodes}
+    ratio = data["action_log_prob"] - log_reference
+    reward = data["next", "reward"].sum() + beta * ratio.sum()
+    ended = ratio[of_finished(data["next", "done"].squeeze(-1))].sum()
+    return {"reward": float(reward) / episodes, "divergence/trajectory_kl": float(ended) / episodes}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.divergences import categorical_kl, cross_entropy, trajectory_kl_surrogate
-from agents.learner import LearnerConfig, prepare
+from agents.learner import LearnerConfig, look_ahead, prepare
 from agents.mining import Pool
 from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
@@ -247,6 +247,8 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
         raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
     config, task, denoiser, reference, policy, device = prepare(config, task, denoiser)
     regulariser = check_regulariser(config, reference)
+    if regulariser == "terminal_kl":
+        exact.check_holes(task, look_ahead(task))
     behaviour = Tempered(policy, config.temperature)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     pool = Pool(task, config.mine)
@@ -285,7 +287,9 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                 batch = batch._replace(advantage=batch.advantage * config.group / (config.group - 1))
             terminal = None
             if regulariser == "terminal_kl":
-                graph = exact.enumerate_boards(task, denoiser, instances, config.fill_temperature)
+                graph = exact.enumerate_boards(
+                    task, denoiser, instances, config.fill_temperature, hidden=policy.hidden is not None
+                )
                 terminal = terminal_divergence(graph, behaviour, reference)
 
             policy.train()

@@ -102,7 +102,7 @@ class Neighbours(TableDenoiser):
 
 
 class Problem(NamedTuple):
-    """``steps`` are those of two episodes: what the PPOs play per iteration and board."""
+    """``steps`` are those of two episodes: what the PPOs play per iteration, on as many boards as make about 1,000."""
 
     task: Task
     denoiser: Denoiser
@@ -184,7 +184,13 @@ def entropy_bonus(config: SB3PPOConfig, task: Task, denoiser: Denoiser) -> Order
 
 def learners(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
     """Per learner its function and settings."""
-    ppo = common | {"boards": 128, "steps": steps, "epochs": 4, "iterations": 120, "gae_lambda": 1.0}
+    ppo = common | {
+        "boards": 64 if steps > 10 else 128,
+        "steps": steps,
+        "epochs": 4,
+        "iterations": 120,
+        "gae_lambda": 1.0,
+    }
     grouped = common | {"puzzles": groups, "group": 16, "epochs": 2, "iterations": 80}
     uniform = ppo | {"reference": "random"}
     return {

@@ -83,6 +83,8 @@ class Run:
         self.out = Path(settings.out)
         self.step = 0
         self._stop = False
+        if self.out.exists() and not self.out.is_dir():
+            raise UnmaskError(f"{self.out} is a file; name a folder with --out")
         self._flag_device = _process_device()
         self._title = title
         state_file = self.out / "state.safetensors"

@@ -138,6 +138,8 @@ class Boards:
         self.n, self.device = n, torch.device(device)
         self.task = registration.resolve_task(task)
         self.denoiser = load_denoiser(denoiser, self.task, device)
+        if self.denoiser.device.type != self.device.type:
+            raise UnmaskError(f"the denoiser is on {self.denoiser.device} and the environment on {self.device}")
         self.on_illegal, self.temperature = on_illegal, temperature
         self.max_steps = 2 * self.task.length  # an illegal no-op must not loop for ever
         self.top = min(TOP, self.task.vocab_size)
@@ -201,6 +203,7 @@ class Boards:
         index = torch.as_tensor(rows, device=self.device)
         return core.reset_rows(state, index, instances.to(self.device), self.task.mask_id)
 
+    @torch.no_grad()  # a learned order may be the reference
     def _see(self, tokens: Tensor, open: Tensor) -> tuple[Denoised, View]:
         denoised = self.denoiser(tokens)
         return denoised, show(tokens, open, denoised, self.reference.log_prob(Observation(tokens, open, denoised)))

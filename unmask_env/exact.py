@@ -87,6 +87,7 @@ def enumerate_boards(
     temperature: float = 0.0,
     max_states: int = 300_000,
     batch: int = 2048,
+    hidden: bool = False,
 ) -> Graph:
     """All boards reachable from ``instances``, level by level; each is denoised once, ``batch`` at a time.
 
@@ -96,6 +97,7 @@ def enumerate_boards(
 
     Args:
         temperature: 0 fills greedily; above 0, symbols of probability 0 are left out.
+        hidden: keep the denoiser's hidden states, for orders that read them.
 
     Raises:
         TooLargeError: more than 16 holes in an instance, or more than ``max_states`` boards.
@@ -115,7 +117,7 @@ def enumerate_boards(
                 f"{len(count)} starts reach at least {total} boards, and {max_states} are allowed; take fewer blanks, "
                 "fewer instances or greedy filling (temperature 0), or raise max_states"
             )
-        observation, (parent, position, symbol, log_fill) = _expand(task, denoiser, tokens, temperature, batch)
+        observation, (parent, position, symbol, log_fill) = _expand(task, denoiser, tokens, temperature, batch, hidden)
         reward = _mean_reward(task, observation, start, by_start, count)
         child, tokens, following = _merge(task, tokens, start, parent, position, symbol)
         levels.append(Level(observation, start, reward, parent, position, child, log_fill))
@@ -124,14 +126,15 @@ def enumerate_boards(
 
 
 def _expand(
-    task: Task, denoiser: Denoiser, tokens: Tensor, temperature: float, batch: int
+    task: Task, denoiser: Denoiser, tokens: Tensor, temperature: float, batch: int, hidden: bool
 ) -> tuple[Observation, list[Tensor]]:
     """The observation of the boards, and per edge: row, position, symbol, log-probability of the symbol."""
     is_open = tokens == task.mask_id
     outputs: list[Denoised] = []
     edges: list[tuple[Tensor, ...]] = []
     for some, open_here in zip(tokens.split(batch), is_open.split(batch), strict=True):
-        outputs.append(denoiser(some))
+        output = denoiser(some)
+        outputs.append(output if hidden else output._replace(hidden=None))
         log_fill = _log_fill(outputs[-1], temperature)
         likely = (log_fill > -INF) & open_here.unsqueeze(2)
         if not torch.equal(likely.any(2), open_here):

@@ -207,7 +207,7 @@ def _positive(name: str, value: float) -> None:
 
 def require_full_support(reference: Reference) -> None:
     """Raises :class:`tasks.UnmaskError` where KL(pi || g) would be infinite: g gives open positions probability 0."""
-    if reference.deterministic or isinstance(reference, Oracle):
+    if getattr(reference, "deterministic", False) or isinstance(reference, Oracle):  # any order may be a reference
         raise UnmaskError(
             f"the KL to the deterministic reference {type(reference).__name__} is infinite; take a softmax reference, "
             "random, or, for UPO, regulariser cross_entropy"

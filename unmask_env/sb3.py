@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 from tasks import UnmaskError
 from unmask_env.boards import require_possible
 from unmask_env.core import regularised_reward
+from unmask_env.vector import RegularisedReward
 
 
 class SB3VecEnv(VecEnv):
@@ -27,10 +28,12 @@ class SB3VecEnv(VecEnv):
         envs: the vector environment, in autoreset mode ``SAME_STEP``.
 
     Raises:
-        UnmaskError: another autoreset mode.
+        UnmaskError: another autoreset mode; a :class:`unmask_env.vector.RegularisedReward`.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
+        if isinstance(envs, RegularisedReward):
+            raise UnmaskError("stable-baselines3 hands no log-probabilities to a wrapper; use KLRolloutBuffer instead")
         mode = envs.unwrapped.autoreset_mode
         if mode != AutoresetMode.SAME_STEP:
             raise UnmaskError(f"stable-baselines3 needs autoreset_mode SAME_STEP, not {mode.name}")
@@ -100,7 +103,7 @@ class KLRolloutBuffer(MaskableDictRolloutBuffer):
 
     Attributes:
         log_ratios: log pi(a|s) - log g(a|s) of the steps since the last reset, (N,) each; their mean times the episode
-            length estimates the KL.
+            length estimates the KL. Empty where beta is 0.
     """
 
     def __init__(self, *args: Any, beta: float = 0.0, **kwargs: Any) -> None:
@@ -123,9 +126,10 @@ class KLRolloutBuffer(MaskableDictRolloutBuffer):
         log_prob: torch.Tensor,
         action_masks: np.ndarray | None = None,
     ) -> None:
-        log_reference = np.take_along_axis(obs["log_reference"], action.reshape(-1, 1).astype(np.int64), 1)[:, 0]
-        require_possible(log_reference)
-        taken = log_prob.numpy(force=True)
-        self.log_ratios.append(taken - log_reference)
-        regularised = regularised_reward(reward, taken, log_reference, self.beta)
-        super().add(obs, action, regularised, episode_start, value, log_prob, action_masks=action_masks)
+        if self.beta > 0:  # otherwise any reference will do, also one that excludes the action
+            log_reference = np.take_along_axis(obs["log_reference"], action.reshape(-1, 1).astype(np.int64), 1)[:, 0]
+            require_possible(log_reference)
+            taken = log_prob.numpy(force=True)
+            self.log_ratios.append(taken - log_reference)
+            reward = regularised_reward(reward, taken, log_reference, self.beta)
+        super().add(obs, action, reward, episode_start, value, log_prob, action_masks=action_masks)

@@ -17,7 +17,7 @@ from tasks import Instances, Task, UnmaskError
 from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, require_possible
 from unmask_env.core import OnIllegal, State, regularised_reward
 from unmask_env.denoiser import Denoiser
-from unmask_env.reference import Reference, require_full_support
+from unmask_env.reference import Reference
 
 
 class UnmaskTorchEnv(EnvBase):
@@ -149,14 +149,28 @@ class UnmaskTorchEnv(EnvBase):
         look = self.boards.look(state)
         return self._pack(state, look.view, look.symbols)
 
+    def to(self, device: torch.device | str) -> UnmaskTorchEnv:
+        """Itself, if it is on ``device``; the denoiser stays where it was loaded, so elsewhere is refused."""
+        if torch.device(device) != self.boards.device:
+            raise UnmaskError(
+                f"this environment is on {self.boards.device}; make another one with device={str(device)!r}"
+            )
+        return self
+
     def _state(self, tensordict: TensorDictBase) -> State:
         tokens = tensordict["tokens"]
         open = tensordict.get("action_mask", None)
         steps = tensordict.get("steps", None)
+        answers = tensordict.get("answers", None)
+        if answers is None:
+            raise UnmaskError(
+                "the tensordict has lost its instances: go on from what reset and step returned. SerialEnv and "
+                "ParallelEnv drop them; this environment is a batch already, so raise num_envs, or use a MultiCollector"
+            )
         return State(
             tokens,
             tokens == self.task.mask_id if open is None else open,
-            Instances(tensordict.get("given", tokens), tensordict["answers"]),
+            Instances(tensordict.get("given", tokens), answers),
             tokens.new_zeros(len(tokens)) if steps is None else steps.squeeze(1),
         )
 
@@ -177,8 +191,8 @@ class KLReward(Transform):
     (``ProbabilisticActor(..., return_log_prob=True)``).
 
     Raises:
-        UnmaskError: a beta below 0; a deterministic reference, when the transform meets its environment; in a step, a
-            policy that writes no log-probability, or an action to which the reference gives probability 0.
+        UnmaskError: a beta below 0; in a step, a policy that writes no log-probability, or an action to which the
+            reference gives probability 0.
     """
 
     def __init__(self, beta: float, log_prob_key: str = "action_log_prob") -> None:
@@ -186,12 +200,6 @@ class KLReward(Transform):
             raise UnmaskError(f"beta must be at least 0, not {beta}")
         super().__init__()
         self.beta, self.log_prob_key = beta, log_prob_key
-
-    def set_container(self, container: Any) -> None:
-        super().set_container(container)
-        boards = getattr(self.parent, "boards", None)
-        if boards is not None:
-            require_full_support(boards.reference)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         log_prob = tensordict.get(self.log_prob_key, None)
@@ -201,6 +209,8 @@ class KLReward(Transform):
                 "ProbabilisticActor(..., return_log_prob=True)"
             )
         log_reference = tensordict["log_reference"].gather(-1, tensordict["action"].unsqueeze(-1))
-        require_possible(log_reference[tensordict["action_mask"].any(-1)])  # finished boards idle
-        reward = regularised_reward(next_tensordict["reward"], log_prob.unsqueeze(-1), log_reference, self.beta)
-        return next_tensordict.set("reward", reward)
+        idle = ~tensordict["action_mask"].any(-1, keepdim=True)  # boards that finished and were not reset
+        require_possible(log_reference.masked_fill(idle, 0.0))
+        reward = next_tensordict["reward"]
+        regularised = regularised_reward(reward, log_prob.unsqueeze(-1), log_reference, self.beta)
+        return next_tensordict.set("reward", torch.where(idle, reward, regularised))

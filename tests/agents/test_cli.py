@@ -20,13 +20,14 @@ from agents.policy import PolicyShape, load_policy, new_policy
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_state, packaged, save_model
 from pretrain.train import PretrainConfig, pretrain
-from unmask_env import ids, reference
+from unmask_env import exact, ids, reference
 from unmask_env.denoiser import load_denoiser
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--task", "sudoku6", "--denoiser", "sudoku6-tiny")
 LEVELS = [
     (), ("list",), ("pretrain",), ("pretrain", "mdm"), ("train",), ("train", "upo"), ("train", "imitation"),
+    ("train", "ppo-sb3"), ("train", "ppo-torchrl"), ("train", "grpo-torchrl"),
     ("evaluate",), ("show",), ("demo",),
 ]  # fmt: skip
 
@@ -166,7 +167,7 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["paint"], ["paint"]),
         (["train", "sarsa", "--out", "x"], ["sarsa"]),
         ([], ["list"]),
-        (["train"], ["upo", "imitation"]),
+        (["train"], ["upo", "imitation", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"]),
         (["train", "upo"], ["--out"]),
         (["train", "upo", "--out", "x", "--reference", "best"], ["best", "margin"]),
         (["train", "upo", "--out", "x", "--env", "Unmask/Sudoku5x5-v0"], ["unknown environment", "Sudoku6x6"]),
@@ -176,6 +177,13 @@ def check_mistake(done: Outcome, *parts: str) -> None:
             ["KL to the deterministic reference margin is infinite"],
         ),
         (["train", "upo", "--out", "x", "--denoiser", "sudoku6-tiny", "--resume"], ["nothing to resume"]),
+        (["train", "ppo-sb3", "--out", "x", "--reference", "margin", *TINY[2:]], ["deterministic reference Margin"]),
+        (["train", "ppo-torchrl", "--out", "x", "--reference", "entropy", *TINY[2:]], ["deterministic", "Entropy"]),
+        (["train", "ppo-torchrl", "--out", "x", "--minibatches", "7", *TINY[2:]], ["64 boards x 36 steps", "7 minib"]),
+        (["train", "grpo-torchrl", "--out", "x", "--group", "1", *TINY[2:]], ["group must be at least 2"]),
+        (["train", "grpo-torchrl", "--out", "x", "--hidden", *TINY[2:]], ["hidden states", "--no-hidden"]),
+        (["train", "ppo-sb3", "--out", "x", "--boards", "0", *TINY[2:]], ["boards must be at least 1, not 0"]),
+        (["evaluate", *TINY, "--limit", "5", "--exact"], ["holes, and 16 are allowed", "fewer blanks"]),
         (["train", "imitation", "--out", "x", "--easy", "2"], ["easy must be between 0 and 1, not 2"]),
         (["pretrain", "mdm", "--task", "sudoku5", "--out", "x"], ["unknown task 'sudoku5'"]),
         (["pretrain", "mdm", "--task", "sudoku4"], ["--out"]),
@@ -316,6 +324,46 @@ def test_evaluate_follows_the_seed(unmask, tmp_path: Path) -> None:
     assert rates[0] == rates[1] != rates[2]
 
 
+@pytest.mark.parametrize("reference_name", [None, "random"])
+def test_evaluate_with_exact_columns(unmask, tmp_path: Path, reference_name: str | None) -> None:
+    out, orders = tmp_path / "rows.json", ["random", "margin", "oracle"]
+    options = [] if reference_name is None else ["--reference", reference_name]
+    done = unmask(
+        "evaluate", "--task", "sudoku4", "--denoiser", "sudoku4", "--orders", *orders, "--blanks", "8", "--limit", "5",
+        "--exact", "--json", out, *options,
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    assert f"divergences from {reference_name or 'softmax_confidence'} in nats" in re.sub(r"\s+", " ", done.out)
+    rows = json.loads(out.read_text())
+    assert [row["order"] for row in rows] == orders
+    assert not any(key.startswith("exact") for key in rows[2]), "the oracle sees the answers"
+    task = tasks.get("sudoku4", blanks=8)
+    graph = exact.enumerate_boards(task, load_denoiser("sudoku4", task), task.heldout(5))
+    best = float((graph.weight * exact.best_reward(graph)).sum())
+    for row in rows[:2]:
+        values = exact.evaluate(
+            graph, reference.get(row["order"]), reference.get(reference_name or "softmax_confidence")
+        )
+        for key in ("reward", "trajectory_kl", "terminal_kl"):
+            mean = float((graph.weight * getattr(values, key)).sum())
+            assert row[f"exact_{key}"] == pytest.approx(mean, abs=1e-6), key
+        assert row["exact_best"] == pytest.approx(best, abs=1e-9)
+        assert row["exact_best"] >= row["exact_reward"] - 1e-9
+        assert row["exact_trajectory_kl"] >= row["exact_terminal_kl"] - 1e-9
+        assert row["n"] == 5
+    assert rows[0]["exact_reward"] < 0.99 < rows[0]["exact_best"], "the order matters"
+
+
+def test_large_boards_are_refused_before_anything_is_evaluated(unmask, monkeypatch, tmp_path: Path) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was evaluated")
+
+    monkeypatch.setattr("agents.evaluate.evaluate", never)
+    out = tmp_path / "rows.json"
+    check_mistake(unmask("evaluate", *TINY, "--exact", "--json", out), "28 holes, and 16 are allowed")
+    assert not out.exists()
+
+
 # ---------------------------------------------------------------------- show
 def test_show_fills_one_board(unmask, tmp_path: Path) -> None:
     gif = tmp_path / "new" / "replay.gif"
@@ -425,3 +473,29 @@ def test_what_was_trained_can_be_evaluated(unmask, weak: Path, tmp_path: Path) -
     before, after = (load_policy(folder).state_dict() for folder in (first, second))
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert isinstance(load_denoiser(str(weak), tasks.get("sudoku4")).model, Backbone)
+
+
+@pytest.mark.parametrize("name", ["ppo-sb3", "ppo-torchrl", "grpo-torchrl"])
+def test_learners_of_the_libraries(unmask, weak: Path, tmp_path: Path, name: str) -> None:
+    """A run on real 4x4 boards, refused a second time, then resumed to no effect, then evaluated."""
+    out, rows = tmp_path / "run", tmp_path / "rows.json"
+    sizes = ["--puzzles", "2", "--group", "2"] if name == "grpo-torchrl" else ["--boards", "4"]
+    command = [
+        "train", name, "--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--no-copy", "--dim", "8", "--heads", "2",
+        "--layers", "1", "--iterations", "2", "--minibatches", "2", "--threads", "1", "--beta", "0.01", *sizes,
+        "--out", out,
+    ]  # fmt: skip
+    done = unmask(*command)
+    assert (done.code, done.err) == (0, "")
+    settings = json.loads((out / "run.json").read_text())
+    assert (settings["iterations"], settings["beta"], settings["shape"]["dim"]) == (2, 0.01, 8)
+    assert list((out / "tb").glob("events*"))
+    assert load_state(out / "state.safetensors")["step"] == 2
+    before = (out / "model.safetensors").read_bytes()
+    check_mistake(unmask(*command), "already holds a run; add --resume")
+    check_mistake(unmask(*command, "--resume", "--beta", "0.5"), "with other settings: beta was 0.01, is 0.5")
+    assert unmask(*command, "--resume").code == 0
+    assert (out / "model.safetensors").read_bytes() == before
+    done = unmask("evaluate", "--task", "sudoku4", "--denoiser", weak, "--orders", out, "--limit", "4", "--json", rows)
+    assert (done.code, done.err) == (0, "")
+    assert [row["order"] for row in json.loads(rows.read_text())] == [str(out)]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tasks
@@ -31,7 +33,7 @@ from agents.upo import (
 from pretrain.checkpoint import save_model
 from tasks import Instances, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
-from unmask_env import core, reference
+from unmask_env import core, exact, reference
 from unmask_env.core import Denoised, Observation, masked_log_softmax
 from unmask_env.denoiser import TableDenoiser, load_denoiser
 
@@ -771,3 +773,168 @@ def test_more_settings_that_do_not_fit(tmp_path: Path, changes: dict) -> None:
         upo.train(UPOConfig(out=str(tmp_path / "run"), **few | changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+# ---------------------------------------------------------------------- the exact terminal divergence
+class Neighbours:
+    """A denoiser of a joint that looks at the two neighbours of a position only, so it is not exact."""
+
+    hidden_dim, device = None, torch.device("cpu")
+
+    def __init__(self, joint: Tensor) -> None:
+        self.inner, self.mask_id, self.length = TableDenoiser(joint), joint.shape[0], joint.ndim
+
+    def __call__(self, tokens: Tensor) -> Denoised:
+        log_probs = []
+        for position in range(self.length):
+            near = (torch.arange(self.length) - position).abs() <= 1
+            log_probs.append(self.inner(torch.where(near, tokens, self.mask_id)).log_probs[:, position])
+        return Denoised(torch.stack(log_probs, 1))
+
+
+class Likely(TableTask):
+    """Rewarded are the four most likely sequences; p_data is the joint on them, and every instance is empty."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(random_joint(2, 4, seed))
+        self.rewarded = self.joint >= self.joint.flatten().sort(descending=True).values[3]
+        data = self.joint * self.rewarded
+        self.data = data / data.sum()
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return self.rewarded[tuple(tokens.T)].float()
+
+    def graph(self, temperature: float) -> exact.Graph:
+        start_board = self.sample(1, torch.Generator())
+        return exact.enumerate_boards(self, Neighbours(self.joint), start_board, temperature)
+
+    @torch.no_grad()
+    def kl(self, order: core.Order | exact.Table) -> float:
+        """KL(p_data || p_order), with sampled filling."""
+        tokens, _, probability = exact.finished(self.graph(1.0), order)
+        finished = torch.zeros_like(self.data)
+        finished[tuple(tokens.T)] = probability
+        return float(torch.where(self.rewarded, self.data * (self.data / finished).log(), 0.0).sum())
+
+
+THEOREM = {"tau": 0.2, "beta": 0.02}
+
+
+def train_likely(out: Path, task: Likely, fill_temperature: float = 1.0) -> OrderPolicy:
+    settings = UPOConfig(
+        out=str(out), reference="softmax_confidence", fill_temperature=fill_temperature, lr=1e-2, anneal=True,
+        iterations=15, epochs=3, minibatches=2, puzzles=8, group=16, mine=0.0, threads=1,
+        shape=PolicyShape(copy=False, dim=16, layers=1, sure=2.0, readings=1), **THEOREM,
+    )  # fmt: skip
+    return upo.train(settings, task, Neighbours(task.joint))
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+def test_training_brings_the_sequences_nearer_to_the_data(tmp_path: Path, seed: int) -> None:
+    """UPO's theorem: KL(p_data || p_pi) < KL(p_data || p_g), exactly; and what sequence_log_prob says is the same."""
+    task, target = Likely(seed), reference.SoftmaxConfidence(THEOREM["tau"])
+    trained = train_likely(tmp_path / "run", task)
+    before, after = task.kl(target), task.kl(trained)
+    assert after < before - 0.01
+    likely = task.data.nonzero()
+    instances = Instances(torch.full_like(likely, task.mask_id), likely)
+    log_p = exact.sequence_log_prob(task, Neighbours(task.joint), trained, instances)
+    data = task.data[tuple(likely.T)]
+    assert float((data * (data.log() - log_p)).sum()) == pytest.approx(after, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_soft_optimum_brings_them_nearer_still(seed: int) -> None:
+    task, target = Likely(seed), reference.SoftmaxConfidence(THEOREM["tau"])
+    optimum = exact.soft_optimal(task.graph(1.0), target, THEOREM["beta"])
+    assert task.kl(optimum.policy) < task.kl(target)
+
+
+@pytest.mark.parametrize("fill_temperature", [0.0, 1.0])
+def test_the_terminal_kl_of_a_trained_policy_is_below_its_trajectory_kl(
+    tmp_path: Path, fill_temperature: float
+) -> None:
+    task = Likely(6)
+    trained = train_likely(tmp_path / "run", task, fill_temperature)
+    with torch.no_grad():
+        values = exact.evaluate(task.graph(fill_temperature), trained, reference.SoftmaxConfidence(THEOREM["tau"]))
+    assert 1e-4 < float(values.terminal_kl) < float(values.trajectory_kl)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), fill_temperature=st.sampled_from([0.0, 0.7, 1.0]), readings=st.integers(1, 2))
+def test_the_terminal_kl_of_a_random_policy_is_below_its_trajectory_kl(
+    seed: int, fill_temperature: float, readings: int
+) -> None:
+    task, target = Likely(2), reference.SoftmaxConfidence(0.2)
+    shape = PolicyShape(copy=False, dim=8, layers=1, heads=2, sure=2.0, readings=readings)
+    policy = new_policy(shape, task, Neighbours(task.joint), seed, "softmax_confidence", 0.2, gate=1.0)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for parameter in policy.parameters():
+            parameter.normal_(std=0.7)
+        values = exact.evaluate(task.graph(fill_temperature), policy, target)
+    assert -1e-9 <= float(values.terminal_kl) <= float(values.trajectory_kl) + 1e-9
+    assert float(values.trajectory_kl) > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("fill_temperature", [0.0, 1.0])
+def test_the_terminal_divergence_is_exact_and_a_step_lowers_it(temperature: float, fill_temperature: float) -> None:
+    """Of the distribution sampled from; averaged over instances, of which two share a board."""
+    task = Likely(4)
+    denoiser, target = Neighbours(task.joint), reference.SoftmaxConfidence(0.2)
+    tokens = torch.tensor([[2, 2, 2, 2], [2, 2, 2, 2], [0, 2, 2, 2], [2, 2, 1, 2]])
+    instances = Instances(tokens, torch.zeros_like(tokens))
+    graph = exact.enumerate_boards(task, denoiser, instances, fill_temperature)
+    policy = TablePolicy(2, 4, seed=3)
+    behaviour = Tempered(policy, temperature)
+    divergence = upo.terminal_divergence(graph, behaviour, target)
+    first = divergence()
+    singly = [
+        exact.evaluate(
+            exact.enumerate_boards(task, denoiser, instances[i : i + 1], fill_temperature), behaviour, target
+        ).terminal_kl
+        for i in range(4)
+    ]
+    assert float(first.detach()) == pytest.approx(float(torch.cat(singly).mean().detach()), rel=1e-6)
+    assert first.ndim == 0
+    optimizer = torch.optim.SGD(policy.parameters(), lr=2.0)
+    for _ in range(2):
+        value = divergence()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        assert float(divergence().detach()) < float(value.detach()) - 1e-6, "it is that of the policy as it is"
+
+
+def test_the_terminal_kl_to_a_deterministic_reference_is_refused(tmp_path: Path) -> None:
+    task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
+    with pytest.raises(UnmaskError, match="KL to the deterministic reference margin is infinite") as error:
+        upo.train(small(tmp_path / "run", reference="margin", regulariser="terminal_kl"), task, denoiser)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def large_board(out: Path) -> UPOConfig:
+    """6x6 puzzles have up to 28 holes."""
+    return UPOConfig(
+        out=str(out), denoiser="sudoku6-tiny", regulariser="terminal_kl", iterations=1, puzzles=2, group=2, threads=1
+    )
+
+
+def test_the_terminal_kl_on_large_boards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(exact.TooLargeError, match="holes, and 16 are allowed") as error:
+        upo.train(large_board(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+
+
+def test_the_terminal_kl_on_large_boards_is_refused_before_anything_is_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = []
+    original = upo.rollout
+    monkeypatch.setattr(upo, "rollout", lambda *given, **named: played.append(1) or original(*given, **named))
+    with pytest.raises(exact.TooLargeError):
+        upo.train(large_board(tmp_path / "run"))
+    assert not played

@@ -15,7 +15,8 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 from tasks import UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
-from tests.unmask_env.test_faces import IDS, Counting, agrees, exact_return, legal, packaged_denoiser, same, shown
+from tests.oracles.episodes import Counting, agrees, exact_return
+from tests.unmask_env.test_faces import IDS, legal, packaged_denoiser, same, shown
 from unmask_env import reference
 from unmask_env.boards import LOG_ZERO
 from unmask_env.core import Observation

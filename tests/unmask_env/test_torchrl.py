@@ -18,7 +18,8 @@ from torchrl.modules import MaskedCategorical, ProbabilisticActor
 
 from tasks import UnknownNameError, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
-from tests.unmask_env.test_faces import Counting, agrees, exact_return, shown
+from tests.oracles.episodes import Counting, agrees, exact_return
+from tests.unmask_env.test_faces import shown
 from unmask_env import reference
 from unmask_env.boards import LOG_ZERO
 from unmask_env.core import Observation
@@ -465,10 +466,15 @@ def test_returns_have_the_objective_as_their_mean(temperature: float) -> None:
 def test_mistakes_with_regularised_rewards() -> None:
     with pytest.raises(UnmaskError, match="beta must be at least 0, not -1"):
         KLReward(-1.0)
-    with pytest.raises(UnmaskError, match="KL to the deterministic reference Margin is infinite"):
-        regularised(2, reference="margin")
-    with pytest.raises(UnmaskError, match="KL to the deterministic reference Margin is infinite"):
-        TransformedEnv(table(2, reference="margin"), Compose(RewardSum(), KLReward(BETA)))
+    exclusive = regularised(2, reference="margin")
+    td = exclusive.reset()
+    td["action"] = (td["action_mask"] & (td["log_reference"] < 0)).int().argmax(1)  # open, but not margin's
+    td["action_log_prob"] = torch.zeros(2)
+    with pytest.raises(UnmaskError, match="so the KL is infinite"):
+        exclusive.step(td)
+    bare = table(2)
+    with pytest.raises(UnmaskError, match="lost its instances"):
+        bare.step(bare.reset().select(*SEEN, "symbols", "steps").set("action", torch.zeros(2, dtype=torch.long)))
     with pytest.raises(UnmaskError, match=r"under 'action_log_prob'; build the policy as ProbabilisticActor"):
         regularised(2).rollout(3, uniform)
 
