@@ -24,7 +24,7 @@ from agents.learner import ReferenceName, SB3PPOConfig, TorchRLGRPOConfig, Torch
 from agents.policy import PACKAGED_POLICIES
 from pretrain.checkpoint import PACKAGED_DENOISERS, packaged, write_json
 from pretrain.run import Interrupted, require_seed, resolve_device
-from pretrain.train import PretrainConfig, pretrain
+from pretrain.train import OBJECTIVES, PretrainConfig, pretrain
 from tasks import Instances, Sudoku, UnmaskError
 from unmask_env import core, exact, ids, reference, render
 from unmask_env.denoiser import load_denoiser
@@ -190,7 +190,8 @@ def application() -> tyro.extras.SubcommandApp:
     app = tyro.extras.SubcommandApp()
     app.command(ListCommand, name="list")
     pretraining = tyro.extras.SubcommandApp()
-    pretraining.command(PretrainConfig, name="mdm")
+    for name, config in OBJECTIVES.items():
+        pretraining.command(config, name=name)
     app.command(pretraining, name="pretrain", help="Train a denoiser from scratch.")
     training = tyro.extras.SubcommandApp()
     training.command(upo.UPOConfig, name="upo")

@@ -116,6 +116,17 @@ class LoMDMConfig(PretrainConfig):
         return {"order": "context", "c1": self.c1, "c2": self.c2}
 
 
+OBJECTIVES: dict[str, type[PretrainConfig]] = {
+    "mdm": PretrainConfig,
+    "ar": ARConfig,
+    "block": BlockConfig,
+    "learned-schedule": LearnedScheduleConfig,
+    "genmd4": GenMD4Config,
+    "lomdm": LoMDMConfig,
+}
+"""What ``unmask pretrain`` can train, by name."""
+
+
 class Objective(nn.Module):
     """A model's loss as a module, so that several processes and ``torch.compile`` see one forward."""
 

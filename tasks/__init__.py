@@ -5,12 +5,14 @@ from collections.abc import Callable
 from tasks.errors import PuzzleFileError, UnknownNameError, UnmaskError
 from tasks.sudoku import Sudoku
 from tasks.task import Instances, Task
+from tasks.text import Text
 
 __all__ = [
     "Instances",
     "PuzzleFileError",
     "Sudoku",
     "Task",
+    "Text",
     "UnknownNameError",
     "UnmaskError",
     "get",
@@ -44,3 +46,4 @@ def get(name: str, **options) -> Task:
 register("sudoku4", lambda **options: Sudoku(2, 2, **options))
 register("sudoku6", lambda **options: Sudoku(2, 3, **options))
 register("sudoku9", lambda **options: Sudoku(3, 3, **options))
+register("text", Text)

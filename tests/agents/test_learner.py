@@ -570,7 +570,7 @@ def test_a_task_without_a_denoiser_is_refused(tmp_path: Path, name: str) -> None
 
 
 def test_groups_need_steps_for_an_episode(tmp_path: Path) -> None:
-    with pytest.raises(UnmaskError, match="no episode ends within 2 steps.*raise --steps") as error:
+    with pytest.raises(UnmaskError, match=r"no episode ends within 2 steps.*raise --steps") as error:
         run_misled("grpo-torchrl", tmp_path / "run", steps=2)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -523,7 +523,7 @@ def test_playing_the_soft_optimum_earns_its_reward() -> None:
 def test_the_packaged_denoiser_on_real_puzzles() -> None:
     task = tasks.get("sudoku4", blanks=6)
     denoiser, puzzles = load_denoiser("sudoku4", task), task.heldout(5)
-    graph = exact.enumerate_boards(task, denoiser, puzzles)
+    graph = exact.enumerate_boards(task, denoiser, puzzles, hidden=True)
     assert graph.starts == 5
     assert all(
         level.observation.denoised.hidden.shape == (len(level.start), 16, denoiser.hidden_dim) for level in graph.levels
