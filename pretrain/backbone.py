@@ -6,7 +6,7 @@ Shapes: N sequences, L positions, V symbols, C coordinates per position, D chann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,13 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
                 f"vocab_size {vocab_size}, dim {dim}, layers {layers}, heads {heads}, predicts {predicts!r}: all sizes "
                 "must be at least 1, dim a multiple of heads, and predicts 'denoiser'"
             )
+        if order not in get_args(OrderName) or (order != "none" and block_length is not None) or not 0 <= c2 < c1:
+            raise ValueError(
+                f"order {order!r}, block_length {block_length}, c1 {c1}, c2 {c2}: the order must be one of "
+                f"{get_args(OrderName)}, 'none' with a block_length, and 0 <= c2 < c1"
+            )
+        if block_length is not None and not 1 <= block_length <= len(coordinates):
+            raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
         self.vocab_size, self.length, self.dim, self.predicts = vocab_size, len(coordinates), dim, predicts
         self.block_length = block_length
         self.symbols = nn.Embedding(vocab_size + 1, dim)

@@ -24,6 +24,7 @@ from pretrain import processes
 from pretrain.backbone import Backbone
 from pretrain.objectives.masked import integrand
 from pretrain.processes import Powers
+from tasks import UnmaskError
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Bound:
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """(mean, standard error) over (N,) sequences."""
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+    """(mean, standard error) over (N,) sequences; of one sequence the error is not known, so infinite."""
+    return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("inf")
 
 
 @torch.no_grad()
@@ -53,8 +54,13 @@ def bound(
     """Estimate the bounds of ``clean`` (N, L) from ``samples`` forwards, each with one mask per sequence (and block).
 
     The number of masked positions is stratified over the samples. Autoregressive models take one forward.
+
+    Raises:
+        UnmaskError: ``truncated`` of a model with blocks.
     """
     if model.block_length is not None:
+        if truncated:
+            raise UnmaskError("the truncated estimate is for models without blocks")
         return _block_bound(model, clean, generator, samples)
     n, length = clean.shape
     hidden = model.trunk(clean) if model.order.reads_clean else None

@@ -89,6 +89,7 @@ class Run:
         self._title = title
         state_file = self.out / "state.safetensors"
         described = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+        described["kind"] = type(settings).__name__  # two kinds of run may have the same settings
         if settings.resume:
             state = load_state(state_file)
             if not {"settings", "parts", "step"} <= state.keys():

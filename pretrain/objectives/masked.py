@@ -26,7 +26,7 @@ def integrand(cross_entropy: Tensor, velocity: Tensor, reverse: Tensor, masked: 
     """
     flows = masked & (velocity > 0)
     ratio = torch.where(flows, velocity, 1.0) / torch.where(flows, reverse, 1.0)
-    terms = velocity * cross_entropy + velocity * ratio.log() - velocity + reverse
+    terms = velocity * (cross_entropy + ratio.log()) + (reverse - velocity)
     return torch.where(masked, terms, 0.0).sum(1)
 
 
@@ -44,8 +44,8 @@ def masked_diffusion_loss(model: nn.Module, clean: Tensor, mask_id: int, generat
     Returns:
         Scalar float32: the bound divided by L, averaged over the batch.
     """
-    t = processes.low_discrepancy_times(clean.shape[0], generator)
-    noisy = processes.mask(clean, t.unsqueeze(1), mask_id, generator)
+    t = processes.low_discrepancy_times(clean.shape[0], generator).unsqueeze(1)
+    noisy = processes.mask(clean, t, mask_id, generator)
     logits = model(noisy).logits.float()
     cross_entropy = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")  # (N, L)
-    return torch.where(noisy == mask_id, cross_entropy / t.unsqueeze(1), 0.0).mean()
+    return integrand(cross_entropy, 1 / t, 1 / t, noisy == mask_id).mean() / clean.shape[1]

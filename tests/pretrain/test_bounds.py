@@ -1,0 +1,511 @@
+"""The bounds on -log p(x), against enumeration of all masks, orders and sequences of three positions.
+
+The models here are tables: arbitrary predictions and exponents for each of the 27 boards, in float64. With them the
+bound is computed in three ways that share no code: as an integral over time of :func:`integrand`, as a sum over orders
+of log-ratios of path densities, and as the sum over steps that :func:`bound` samples.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Exponential, kl_divergence
+
+from pretrain import bounds
+from pretrain.backbone import Backbone, Output
+from pretrain.objectives.masked import integrand
+from pretrain.orders import ContextOrder, NoOrder, PositionOrder, SymbolOrder
+from pretrain.processes import Powers, Windows, blocks_of
+
+V, L, M = 2, 3, 2
+SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (8, L)
+BOARDS = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # (27, L), row i has index i
+ORDERS = list(itertools.permutations(range(L)))
+HIDDEN = [subset for size in range(1, L + 1) for subset in itertools.combinations(range(L), size)]
+KINDS = ["none", "positions", "symbols", "context", "free"]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def index(boards: Tensor) -> Tensor:
+    """(N,) the row of ``BOARDS`` that each board is."""
+    return (boards * torch.tensor([(V + 1) ** (L - 1 - i) for i in range(L)])).sum(-1)
+
+
+def hide(clean: Tensor, hidden: tuple[int, ...]) -> Tensor:
+    noisy = clean.clone()
+    noisy[:, list(hidden)] = M
+    return noisy
+
+
+# ---------------------------------------------------------------------- models made of tables
+class Lookup(nn.Module):
+    """A network from hidden states to one number per position, arbitrary for each board: the states name the board."""
+
+    def __init__(self, draw: torch.Generator, scale: float = 2.0) -> None:
+        super().__init__()
+        self.table = nn.Parameter(scale * torch.randn(len(BOARDS), L, generator=draw, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.table[hidden[:, 0, 0].long()].unsqueeze(-1)
+
+
+class FreeOrder(NoOrder):
+    """Exponents that no parameterisation holds together: any of the clean sequence, any others of the board."""
+
+    learned = True
+    reads_clean = True
+
+    def __init__(self, draw: torch.Generator) -> None:
+        super().__init__()
+        self.masking, self.revealing = Lookup(draw, 0.7), Lookup(draw, 0.7)
+
+    def exponents(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
+        return self.masking(hidden).squeeze(-1).exp()
+
+    def reverse(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.log_softmax(-1), self.revealing(hidden).squeeze(-1).exp()
+
+
+class Tables(nn.Module):
+    """Has what the bounds and samplers use of a :class:`Backbone`; its logits are a table of the 27 boards."""
+
+    length, mask_id, block_length = L, M, None
+
+    def __init__(self, kind: str = "none", seed: int = 0) -> None:
+        super().__init__()
+        draw = generator(seed)
+        self.table = nn.Parameter(1.5 * torch.randn(len(BOARDS), L, V, generator=draw, dtype=torch.float64))
+        if kind == "context":
+            self.order = ContextOrder(Lookup(draw), Lookup(draw), 0.7, 0.65)
+        elif kind == "free":
+            self.order = FreeOrder(draw)
+        else:
+            self.order = {"none": NoOrder, "positions": lambda: PositionOrder(L), "symbols": lambda: SymbolOrder(V)}[
+                kind
+            ]()
+            for raw in self.order.parameters():
+                raw.data = 0.8 * torch.randn(raw.shape, generator=draw, dtype=torch.float64)
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        return index(tokens).double().view(-1, 1, 1).expand(-1, L, 1)
+
+    def forward(self, tokens: Tensor) -> Output:
+        return Output(self.table[index(tokens)], self.trunk(tokens))
+
+
+# ---------------------------------------------------------------------- what they imply, by enumeration
+class Exact:
+    """Per sequence of ``clean`` (N, L): exponents ``w`` (N, L) of the masking process and, for each set of hidden
+    positions, the cross-entropies ``ce`` (N, L) and the model's exponents ``own`` (N, L)."""
+
+    def __init__(self, model: Tables, clean: Tensor = SEQUENCES) -> None:
+        self.w = model.order.exponents(clean, model.trunk(clean)).double().expand(clean.shape)
+        self.ce, self.own = {}, {}
+        for hidden in HIDDEN:
+            log_p, own = model.order.reverse(*model(hide(clean, hidden)))
+            self.ce[hidden] = -log_p.gather(2, clean.unsqueeze(2)).squeeze(2).double()
+            self.own[hidden] = own.double()
+
+    def along(self, order: tuple[int, ...]) -> list[tuple[int, tuple[int, ...], Tensor, Tensor]]:
+        """Per step of ``order``: what is revealed, what is hidden before, and the sums of both exponents over it."""
+        left = [tuple(sorted(order[step:])) for step in range(L)]
+        return [
+            (i, h, self.w[:, list(h)].sum(1), self.own[h][:, list(h)].sum(1)) for i, h in zip(order, left, strict=True)
+        ]
+
+    def chance(self, order: tuple[int, ...]) -> Tensor:
+        """(N,) of revealing in this order what the process masked: Plackett-Luce."""
+        return torch.stack([self.w[:, i] / total for i, _, total, _ in self.along(order)]).prod(0)
+
+    def joint(self, order: tuple[int, ...]) -> Tensor:
+        """(N,) p(order, x) of the event process."""
+        steps = self.along(order)
+        return torch.stack([self.own[h][:, i] / total * (-self.ce[h][:, i]).exp() for i, h, _, total in steps]).prod(0)
+
+    def nll(self) -> Tensor:
+        """(N,) -log p(x), summed over all orders."""
+        return -sum(self.joint(order) for order in ORDERS).log()
+
+    def order_bound(self) -> Tensor:
+        return sum(self.chance(o) * (self.chance(o).log() - self.joint(o).log()) for o in ORDERS)
+
+    def waiting(self) -> Tensor:
+        """(N,) expected sum over steps of the KL between the times until something is revealed, both exponential."""
+        return sum(
+            self.chance(order) * kl_divergence(Exponential(total), Exponential(own))
+            for order in ORDERS
+            for _, _, total, own in self.along(order)
+        )
+
+    def path_bound(self) -> Tensor:
+        return self.order_bound() + self.waiting()
+
+    def step_form(self) -> tuple[Tensor, Tensor]:
+        """The two sums over steps that :func:`bounds.bound` estimates, (path, order)."""
+        path, by_order = torch.zeros(len(self.w)).double(), torch.zeros(len(self.w)).double()
+        for order in ORDERS:
+            for _, hidden, total, own_total in self.along(order):
+                for i in hidden:
+                    w, own, ce = self.w[:, i], self.own[hidden][:, i], self.ce[hidden][:, i]
+                    path = path + self.chance(order) / total * (w * ce + w * (w / own).log() - w + own)
+                    logs = (w / total).log() - (own / own_total).log()
+                    by_order = by_order + self.chance(order) * w / total * (ce + logs)
+        return path, by_order
+
+    def at_time(self, t: Tensor) -> Tensor:
+        """(N, T) expected :func:`integrand` at times ``t`` (T,)."""
+        schedule = Powers(self.w.repeat_interleave(len(t), 0))
+        times = t.repeat(len(self.w))
+        probability, velocity = schedule.masked_probability(times), schedule.velocity(times)
+        total = torch.zeros(len(times), dtype=torch.float64)
+        for hidden in HIDDEN:
+            masked = torch.zeros(L, dtype=torch.bool)
+            masked[list(hidden)] = True
+            weight = torch.where(masked, probability, 1 - probability).prod(1)
+            ce, own = (part[hidden].repeat_interleave(len(t), 0) for part in (self.ce, self.own))
+            total = total + weight * integrand(ce, velocity, own / times.unsqueeze(1), masked.expand(ce.shape))
+        return total.view(len(self.w), len(t))
+
+    def integral(self, least: float = 0.0) -> Tensor:
+        """(N,) the integral of :meth:`at_time` over [least, 1], by Gauss-Legendre quadrature in log(-log t)."""
+        furthest = 45 / float(self.w.detach().min()) if least == 0 else -math.log(least)
+        nodes, weights = gauss(-28.0, math.log(furthest), panels=40)
+        t = (-nodes.exp()).exp()
+        return self.at_time(t) @ (weights * t * nodes.exp())
+
+
+def gauss(start: float, end: float, panels: int = 1) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the composite 12-point Gauss-Legendre rule."""
+    beta = torch.arange(1, 12, dtype=torch.float64)
+    beta = beta / (4 * beta**2 - 1).sqrt()
+    x, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))  # Golub and Welsch
+    w = 2 * vectors[0] ** 2
+    width = (end - start) / panels
+    left = start + width * torch.arange(panels, dtype=torch.float64).unsqueeze(1)
+    return (left + width * (x + 1) / 2).flatten(), (w * width / 2).repeat(panels)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def agrees(sample: Tensor, expected: Tensor, visible: float) -> None:
+    """The mean over the first dimension is ``expected`` within 5 standard errors, which are below ``visible``."""
+    error = sample.std(0) / len(sample) ** 0.5
+    assert error.max() < visible, f"the test must be able to see an error of {visible}, not of {error.max()}"
+    assert ((sample.mean(0) - expected).abs() <= 5 * error + 1e-9).all(), (sample.mean(0), expected, error)
+
+
+# ---------------------------------------------------------------------- the bound, without sampling
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_forms_of_the_bound_are_one_number(kind, seed):
+    exact = Exact(Tables(kind, seed))
+    path, by_order = exact.step_form()
+    close(exact.integral(), exact.path_bound())
+    close(path, exact.path_bound())
+    close(by_order, exact.order_bound())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bounds_are_bounds_and_their_gaps_are_divergences(kind, seed):
+    exact = Exact(Tables(kind, seed))
+    close((-exact.nll()).exp().sum(), torch.tensor(1.0).double())  # the event process is a distribution
+    posterior = [exact.joint(order) / (-exact.nll()).exp() for order in ORDERS]
+    gap = sum(exact.chance(o) * (exact.chance(o) / p).log() for o, p in zip(ORDERS, posterior, strict=True))
+    close(exact.order_bound() - exact.nll(), gap)
+    assert (gap > 1e-4).all(), "predictions that fit no joint distribution leave a gap"
+    assert (exact.waiting() > -1e-12).all()
+    knows = kind in ("none", "positions")  # the model's exponents are those of the masking process
+    assert knows == bool((exact.waiting() < 1e-12).all())
+
+
+def test_equal_exponents_are_plain_masked_diffusion():
+    exact = Exact(Tables("none"))
+    average = sum(-exact.joint(order).log() - math.log(math.factorial(L)) for order in ORDERS) / len(ORDERS)
+    close(exact.path_bound(), average)
+    close(exact.order_bound(), average)
+
+
+def test_a_common_factor_of_all_exponents_changes_nothing():
+    """It only changes the pace of time."""
+    exact = Exact(Tables("free"))
+    path = exact.path_bound()
+    exact.w, exact.own = 3 * exact.w, {hidden: 3 * own for hidden, own in exact.own.items()}
+    close(exact.integral(), path)
+
+
+def test_the_best_revealing_exponent_is_the_expected_masking_one():
+    """Given the board: the rest of the bound is a Bregman divergence of the velocities."""
+    model = Tables("free", 1)
+    weight = torch.full((8,), 1 / 8).double()
+    t = torch.tensor([0.3]).double()
+    clean, masked = SEQUENCES, torch.tensor([True, True, False])
+    w = model.order.exponents(clean, model.trunk(clean)).detach()
+    q = torch.where(masked, Powers(w).masked_probability(t.expand(8)), 1 - t.unsqueeze(1) ** w).prod(1) * weight
+    q = q * (clean[:, 2] == 1)  # the sequences that the board M M 1 may come from
+    expected = (q.unsqueeze(1) * w).sum(0) / q.sum()
+
+    def value(own: Tensor) -> Tensor:
+        velocity, reverse = w / t, own.expand(8, L) / t
+        return (q * integrand(torch.zeros(8, L).double(), velocity, reverse, masked.expand(8, L))).sum()
+
+    for change in itertools.product([0.9, 1.0, 1.1], repeat=2):
+        moved = expected * torch.tensor([*change, 1.0])
+        assert value(moved) >= value(expected) - 1e-15
+        assert (change == (1.0, 1.0)) == (float(value(moved) - value(expected)) < 1e-12)
+
+
+# ---------------------------------------------------------------------- the estimates
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimates_are_unbiased(kind):
+    model, copies = Tables(kind, 4), 3000
+    exact = Exact(model)
+    found = bounds.bound(model, SEQUENCES.repeat(copies, 1), generator(1), samples=2)
+    assert found.path.dtype == found.order.dtype == torch.float64
+    assert found.path.shape == (8 * copies,)
+    assert not found.exact
+    assert found.truncated is None
+    with torch.no_grad():
+        agrees(found.path.view(copies, 8), exact.path_bound(), visible=0.1)
+        agrees(found.order.view(copies, 8), exact.order_bound(), visible=0.1)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 5])
+def test_estimates_are_unbiased_for_any_number_of_samples(samples):
+    """Strata that do not fall on whole numbers of positions too."""
+    model, copies = Tables("context", 2), 6000 // samples
+    found = bounds.bound(model, SEQUENCES.repeat(copies, 1), generator(2), samples=samples)
+    with torch.no_grad():
+        agrees(found.path.view(copies, 8), Exact(model).path_bound(), visible=0.05)
+        agrees(found.order.view(copies, 8), Exact(model).order_bound(), visible=0.05)
+
+
+def test_strata_take_each_number_of_positions_once():
+    """With as many samples as positions every step of an order is seen, so predictions that depend on the number of
+    hidden positions alone leave nothing to chance."""
+    model = Tables("none")
+    model.table.data[:] = 0
+    model.table.data[..., 0] = 1.5 * (BOARDS == M).sum(1, keepdim=True)
+    with torch.no_grad():
+        expected = Exact(model).order_bound()
+    close(bounds.bound(model, SEQUENCES, generator(), samples=L).path[[0, -1]], expected[[0, -1]])
+    close(bounds.bound(model, SEQUENCES, generator(), samples=2 * L).order[[0, -1]], expected[[0, -1]])
+    assert not torch.allclose(bounds.bound(model, SEQUENCES, generator(), samples=1).path[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", ["none", "symbols", "context"])
+def test_the_truncated_estimate_is_the_integral_that_it_says(kind):
+    model, copies = Tables(kind, 5), 4000
+    found = bounds.bound(model, SEQUENCES.repeat(copies, 1), generator(3), samples=2, truncated=True)
+    assert found.epsilon == 1e-3
+    with torch.no_grad():
+        agrees(found.truncated.view(copies, 8), Exact(model).integral(least=1e-3), visible=0.3)
+
+
+@torch.no_grad()
+def test_truncation_at_a_time_far_from_zero():
+    """Where the share of time that is left out would show."""
+    model, copies = Tables("context", 5), 4000
+    exact, clean = Exact(model), SEQUENCES.repeat(copies, 1)
+    found = bounds._at_time(model, clean, Powers(exact.w.repeat(copies, 1)), generator(3), epsilon=0.3)
+    agrees(found.view(copies, 8), exact.integral(least=0.3), visible=0.05)
+
+
+@pytest.mark.parametrize("c1", [0.7, 0.3])
+def test_the_truncated_integral_is_no_bound(c1):
+    """For exponents below 1 much is dropped: with equal exponents and certain-free predictions, a share eps^w."""
+    model = Tables("context")
+    model.table.data[:] = 0
+    model.order.c1, model.order.c2 = c1, 0.0
+    exact = Exact(model)
+    expected = torch.full((8,), L * math.log(V) * (1 - 1e-3**c1)).double()
+    close(exact.integral(least=1e-3), expected, 1e-6)  # the context order computes in float32
+    assert (exact.integral(least=1e-3) < exact.nll() - 0.01).all()
+    model = Tables("context", 3)
+    assert (Exact(model).integral(least=1e-3) < Exact(model).path_bound()).all()
+
+
+def test_the_same_generator_gives_the_same_estimate():
+    model = Tables("context")
+    one, same, other = (bounds.bound(model, SEQUENCES, generator(seed), truncated=True) for seed in (0, 0, 1))
+    for name in ("path", "order", "truncated"):
+        assert torch.equal(getattr(one, name), getattr(same, name))
+        assert not torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_mean_and_error_by_hand():
+    mean, error = bounds.mean_and_error(torch.tensor([1.0, 2.0, 6.0]))
+    assert mean == pytest.approx(3.0)
+    assert error == pytest.approx((7 / 3) ** 0.5)  # the variance is (4 + 1 + 9) / 2
+
+
+# ---------------------------------------------------------------------- windows
+def window_integral(exact: Exact, block: Tensor) -> Tensor:
+    """(N,) the integral over t of the expected integrand under a window schedule, exact within each window."""
+    windows = Windows(block)
+    total = torch.zeros(len(exact.w), dtype=torch.float64)
+    for window in range(windows.blocks):
+        nodes, weights = gauss(window / windows.blocks, (window + 1) / windows.blocks)
+        probability, velocity = windows.masked_probability(nodes), windows.velocity(nodes)
+        for hidden in HIDDEN:
+            masked = torch.zeros(L, dtype=torch.bool)
+            masked[list(hidden)] = True
+            q = torch.where(masked, probability, 1 - probability).prod(1)
+            for n in range(len(total)):
+                ce = exact.ce[hidden][n].expand(len(nodes), L)
+                total[n] += (weights * q * integrand(ce, velocity, velocity, masked.expand(ce.shape))).sum()
+    return total
+
+
+def order_average(exact: Exact, orders: list[tuple[int, ...]]) -> Tensor:
+    """(N,) -log p(x) of the chain rule, averaged over ``orders``."""
+    return sum(exact.ce[hidden][:, i] for order in orders for i, hidden, _, _ in exact.along(order)) / len(orders)
+
+
+def block_orders(length: int) -> list[tuple[int, ...]]:
+    """All orders that finish a block before the next one."""
+    block = blocks_of(L, length).tolist()
+    return [order for order in ORDERS if [block[i] for i in order] == sorted(block)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("length", "orders"), [(1, 1), (2, 2), (3, 6)])
+def test_windows_average_over_the_orders_within_blocks(length, orders):
+    """Blocks of one are autoregression, a block of all is masked diffusion, others are block diffusion."""
+    exact = Exact(Tables("none", 6))
+    assert len(block_orders(length)) == orders
+    expected = order_average(exact, block_orders(length))
+    close(window_integral(exact, blocks_of(L, length)), expected)
+    if length == 1:
+        close(expected, exact.ce[0, 1, 2][:, 0] + exact.ce[1, 2][:, 1] + exact.ce[2,][:, 2])
+    if length == 3:
+        close(expected, exact.integral())
+
+
+@torch.no_grad()
+def test_an_extreme_schedule_per_position_is_nearly_autoregressive():
+    exact = Exact(Tables("none", 6))
+    expected = order_average(exact, [(0, 1, 2)])
+    gaps = []
+    for ratio in (4.0, 40.0, 400.0):
+        exact.w = torch.tensor([ratio**2, ratio, 1.0]).double().expand(8, L)
+        exact.own = dict.fromkeys(HIDDEN, exact.w)
+        gaps.append(float((exact.path_bound() - expected).abs().max()))
+    assert gaps[0] > 4 * gaps[1] > 16 * gaps[2] > 0
+
+
+# ---------------------------------------------------------------------- bounds of blocks
+def backbone(block_length: int | None = None, order: str = "none", seed: int = 3, length: int = L, **more) -> Backbone:
+    """A tiny backbone that looks at what it sees, and whose order is far from its start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = {"dim": 8, "layers": 1, "heads": 2} | more
+        model = Backbone(V, [[i] for i in range(length)], order=order, block_length=block_length, **sizes)
+    draw = generator(seed)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("symbols", "positions", "order.raw", "head")):
+            parameter.data = 1.2 * torch.randn(parameter.shape, generator=draw)
+        if name.endswith(("masking.4.weight", "revealing.4.weight")):
+            parameter.data = 1.2 * torch.randn(parameter.shape, generator=draw)
+    return model.eval()
+
+
+@torch.no_grad()
+def block_nll(model: Backbone, clean: Tensor) -> Tensor:
+    """(N,) the sum over blocks of the average over orders of -log p(block | blocks before), from plain forwards."""
+    n, length = clean.shape
+    total = torch.zeros(n, dtype=torch.float64)
+    starts = range(0, length, model.block_length)
+    for start in starts:
+        block = range(start, min(start + model.block_length, length))
+        orders = list(itertools.permutations(block))
+        for order in orders:
+            for step, i in enumerate(order):
+                noisy = clean.clone()
+                noisy[:, list(order[step:])] = M
+                noisy[:, block.stop :] = M
+                log_p = model(noisy).logits.double().log_softmax(2)[:, i]
+                total -= log_p.gather(1, clean[:, i : i + 1]).squeeze(1) / len(orders)
+    return total
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_autoregressive_models_have_an_exact_likelihood(length):
+    model = backbone(1, length=length)
+    every = torch.tensor(list(itertools.product(range(V), repeat=length)))
+    found = bounds.bound(model, every, generator(), samples=4)
+    assert found.exact
+    close(found.path, block_nll(model, every), 1e-5)
+    assert torch.equal(found.path, found.order)
+    assert float((-found.path).exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("block_length", "length"), [(2, 3), (3, 3), (2, 4), (3, 5)])
+def test_estimates_of_block_models_are_unbiased(block_length, length):
+    """The last block may be shorter."""
+    model, copies = backbone(block_length, length=length, seed=1), 1500
+    clean = torch.randint(V, (8, length), generator=generator(8))
+    expected = block_nll(model, clean)
+    for samples in (1, 3):
+        found = bounds.bound(model, clean.repeat(copies, 1), generator(9), samples=samples)
+        assert not found.exact
+        agrees(found.path.view(copies, 8), expected, visible=0.25)
+        assert torch.equal(found.path, found.order)
+
+
+def test_one_block_of_all_positions_is_the_bound_of_masked_diffusion():
+    model, copies = backbone(seed=2), 3000
+    expected = Exact(model).order_bound().detach()
+    model.block_length = L
+    found = bounds.bound(model, SEQUENCES.repeat(copies, 1), generator(4), samples=1)
+    agrees(found.path.view(copies, 8), expected, visible=0.1)
+
+
+def counted(model: nn.Module, name: str) -> list[int]:
+    """Rows of every call of a method, noted from now on."""
+    rows: list[int] = []
+    inner: Callable[..., object] = getattr(model, name)
+
+    def noting(tokens: Tensor, *rest: Tensor) -> object:
+        rows.append(len(tokens))
+        return inner(tokens, *rest)
+
+    setattr(model, name, noting)
+    return rows
+
+
+def test_how_many_forwards_an_estimate_takes():
+    model = backbone(order="context")
+    rows = counted(model, "forward")
+    bounds.bound(model, SEQUENCES, generator(), samples=5)
+    assert rows == [8] * 5
+    for block_length, forwards in ((1, 1), (2, 5)):
+        model = backbone(block_length)
+        rows = counted(model, "predict_blocks")
+        bounds.bound(model, SEQUENCES, generator(), samples=5)
+        assert rows == [8] * forwards
+
+
+def test_estimates_leave_no_graph_and_no_gradient():
+    model = backbone(order="context")
+    found = bounds.bound(model, SEQUENCES, generator(), truncated=True)
+    assert not found.path.requires_grad
+    assert not found.truncated.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["none", "positions", "symbols", "context"])
+def test_estimates_of_a_backbone_are_unbiased(kind):
+    model, copies = backbone(order=kind, seed=3), 2000
+    with torch.no_grad():
+        exact = Exact(model)
+        found = bounds.bound(model, SEQUENCES.repeat(copies, 1), generator(5), samples=3)
+        agrees(found.path.view(copies, 8), exact.path_bound(), visible=0.1)
+        agrees(found.order.view(copies, 8), exact.order_bound(), visible=0.1)

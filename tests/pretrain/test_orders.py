@@ -1,0 +1,418 @@
+"""What models know about their order, blocks of attention, and the learned order as a reference policy."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agents import upo
+from agents.policy import PolicyShape
+from pretrain.backbone import Backbone
+from pretrain.checkpoint import PACKAGED_DENOISERS, CheckpointError, load_model, save_model
+from pretrain.objectives.masked import integrand
+from pretrain.orders import ContextOrder, NoOrder, PositionOrder, SymbolOrder
+from tasks import Instances, UnmaskError
+from tests.oracles.enumeration import TableTask, random_joint
+from tests.pretrain.test_bounds import BOARDS, HIDDEN, SEQUENCES, L, M, V, backbone, close, generator, hide
+from unmask_env import core, exact, reference
+from unmask_env.core import Denoised, Observation
+from unmask_env.denoiser import FrozenDenoiser, TableDenoiser
+
+INF = math.inf
+EVERY = ["none", "positions", "symbols", "context"]
+LEARNED = EVERY[1:]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------- each order by itself
+def test_no_order_reveals_all_alike():
+    order, logits = NoOrder(), randn(4, L, V)
+    log_probs, own = order.reverse(logits, randn(4, L, 5))
+    close(log_probs, logits.log_softmax(-1))
+    assert own.tolist() == torch.ones(4, L).tolist()
+    assert order.exponents(SEQUENCES, None).expand(8, L).tolist() == torch.ones(8, L).tolist()
+    assert not list(order.parameters())
+    assert not order.learned
+
+
+@pytest.mark.parametrize("order", [PositionOrder(L), SymbolOrder(V)], ids=["positions", "symbols"])
+def test_learned_schedules_start_as_masked_diffusion(order):
+    assert order.learned
+    assert not order.reads_clean
+    ones = torch.ones(8, L)
+    torch.testing.assert_close(order.exponents(SEQUENCES, None).expand(8, L), ones, atol=1e-6, rtol=0)
+    logits = randn(8, L, V).float()
+    log_probs, own = order.reverse(logits, randn(8, L, 5))
+    torch.testing.assert_close(own, ones, atol=1e-6, rtol=0)
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1), atol=1e-6, rtol=0)
+
+
+def test_position_order_by_hand():
+    order = PositionOrder(L)
+    order.raw.data = torch.tensor([-1.0, 0.0, 2.0])
+    expected = torch.tensor([math.log1p(math.exp(-1)), math.log(2), math.log1p(math.exp(2))])
+    masking, (log_probs, revealing) = order.exponents(SEQUENCES, None), order.reverse(randn(8, L, V), randn(8, L, 1))
+    torch.testing.assert_close(masking, expected.unsqueeze(0))
+    torch.testing.assert_close(revealing, expected.expand(8, L))
+    close(log_probs, randn(8, L, V).log_softmax(-1))
+
+
+def symbol_order(seed: int = 0, vocab: int = V) -> SymbolOrder:
+    order = SymbolOrder(vocab)
+    order.raw.data = 1.5 * randn(vocab, seed=seed)
+    return order
+
+
+def test_symbol_order_by_hand():
+    """A masked position turns into v at a rate proportional to w_v mu_v."""
+    order, logits = symbol_order(vocab=4), randn(5, L, 4, seed=1)
+    w = torch.log1p(order.raw.detach().exp())
+    clean = torch.tensor([[0, 3, 1]])
+    close(order.exponents(clean, None).detach(), w[clean])
+    rates = w * logits.softmax(-1)
+    log_probs, own = order.reverse(logits, randn(5, L, 1))
+    close(own.detach(), rates.sum(-1))
+    close(log_probs.detach().exp(), rates / rates.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_the_integrand_of_symbol_order_is_the_one_of_genmd4(hidden):
+    """(1 / t) (-w_x log mu_x - w_x + sum_v w_v mu_v) per masked position, mu being the model's distribution."""
+    order, logits = symbol_order(2), randn(8, L, V, seed=3)
+    t = torch.linspace(0.05, 1, 8, dtype=torch.float64).unsqueeze(1)
+    masked = torch.zeros(L, dtype=torch.bool)
+    masked[list(hidden)] = True
+    log_probs, own = order.reverse(logits, randn(8, L, 1))
+    cross_entropy = -log_probs.gather(2, SEQUENCES.unsqueeze(2)).squeeze(2)
+    found = integrand(cross_entropy, order.exponents(SEQUENCES, None) / t, own / t, masked.expand(8, L))
+    w, mu = torch.log1p(order.raw.exp()), logits.softmax(-1)
+    w_x, mu_x = w[SEQUENCES], mu.gather(2, SEQUENCES.unsqueeze(2)).squeeze(2)
+    expected = torch.where(masked, (-w_x * mu_x.log() - w_x + (w * mu).sum(-1)) / t, 0).sum(1)
+    close(found.detach(), expected.detach(), 1e-12)
+
+
+def context_order(c1: float, c2: float) -> ContextOrder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ContextOrder(nn.Linear(4, 1), nn.Linear(4, 1), c1, c2)
+
+
+def test_context_order_by_hand():
+    order = context_order(0.7, 0.65)
+    hidden = randn(6, 5, 4).float()
+    for network, found in [
+        (order.masking, order.exponents(SEQUENCES, hidden)),
+        (order.revealing, order.reverse(randn(6, 5, V), hidden)[1]),
+    ]:
+        sigmoid = 1 / (1 + (-network(hidden).squeeze(2)).exp())
+        expected = 0.7 + 0.65 * (sigmoid - sigmoid.mean(1, keepdim=True))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found.sum(1), torch.full((6,), 5 * 0.7))
+    assert order.learned
+    assert order.reads_clean
+
+
+def test_context_exponents_stay_between_their_limits():
+    """Even where one position is preferred as firmly as can be."""
+    order = context_order(0.7, 0.65)
+    for sign in (1.0, -1.0):
+        hidden = torch.zeros(1, 9, 4)
+        hidden[0, 0] = 1e4 * sign * order.masking.weight.detach().sign()
+        hidden[0, 1:] = -hidden[0, 0]
+        w = order.exponents(SEQUENCES, hidden)
+        assert w.min() > 0.05
+        assert w.max() < 1.35
+        assert w[0, 0].item() == pytest.approx(0.7 + sign * 0.65 * 8 / 9)
+
+
+def test_without_spread_the_context_order_is_masked_diffusion_to_the_bit():
+    order = context_order(1.0, 0.0)
+    hidden, logits = 3 * randn(8, L, 4).float(), randn(8, L, V).float()
+    masking, (log_probs, revealing) = order.exponents(SEQUENCES, hidden), order.reverse(logits, hidden)
+    assert masking.tolist() == revealing.tolist() == torch.ones(8, L).tolist()
+    assert torch.equal(log_probs, logits.log_softmax(-1))
+    t = torch.linspace(1e-3, 1, 8).unsqueeze(1)
+    cross_entropy = -log_probs.gather(2, SEQUENCES.unsqueeze(2)).squeeze(2)
+    masked = torch.rand(8, L, generator=generator(1)) < t
+    plain = integrand(cross_entropy, (1 / t).expand(8, L), (1 / t).expand(8, L), masked)
+    assert torch.equal(integrand(cross_entropy, masking / t, revealing / t, masked), plain)
+    torch.testing.assert_close(plain, torch.where(masked, cross_entropy / t, 0).sum(1))
+
+
+def test_a_backbone_starts_without_preferences():
+    for name, start in {"none": 1.0, "positions": 1.0, "symbols": 1.0, "context": 0.7}.items():
+        model = Backbone(V, [[i] for i in range(L)], dim=8, layers=1, heads=2, order=name)
+        logits, hidden = model(BOARDS)
+        log_probs, own = model.order.reverse(logits, hidden)
+        w = model.order.exponents(SEQUENCES, model.trunk(SEQUENCES)).expand(8, L)
+        torch.testing.assert_close(own, torch.full((27, L), start), atol=1e-6, rtol=0)
+        torch.testing.assert_close(w, torch.full((8, L), start), atol=1e-6, rtol=0)
+        torch.testing.assert_close(log_probs, logits.log_softmax(-1), atol=1e-6, rtol=0)
+        assert any(name.startswith("order.") for name, _ in model.named_parameters()) == (name != "none")
+
+
+def test_the_order_networks_of_a_backbone_see_all_positions():
+    model = backbone(order="context")
+    hidden = model.trunk(SEQUENCES[:1]).detach().requires_grad_()
+    for network in (model.order.masking, model.order.revealing):
+        (gradient,) = torch.autograd.grad(network(hidden)[0, 0, 0], hidden)
+        assert (gradient.abs().sum(2) > 0).all()
+    assert not torch.equal(model.order.masking(hidden), model.order.revealing(hidden)), "each has its own weights"
+
+
+# ---------------------------------------------------------------------- the bracket of the objective
+def test_the_integrand_by_hand():
+    ce, a, b = torch.tensor([[1.0, 5.0, 2.0]]), torch.tensor([[2.0, 3.0, 0.5]]), torch.tensor([[1.0, 7.0, 2.0]])
+    masked = torch.tensor([[True, False, True]])
+    expected = (2 * 1 + 2 * math.log(2) - 2 + 1) + (0.5 * 2 + 0.5 * math.log(0.25) - 0.5 + 2)
+    assert integrand(ce, a, b, masked).item() == pytest.approx(expected)
+
+
+def test_the_integrand_where_nothing_flows():
+    """A velocity of 0 leaves the model's own, without a NaN in value or gradient."""
+    a, b = torch.zeros(1, 2, requires_grad=True), torch.tensor([[3.0, 0.0]], requires_grad=True)
+    value = integrand(torch.ones(1, 2), a, b, torch.ones(1, 2, dtype=torch.bool))
+    assert value.item() == 3
+    value.sum().backward()
+    assert a.grad.isfinite().all()
+    assert b.grad.tolist() == [[1, 1]]
+
+
+def test_velocities_that_agree_cost_nothing_and_others_do():
+    a = randn(50, L).exp()
+    masked = torch.ones(50, L, dtype=torch.bool)
+    close(integrand(torch.zeros(50, L).double(), a, a, masked), torch.zeros(50).double(), 1e-12)
+    assert (integrand(torch.zeros(50, L).double(), a, randn(50, L, seed=1).exp(), masked) > 0).all()
+
+
+# ---------------------------------------------------------------------- blocks of attention
+LONG = 6
+
+
+def boards(n: int, seed: int, symbols: int = V + 1) -> Tensor:
+    return torch.randint(symbols, (n, LONG), generator=generator(seed))
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 4, LONG, None])
+def test_one_pass_predicts_every_block_as_plain_forwards_do(block_length):
+    """Block b given the clean blocks before it, b's own holes, and anything after."""
+    model = backbone(block_length, "none", length=LONG, layers=3)  # deep enough to see through clean positions
+    noisy, clean, after = boards(7, 1), boards(7, 2, V), boards(7, 3)
+    found = model.predict_blocks(noisy, clean)
+    assert found.shape == (7, LONG, V)
+    length = block_length or LONG
+    for start in range(0, LONG, length):
+        stop = min(start + length, LONG)
+        mixed = torch.cat([clean[:, :start], noisy[:, start:stop], after[:, stop:]], 1)
+        torch.testing.assert_close(found[:, start:stop], model(mixed).logits[:, start:stop], rtol=1e-4, atol=1e-5)
+
+
+def depends(function, tokens: Tensor, others: Tensor) -> Tensor:
+    """(L, L) bool: which positions (rows) of the output change with which ones of the input (columns)."""
+    before = function(tokens)
+    columns = []
+    for i in range(LONG):
+        changed = tokens.clone()
+        changed[:, i] = others[:, i]
+        columns.append((function(changed) - before).abs().amax((0, 2)) > 1e-6)
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 4, LONG])
+def test_which_positions_see_which(block_length):
+    model = backbone(block_length, length=LONG, layers=2)
+    block = torch.arange(LONG) // block_length
+    tokens, clean = boards(5, 1), boards(5, 2, V)
+    same, before = block.unsqueeze(1) == block, block.unsqueeze(1) > block
+    others = (tokens + 1) % (V + 1)
+    assert torch.equal(depends(lambda x: model(x).logits, tokens, others), same | before)
+    assert torch.equal(depends(lambda x: model.predict_blocks(x, clean), tokens, others), same)
+    assert torch.equal(depends(lambda x: model.predict_blocks(tokens, x), clean, 1 - clean), before)
+
+
+def test_without_blocks_every_position_sees_every_other():
+    model = backbone(None, length=LONG)
+    tokens = boards(5, 1)
+    assert depends(lambda x: model(x).logits, tokens, (tokens + 1) % (V + 1)).all()
+
+
+# ---------------------------------------------------------------------- files
+@pytest.mark.parametrize(
+    "settings",
+    [*({"order": name} for name in EVERY), {"order": "context", "c1": 2.0, "c2": 0.5}, {"block_length": 2}],
+    ids=str,
+)
+def test_a_saved_model_knows_its_order(tmp_path, settings):
+    model = backbone(**settings)
+    save_model(model, tmp_path)
+    loaded = load_model(Backbone, tmp_path, PACKAGED_DENOISERS, "denoiser")
+    assert type(loaded.order) is type(model.order)
+    assert loaded.block_length == model.block_length
+    for one, other in zip(model.order.reverse(*model(BOARDS)), loaded.order.reverse(*loaded(BOARDS)), strict=True):
+        assert torch.equal(one, other)
+    w = [m.order.exponents(SEQUENCES, m.trunk(SEQUENCES)) for m in (model, loaded)]
+    assert torch.equal(*w)
+
+
+def test_a_model_of_one_order_is_not_taken_for_another(tmp_path):
+    save_model(backbone(order="positions"), tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"positions"', '"symbols"'))
+    with pytest.raises(CheckpointError, match=r"tensor 'order\.raw' differs"):
+        load_model(Backbone, tmp_path, PACKAGED_DENOISERS, "denoiser")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"order": "contxt"},
+        {"block_length": 0},
+        {"order": "context", "c1": 0.5, "c2": 0.5},
+        {"order": "symbols", "block_length": 2},
+    ],
+    ids=str,
+)
+def test_a_backbone_refuses_settings_that_do_not_fit(settings):
+    """As it does for sizes; without it load_model takes such a config.json for a model of another kind."""
+    with pytest.raises(ValueError, match=r"order|block_length|c2"):
+        Backbone(V, [[i] for i in range(L)], dim=8, layers=1, heads=2, **settings)
+
+
+# ---------------------------------------------------------------------- the reference `learned`
+TASK = TableTask(random_joint(V, L, seed=1), clues=())
+
+
+def observe(denoiser: FrozenDenoiser, tokens: Tensor) -> Observation:
+    return Observation(tokens, tokens == M, denoiser(tokens))
+
+
+@pytest.mark.parametrize("order", LEARNED)
+def test_the_learned_reference_chooses_in_proportion_to_the_exponents(order):
+    model = backbone(order=order)
+    found = reference.get("learned").log_prob(observe(FrozenDenoiser(model, TASK), BOARDS))
+    own = model.order.reverse(*model(BOARDS))[1]
+    spread = 0.0
+    for board, row, log_prob in zip(BOARDS, own, found, strict=True):
+        holes = (board == M).nonzero().flatten().tolist()
+        assert all(log_prob[i] == -INF for i in range(L) if i not in holes)
+        for i in holes:
+            assert math.exp(log_prob[i]) == pytest.approx(float(row[i] / row[holes].sum()), rel=1e-4)
+            spread = max(spread, abs(math.exp(log_prob[i]) - 1 / len(holes)))
+    assert spread > 0.05, "the weights prefer some positions"
+
+
+@pytest.mark.parametrize("order", LEARNED)
+def test_the_environment_fills_with_the_symbols_that_the_order_implies(order):
+    model = backbone(order=order)
+    denoised = FrozenDenoiser(model, TASK)(BOARDS)
+    log_probs, own = model.order.reverse(*model(BOARDS))
+    torch.testing.assert_close(denoised.log_probs, log_probs)
+    torch.testing.assert_close(denoised.exponents, own)
+
+
+@pytest.mark.parametrize(
+    "denoiser", [FrozenDenoiser(backbone(), TASK), TableDenoiser(TASK.joint)], ids=["none", "table"]
+)
+def test_a_denoiser_without_an_order_has_no_learned_reference(denoiser):
+    assert denoiser(BOARDS).exponents is None
+    with pytest.raises(UnmaskError, match="this denoiser has learned no order") as caught:
+        reference.get("learned").log_prob(observe(denoiser, BOARDS))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_learned_reference_has_full_support_and_no_options():
+    reference.require_full_support(reference.get("learned"))
+    with pytest.raises(UnmaskError, match="'learned' does not take tau"):
+        reference.get("learned", tau=0.1)
+
+
+def instances(n: int = 12) -> Instances:
+    """With different numbers of holes."""
+    drawn = TASK.sample(n, generator(4))
+    shown = torch.arange(n).unsqueeze(1) % L > torch.arange(L)
+    return Instances(torch.where(shown, drawn.answers, M), drawn.answers)
+
+
+def test_outputs_joined_and_cut_keep_their_exponents():
+    whole = FrozenDenoiser(backbone(order="context"), TASK)(BOARDS)
+    parts = [FrozenDenoiser(backbone(order="context"), TASK)(some) for some in BOARDS.split(10)]
+    joined = Denoised.join(parts, torch.cat)
+    torch.testing.assert_close(joined.exponents, whole.exponents)
+    observation = Observation(BOARDS, BOARDS == M, whole)[torch.tensor([5, 2])]
+    assert torch.equal(observation.denoised.exponents, whole.exponents[[5, 2]])
+    assert Denoised.join([whole._replace(exponents=None)] * 2, torch.cat).exponents is None
+
+
+def test_enumerated_boards_keep_their_exponents():
+    model = backbone(order="context")
+    graph = exact.enumerate_boards(TASK, FrozenDenoiser(model, TASK), instances(), temperature=1.0, batch=5)
+    own = model.order.reverse(*model(BOARDS))[1]
+    for level in graph.levels:
+        at = (level.observation.tokens * torch.tensor([9, 3, 1])).sum(1)
+        torch.testing.assert_close(level.observation.denoised.exponents, own[at])
+    table = exact.tabulate(graph, reference.get("learned"))
+    values = exact.evaluate(graph, table, exact.tabulate(graph, reference.get("random")))
+    assert values.trajectory_kl.max() > 0.01
+
+
+def test_rollouts_flattened_for_upo_keep_their_exponents():
+    model = backbone(order="context")
+    played = core.rollout(
+        TASK,
+        FrozenDenoiser(model, TASK),
+        reference.get("learned"),
+        instances(),
+        order_generator=generator(1),
+        record=True,
+    )
+    batch = upo.flatten(played, torch.zeros(12))
+    own = model.order.reverse(*model(batch.observation.tokens))[1]
+    torch.testing.assert_close(batch.observation.denoised.exponents, own)
+    log_g = reference.get("learned").log_prob(batch.observation)
+    torch.testing.assert_close(log_g.gather(1, batch.action.unsqueeze(1)).squeeze(1), batch.old_log_prob)
+
+
+def test_the_learned_order_in_a_rollout_has_the_law_of_its_exponents():
+    """First positions chosen on the empty board."""
+    model, n = backbone(order="context"), 4000
+    empty = Instances(torch.full((n, L), M), torch.zeros(n, L, dtype=torch.long))
+    played = core.rollout(
+        TASK,
+        FrozenDenoiser(model, TASK),
+        reference.get("learned"),
+        empty,
+        order_generator=generator(2),
+        record=True,
+    )
+    found = played.steps[0].action.bincount(minlength=L) / n
+    own = model.order.reverse(*model(empty.tokens[:1]))[1][0]
+    assert (found - own / own.sum()).abs().max() < 5 * 0.5 / n**0.5
+
+
+def test_upo_trains_against_the_learned_order(tmp_path: Path):
+    settings = upo.UPOConfig(
+        out=str(tmp_path / "run"),
+        reference="learned",
+        beta=0.1,
+        iterations=2,
+        puzzles=4,
+        group=2,
+        minibatches=2,
+        threads=1,
+        shape=PolicyShape(copy=False, layers=1, dim=8, heads=2),
+    )
+    policy = upo.train(settings, TASK, FrozenDenoiser(backbone(order="context"), TASK))
+    assert all(p.isfinite().all() for p in policy.parameters())
+    with pytest.raises(UnmaskError, match="has learned no order"):
+        upo.train(dataclasses.replace(settings, out=str(tmp_path / "other")), TASK, TableDenoiser(TASK.joint))
+
+
+def test_hiding_is_what_the_other_tests_take_it_for():
+    assert hide(SEQUENCES, (0, 2)).tolist() == [[M, b, M] for _, b, _ in itertools.product(range(V), repeat=L)]
