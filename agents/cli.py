@@ -249,9 +249,8 @@ def dispatch(command: Any) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
-    command = parse(args)
     try:
-        dispatch(command)
+        dispatch(parse(args))
     except UnmaskError as error:
         print(f"unmask: {error}", file=sys.stderr)
         sys.exit(2)

@@ -29,7 +29,7 @@ from unmask_env.reference import Oracle, Reference
 
 @dataclass(frozen=True)
 class ImitationConfig:
-    """Settings of an imitation run; each is an option of ``unmask train imitation``."""
+    """Imitation of a reference policy, or of an oracle that sees the answers."""
 
     out: str
     """folder for the policy, the logs and the state to resume from"""

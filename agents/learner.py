@@ -94,18 +94,17 @@ class PPOConfig(LearnerConfig):
 
 @dataclass(frozen=True)
 class SB3PPOConfig(PPOConfig):
-    """Settings of stable-baselines3's MaskablePPO; each is an option of ``unmask train ppo-sb3``."""
+    """PPO by stable-baselines3 (MaskablePPO), on KL-regularised rewards."""
 
 
 @dataclass(frozen=True)
 class TorchRLPPOConfig(PPOConfig):
-    """Settings of TorchRL's PPO; each is an option of ``unmask train ppo-torchrl``."""
+    """PPO by TorchRL, on KL-regularised rewards."""
 
 
 @dataclass(frozen=True)
 class TorchRLGRPOConfig(LearnerConfig):
-    """Settings of TorchRL's PPO without a critic, on group-relative advantages; each is an option of
-    ``unmask train grpo-torchrl``."""
+    """PPO by TorchRL without a critic: advantages are relative to the other boards of a group."""
 
     puzzles: int = 32
     """groups side by side"""

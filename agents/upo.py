@@ -37,7 +37,7 @@ Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl
 
 @dataclass(frozen=True)
 class UPOConfig(LearnerConfig):
-    """Settings of a UPO run; each is an option of ``unmask train upo``."""
+    """UPO: groups of trajectories, and a divergence from a reference policy."""
 
     regulariser: Regulariser = "auto"
     """cross_entropy to a deterministic reference, UPO's trajectory_kl estimate, the exact step_kl, or, on boards small
