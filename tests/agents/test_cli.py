@@ -393,14 +393,18 @@ def test_show_with_a_learned_order(unmask, order: Path) -> None:
 
 # ---------------------------------------------------------------------- runs, killed and resumed
 def commands(weak: Path) -> dict[str, list[object]]:
-    shared = ["--save-every", "1", "--log-every", "1", "--threads", "1"]
-    board = ["--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--layers", "1", *shared]
+    shared = ["--save-every", "1", "--threads", "1"]
+    logged = ["--log-every", "1", *shared]
+    board = ["--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--layers", "1"]
     return {
-        "upo": ["train", "upo", "--iterations", "25", "--puzzles", "3", "--group", "3", "--minibatches", "2", *board],
-        "imitation": ["train", "imitation", "--puzzles", "30", "--steps", "60", "--batch", "8", *board],
+        "upo": [
+            "train", "upo", "--iterations", "25", "--puzzles", "3", "--group", "3", "--minibatches", "2",
+            *board, *shared,
+        ],
+        "imitation": ["train", "imitation", "--puzzles", "30", "--steps", "60", "--batch", "8", *board, *logged],
         "mdm": [
             "pretrain", "mdm", "--task", "sudoku4", "--steps", "80", "--batch", "8", "--dim", "16", "--layers", "1",
-            "--heads", "2", *shared,
+            "--heads", "2", *logged,
         ],
     }  # fmt: skip
 

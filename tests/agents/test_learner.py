@@ -124,8 +124,9 @@ def test_a_run_leaves_its_files(finished: dict[str, Path], name: str) -> None:
         "run.json", "config.json", "model.safetensors", "state.safetensors", "tb",
     }  # fmt: skip
     settings = json.loads((out / "run.json").read_text())
-    given = json.loads(json.dumps(dataclasses.asdict(misled(name, out)), default=str))
-    assert settings == given
+    config = misled(name, out)
+    given = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    assert settings == given | {"kind": type(config).__name__}
     policy = load_policy(out, Misled(), TableDenoiser(Misled().joint))
     begun = start(misled(name, out), Misled(), TableDenoiser(Misled().joint))
     assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), begun.parameters(), strict=True))
