@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.run import require_at_least, require_seed, resolve_device
@@ -190,6 +191,31 @@ def prepare_on_policy(
     if config.normalise and boards * steps < 2 * config.minibatches:
         raise UnmaskError("normalise needs minibatches of 2 steps or more: one advantage has no standard deviation")
     return ready, steps
+
+
+def require_groups(puzzles: int, group: int) -> None:
+    """Raises :class:`tasks.UnmaskError` for groups that leave nothing to compare."""
+    require_at_least(1, puzzles=puzzles)
+    if group < 2:
+        raise UnmaskError(f"group must be at least 2 to compare trajectories, not {group}")
+
+
+def of_finished(done: Tensor) -> Tensor:
+    """(N, T) bool: steps of episodes that end within the batch; ``done`` (N, T)."""
+    return done.flip(1).cummax(1).values.flip(1)
+
+
+def per_episode(reward: Tensor, done: Tensor, log_ratio: Tensor | None) -> dict[str, float]:
+    """To log, per finished episode: the task's reward, and the sampled KL to the reference.
+
+    Args:
+        reward, done: (N, T). log_ratio: (N, T) log pi(a|s) - log g(a|s), or None where nothing is regularised.
+    """
+    episodes = max(1, int(done.sum()))
+    scalars = {"reward": float(reward.sum()) / episodes}
+    if log_ratio is not None:
+        scalars["divergence/trajectory_kl"] = float(log_ratio[of_finished(done)].sum()) / episodes
+    return scalars
 
 
 def look_ahead(task: Task) -> Instances:

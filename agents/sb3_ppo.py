@@ -20,7 +20,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from agents.critic import Critic, new_critic
-from agents.learner import PPOConfig, SB3PPOConfig, prepare_on_policy, seeded
+from agents.learner import PPOConfig, SB3PPOConfig, per_episode, prepare_on_policy, seeded
 from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups
@@ -128,14 +128,9 @@ class Tally(BaseCallback):
         return True
 
     def summary(self, log_ratios: list[np.ndarray]) -> dict[str, float]:
-        """Per finished episode: the task's reward, and the sampled KL to the reference, if there are ``log_ratios``."""
-        dones = np.stack(self.dones)  # (T, N)
-        episodes = max(1, int(dones.sum()))
-        scalars = {"reward": float(np.sum(self.rewards)) / episodes}
-        if log_ratios:
-            finished = np.maximum.accumulate(dones[::-1])[::-1]
-            scalars["divergence/trajectory_kl"] = float(np.stack(log_ratios)[finished].sum()) / episodes
-        return scalars
+        """What :func:`agents.learner.per_episode` says; ``log_ratios`` (N,) per step, or nothing."""
+        rewards, dones = (torch.as_tensor(np.stack(part, 1)) for part in (self.rewards, self.dones))
+        return per_episode(rewards, dones, torch.as_tensor(np.stack(log_ratios, 1)) if log_ratios else None)
 
 
 # ---------------------------------------------------------------------- the loop

@@ -19,10 +19,19 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from agents.critic import Critic, new_critic
-from agents.learner import TorchRLGRPOConfig, TorchRLPPOConfig, look_ahead, prepare_on_policy, seeded
+from agents.learner import (
+    TorchRLGRPOConfig,
+    TorchRLPPOConfig,
+    look_ahead,
+    of_finished,
+    per_episode,
+    prepare_on_policy,
+    require_groups,
+    seeded,
+)
 from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, require_at_least, set_learning_rate
+from pretrain.run import Run, decayed_groups, set_learning_rate
 from tasks import Task, UnmaskError
 from unmask_env.boards import LOG_ZERO, read
 from unmask_env.core import Observation
@@ -99,11 +108,6 @@ def group_relative(reward: Tensor, done: Tensor, group: int, normalise: bool) ->
     return advantage.view_as(reward), of_finished(done)
 
 
-def of_finished(done: Tensor) -> Tensor:
-    """(N, T) bool: steps of episodes that end within the batch; ``done`` (N, T)."""
-    return done.flip(1).cummax(1).values.flip(1)
-
-
 # ---------------------------------------------------------------------- the loop
 def train(
     config: TorchRLPPOConfig | TorchRLGRPOConfig, task: Task | None = None, denoiser: Denoiser | None = None
@@ -122,18 +126,17 @@ def train(
     """
     grouped = isinstance(config, TorchRLGRPOConfig)
     if grouped:
-        require_at_least(1, puzzles=config.puzzles)
-        if config.group < 2:
-            raise UnmaskError(f"group must be at least 2 to compare trajectories, not {config.group}")
+        require_groups(config.puzzles, config.group)
     group = config.group if grouped else 1
     boards = config.puzzles * group if grouped else config.boards
     ready, steps = prepare_on_policy(config, boards, config.steps, task, denoiser)
     config, task, denoiser, reference, policy, device = ready
-    least = int((look_ahead(task).tokens == task.mask_id).sum(1).min())
-    if grouped and steps < least:
-        raise UnmaskError(
-            f"no episode ends within {steps} steps, as the task has {least} holes and more; raise --steps"
-        )
+    if grouped:
+        least = int((look_ahead(task).tokens == task.mask_id).sum(1).min())
+        if steps < least:
+            raise UnmaskError(
+                f"no episode ends within {steps} steps, as the task has {least} holes and more; raise --steps"
+            )
     env = UnmaskTorchEnv(
         num_envs=boards,
         task=task,
@@ -154,9 +157,8 @@ def train(
         parts["critic"] = critic
         groups += decayed_groups(critic, config.weight_decay)
         value = ValueOperator(_Value(critic), in_keys=SHOWN)
-        advantages = GAE(
-            gamma=1.0, lmbda=config.gae_lambda, value_network=value, deactivate_vmap=True
-        )  # no discount in J
+        # J has no discount.
+        advantages = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=value, deactivate_vmap=True)
         loss = ClipPPOLoss(
             actor,
             value,
@@ -225,11 +227,9 @@ def train(
 
 def summary(data: TensorDictBase, beta: float) -> dict[str, float]:
     """Per finished episode: the task's reward, and, where beta is above 0, the sampled KL to the reference."""
-    episodes = max(1, int(data["next", "done"].sum()))
+    reward, done = data["next", "reward"].squeeze(-1), data["next", "done"].squeeze(-1)
     if beta == 0:
-        return {"reward": float(data["next", "reward"].sum()) / episodes}
+        return per_episode(reward, done, None)
     log_reference = data["log_reference"].gather(-1, data["action"].unsqueeze(-1)).squeeze(-1)
     ratio = data["action_log_prob"] - log_reference
-    reward = data["next", "reward"].sum() + beta * ratio.sum()
-    ended = ratio[of_finished(data["next", "done"].squeeze(-1))].sum()
-    return {"reward": float(reward) / episodes, "divergence/trajectory_kl": float(ended) / episodes}
+    return per_episode(reward + beta * ratio, done, ratio)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from agents.divergences import categorical_kl, cross_entropy, trajectory_kl_surrogate
-from agents.learner import LearnerConfig, look_ahead, prepare
+from agents.learner import LearnerConfig, look_ahead, prepare, require_groups
 from agents.mining import Pool
 from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, require_at_least, set_learning_rate
+from pretrain.run import Run, decayed_groups, set_learning_rate
 from tasks import Task, UnmaskError
 from unmask_env import exact
 from unmask_env.core import Denoised, Observation, Rollout, rollout
@@ -238,9 +238,7 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
         UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
-    require_at_least(1, puzzles=config.puzzles)
-    if config.group < 2:
-        raise UnmaskError(f"group must be at least 2 to compare trajectories, not {config.group}")
+    require_groups(config.puzzles, config.group)
     if not 0 < config.temperature < math.inf:
         raise UnmaskError(f"temperature must be greater than 0, not {config.temperature}")
     if not 0 <= config.mine < 1:

@@ -26,6 +26,8 @@ from pretrain.objectives.masked import integrand
 from pretrain.processes import Powers
 from tasks import UnmaskError
 
+EPSILON = 1e-3  # where the truncated estimate stops
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -39,7 +41,7 @@ class Bound:
     order: Tensor
     exact: bool = False
     truncated: Tensor | None = None
-    epsilon: float = 1e-3
+    epsilon: float = EPSILON
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -90,7 +92,7 @@ def _predict(model: Backbone, clean: Tensor, masked: Tensor) -> tuple[Tensor, Te
 
 
 def _at_time(
-    model: Backbone, clean: Tensor, schedule: Powers, generator: torch.Generator, epsilon: float = 1e-3
+    model: Backbone, clean: Tensor, schedule: Powers, generator: torch.Generator, epsilon: float = EPSILON
 ) -> Tensor:
     """(N,) one-sample estimate of the integral over t in [epsilon, 1]."""
     t = epsilon + (1 - epsilon) * torch.rand(len(clean), generator=generator, device=clean.device).double()

@@ -114,6 +114,12 @@ def mask(clean: Tensor, probability: Tensor, mask_id: int, generator: torch.Gene
     return torch.where(hide, mask_id, clean)
 
 
+def gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise of the shape of ``like``: the argmax of log-probabilities plus it is a sample of them."""
+    uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+
+
 def plackett_luce(weights: Tensor, generator: torch.Generator) -> Tensor:
     """(N, L) rank of each position in an order of revealing drawn in proportion to ``weights`` (N, L): 0 comes first.
 

@@ -67,7 +67,7 @@ def sample(
     def symbols(log_probs: Tensor) -> Tensor:
         if temperature == 0:
             return log_probs.argmax(-1)
-        return (nucleus(log_probs, temperature, top_p) + _gumbel(log_probs, generator)).argmax(-1)
+        return (nucleus(log_probs, temperature, top_p) + processes.gumbel(log_probs, generator)).argmax(-1)
 
     for current in range(int(block[-1]) + 1):
         if method == "event":
@@ -89,11 +89,6 @@ def nucleus(log_probs: Tensor, temperature: float, top_p: float) -> Tensor:
     return torch.empty_like(kept).scatter(-1, indices, kept).log_softmax(-1)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-
-
 def _by_events(
     model: Backbone, tokens: Tensor, inside: Tensor, symbols: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> tuple[Tensor, int]:
@@ -101,7 +96,7 @@ def _by_events(
     while bool((masked := (tokens == model.mask_id) & inside).any()):
         log_probs, exponents = model.order.reverse(*model(tokens))
         made += 1
-        score = exponents.log().masked_fill(~masked, -torch.inf) + _gumbel(exponents, generator)
+        score = exponents.log().masked_fill(~masked, -torch.inf) + processes.gumbel(exponents, generator)
         chosen = torch.zeros_like(masked).scatter(1, score.argmax(1, keepdim=True), True) & masked
         tokens = torch.where(chosen, symbols(log_probs), tokens)
     return tokens, made

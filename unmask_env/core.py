@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pretrain.processes import gumbel
 from tasks import Instances, Task, UnmaskError
 
 OnIllegal = Literal["noop", "terminate", "raise"]
@@ -203,9 +204,7 @@ def choose(log_prob: Tensor, generator: torch.Generator | None) -> Tensor:
     """
     if generator is None:
         return log_prob.argmax(1)
-    uniform = torch.rand(log_prob.shape, generator=generator, device=log_prob.device, dtype=log_prob.dtype)
-    gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-    return (log_prob + gumbel).argmax(1)
+    return (log_prob + gumbel(log_prob, generator)).argmax(1)
 
 
 class Step(NamedTuple):

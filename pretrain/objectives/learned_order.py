@@ -75,4 +75,4 @@ def block_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> Te
     noisy = processes.mask(clean, t, model.mask_id, generator)
     logits = model.predict_blocks(noisy, clean).float()
     cross_entropy = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")
-    return torch.where(noisy == model.mask_id, cross_entropy / t, 0.0).mean()
+    return integrand(cross_entropy, 1 / t, 1 / t, noisy == model.mask_id).mean() / length
