@@ -38,14 +38,31 @@ class Block(nn.Module):
         self.up = nn.Linear(dim, mlp_ratio * dim, bias=False)
         self.down = nn.Linear(mlp_ratio * dim, dim, bias=False)
 
-    def forward(self, x: Tensor, attends: Tensor | None = None) -> Tensor:
-        """(N, L, D) to the same; ``attends`` (L, L) bool says which positions (columns) each one (row) may look at."""
+    def forward(self, x: Tensor, attends: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
+        """(N, L, D) to the same.
+
+        Args:
+            attends: (L, L) bool, which positions (columns) each one (row) may look at.
+            rotation: (L, D / 2H) complex, by how much queries and keys are turned; see :func:`rotations`.
+        """
         n, length, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D / H)
+        if rotation is not None:
+            q, k = (
+                torch.view_as_real(torch.view_as_complex(a.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+                for a in (q, k)
+            )
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attends)
         x = x + self.out(attended.transpose(1, 2).reshape(n, length, dim))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+def rotations(length: int, channels: int, device: torch.device) -> Tensor:
+    """(L, channels / 2) complex rotations, so that attention sees distances (Su et al. 2021, arXiv 2104.09864)."""
+    frequencies = 10_000.0 ** (-torch.arange(0, channels, 2, device=device) / channels)
+    angles = torch.arange(length, device=device).unsqueeze(1) * frequencies
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 class CoordinateEmbedding(nn.Module):
@@ -90,6 +107,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         dim, layers, heads: D, number of blocks, attention heads.
         predicts: what the logits mean. ``denoiser`` is p(x_0 | visible tokens).
         order: what it learns about its order (:mod:`pretrain.orders`).
+        vocabularies: how many symbols each position has for itself, as in :class:`tasks.Task`; it predicts no others.
+        rotary: attention sees how far apart positions are, as running text needs; dim must be a multiple of 2 heads.
         block_length: positions see their own block of this many and those before; 1 is autoregressive. None: all.
         c1, c2: of the order ``context``; the paper's best.
     """
@@ -102,6 +121,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         layers: int = 4,
         heads: int = 4,
         predicts: Literal["denoiser"] = "denoiser",
+        vocabularies: Sequence[int] | None = None,
+        rotary: bool = False,
         order: OrderName = "none",
         block_length: int | None = None,
         c1: float = 0.7,
@@ -113,6 +134,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
                 f"vocab_size {vocab_size}, dim {dim}, layers {layers}, heads {heads}, predicts {predicts!r}: all sizes "
                 "must be at least 1, dim a multiple of heads, and predicts 'denoiser'"
             )
+        if rotary and dim % (2 * heads):
+            raise ValueError(f"rotary needs dim to be a multiple of 2 heads, so not dim {dim} with {heads} heads")
         if order not in get_args(OrderName) or (order != "none" and block_length is not None) or not 0 <= c2 < c1:
             raise ValueError(
                 f"order {order!r}, block_length {block_length}, c1 {c1}, c2 {c2}: the order must be one of "
@@ -121,7 +144,16 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         if block_length is not None and not 1 <= block_length <= len(coordinates):
             raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
         self.vocab_size, self.length, self.dim, self.predicts = vocab_size, len(coordinates), dim, predicts
-        self.block_length = block_length
+        self.block_length, self.rotary = block_length, rotary
+        own = None  # (L, V) bool, which symbols a position may hold
+        if vocabularies is not None:
+            if sum(vocabularies) != vocab_size or len(vocabularies) != len(coordinates) or min(vocabularies) < 1:
+                raise ValueError(
+                    f"vocabularies must be {len(coordinates)} sizes of at least 1 that add up to {vocab_size}, not "
+                    f"{list(vocabularies)}"
+                )
+            own = torch.block_diag(*(torch.ones(1, size) for size in vocabularies)).bool()
+        self.register_buffer("own", own, persistent=False)
         self.symbols = nn.Embedding(vocab_size + 1, dim)
         self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
@@ -148,14 +180,21 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         if self.block_length is not None:
             block = blocks_of(self.length, self.block_length).to(tokens.device)
             attends = block.unsqueeze(1) >= block
-        x = self.symbols(tokens) + self.positions()  # (N, L, D)
+        x, rotation = self.symbols(tokens) + self.positions(), self._rotation(tokens.device)  # (N, L, D)
         for layer in self.blocks:
-            x = layer(x, attends)
+            x = layer(x, attends, rotation)
         return self.norm(x)
+
+    def _rotation(self, device: torch.device) -> Tensor | None:
+        return rotations(self.length, self.dim // self.blocks[0].heads, device) if self.rotary else None
 
     def forward(self, tokens: Tensor) -> Output:
         hidden = self.trunk(tokens)
-        return Output(self.head(hidden), hidden)
+        return Output(self._logits(hidden), hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.head(hidden)
+        return logits if self.own is None else logits.masked_fill(~self.own, -torch.inf)
 
     def predict_blocks(self, noisy: Tensor, clean: Tensor) -> Tensor:
         """(N, L, V) logits of every block of ``noisy`` given the clean blocks before it, in one pass.
@@ -168,14 +207,19 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         same, before = block.unsqueeze(1) == block, block.unsqueeze(1) > block
         attends = torch.cat([torch.cat([same, before], 1), torch.cat([torch.zeros_like(same), same | before], 1)])
         x = self.symbols(torch.cat([noisy, clean], 1)) + self.positions().repeat(2, 1)  # (N, 2 L, D)
+        rotation = self._rotation(noisy.device)
+        if rotation is not None:
+            rotation = rotation.repeat(2, 1)
         for layer in self.blocks:
-            x = layer(x, attends)
-        return self.head(self.norm(x[:, : self.length]))
+            x = layer(x, attends, rotation)
+        return self._logits(self.norm(x[:, : self.length]))
 
 
 def _order_network(dim: int, heads: int) -> nn.Module:
-    """One block and an MLP, (N, L, D) to (N, L, 1), zero at the start."""
-    network = nn.Sequential(Block(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
+    """One block and an MLP, (N, L, D) to (N, L, 1), zero at the start; half as wide inside as the trunk's blocks."""
+    network = nn.Sequential(
+        Block(dim, heads, mlp_ratio=2), nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1)
+    )
     init_weights(network, 1)
     nn.init.zeros_(network[-1].weight)
     return network

@@ -17,12 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain import processes
 from pretrain.backbone import Backbone
-from pretrain.objectives.masked import integrand
+from pretrain.objectives.masked import cross_entropies, integrand
 from pretrain.processes import Powers
 from tasks import UnmaskError
 
@@ -88,7 +87,7 @@ def bound(
 def _predict(model: Backbone, clean: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
     """(N, L) float64 each: cross-entropy of the clean symbols and the model's exponents, given what is not masked."""
     log_probs, exponents = model.order.reverse(*model(torch.where(masked, model.mask_id, clean)))
-    return F.nll_loss(log_probs.double().transpose(1, 2), clean, reduction="none"), exponents.double()
+    return cross_entropies(log_probs.double(), clean), exponents.double()
 
 
 def _at_time(
@@ -115,7 +114,7 @@ def _block_bound(model: Backbone, clean: Tensor, generator: torch.Generator, sam
         rank = ((clocks.unsqueeze(1) < clocks.unsqueeze(2)) & same).sum(2)  # within its block
         masked = rank >= revealed
         logits = model.predict_blocks(torch.where(masked, model.mask_id, clean), clean).double()
-        cross_entropy = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")
+        cross_entropy = cross_entropies(logits.log_softmax(-1), clean)
         left = (masked.unsqueeze(1) & same).sum(2)  # masked in its block
         totals.append(torch.where(masked, cross_entropy * sizes / left.clamp(min=1), 0.0).sum(1))
     total = torch.stack(totals).mean(0)

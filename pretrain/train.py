@@ -179,6 +179,9 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {config.ema}")
     if config.dim % config.heads:
         raise tasks.UnmaskError(f"dim must be a multiple of heads; {config.dim} is not one of {config.heads}")
+    line = task.coordinates.shape[1] == 1  # of positions, not a board
+    if line and config.dim % (2 * config.heads):
+        raise tasks.UnmaskError(f"for {task.name}, dim must be a multiple of 2 heads, so not {config.dim}")
     if isinstance(config, BlockConfig) and not 1 <= config.block_length <= task.length:
         raise tasks.UnmaskError(f"block_length must be between 1 and {task.length}, not {config.block_length}")
     if isinstance(config, LoMDMConfig) and not 0 <= config.c2 < config.c1:
@@ -190,7 +193,14 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Backbone(
-            task.vocab_size, task.coordinates.tolist(), config.dim, config.layers, config.heads, **config.order()
+            task.vocab_size,
+            task.coordinates.tolist(),
+            config.dim,
+            config.layers,
+            config.heads,
+            vocabularies=task.vocabularies,
+            rotary=line,
+            **config.order(),
         )
     model = model.to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))

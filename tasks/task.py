@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tasks.errors import UnmaskError
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -52,12 +54,15 @@ class Task(ABC):
         symbols: one string per token, as people see it.
         shape: (rows, columns) of the drawing; ``rows * columns`` is the length L.
         box: (height, width) of the boxes that the drawing frames, or None.
+        vocabularies: how many symbols each position has for itself, (L,): the first takes the first ``vocabularies[0]``
+            symbols, the second those after them, and so on. None: all positions share all symbols.
     """
 
     name: str
     symbols: tuple[str, ...]
     shape: tuple[int, int]
     box: tuple[int, int] | None = None
+    vocabularies: tuple[int, ...] | None = None
 
     # ------------------------------------------------------------------ sizes
     @property
@@ -123,3 +128,50 @@ class Task(ABC):
             groups = [" ".join(cells[c : c + width]) for c in range(0, columns, width)]
             lines.append(" | ".join(groups))
         return "\n".join(lines)
+
+
+class Infilling(Task):
+    """Complete sequences of which an instance hides a share; the reward is the share of that which comes back right.
+
+    A subclass implements :meth:`clean` and :meth:`heldout_answers`.
+
+    Args:
+        shape: (rows, columns). hide: share of the positions that instances hide.
+
+    Raises:
+        UnmaskError: sizes below 1, or nothing or more than everything to hide.
+    """
+
+    def __init__(self, shape: tuple[int, int], hide: float) -> None:
+        if min(shape) < 1 or not 0 < hide <= 1:
+            raise UnmaskError(
+                f"length must be at least 1 and hide above 0 and at most 1, not {shape[0] * shape[1]} and {hide}"
+            )
+        self.shape, self.hide = shape, hide
+
+    @abstractmethod
+    def clean(self, n: int, generator: torch.Generator) -> Tensor: ...
+
+    @abstractmethod
+    def heldout_answers(self, n: int | None, split: str) -> Tensor:
+        """(N, L) complete sequences of a split, always the same."""
+
+    def _hidden(self, answers: Tensor, generator: torch.Generator) -> Instances:
+        draw = torch.rand(answers.shape, generator=generator, device=answers.device)
+        holes = draw.argsort(1).argsort(1) < max(1, round(self.hide * self.length))
+        return Instances(torch.where(holes, self.mask_id, answers), answers)
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        return self._hidden(self.clean(n, generator), generator)
+
+    def heldout(self, n: int | None = None, split: str = "test") -> Instances:
+        return self._hidden(self.heldout_answers(n, split), torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        holes = instances.tokens == self.mask_id
+        right = (tokens == instances.answers) & holes
+        return right.sum(1) / holes.sum(1).clamp(min=1)
+
+    def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+        exact = (tokens == instances.answers).all(1).float()
+        return {"token_accuracy": self.reward(tokens, instances), "exact": exact}

