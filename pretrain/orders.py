@@ -24,6 +24,7 @@ class NoOrder(nn.Module):
 
     learned = False
     reads_clean = False  # whether the masking process looks at the whole clean sequence
+    mean = 1.0  # of the exponents, at the start of training or always
 
     def exponents(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
         """(N, L) or (1, L) exponents of the masking process.
@@ -93,7 +94,8 @@ class ContextOrder(NoOrder):
 
     Args:
         masking, revealing: the networks, (N, L, D) to (N, L, 1); they start at 0.
-        c1, c2: 0 <= c2 < c1 keeps exponents above 0; their ratio bounds how firmly an order can be preferred.
+        c1, c2: 0 <= c2 < c1 keeps exponents above 0; their ratio bounds how firmly an order can be preferred. Their
+            common scale is one of time alone.
     """
 
     learned = True
@@ -102,6 +104,7 @@ class ContextOrder(NoOrder):
     def __init__(self, masking: nn.Module, revealing: nn.Module, c1: float, c2: float) -> None:
         super().__init__()
         self.masking, self.revealing, self.c1, self.c2 = masking, revealing, c1, c2
+        self.mean = c1
 
     def _spread(self, network: nn.Module, hidden: Tensor) -> Tensor:
         preference = network(hidden.detach()).squeeze(-1).float().sigmoid()  # (N, L)

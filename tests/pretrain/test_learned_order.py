@@ -36,6 +36,11 @@ LEARNED = ["positions", "symbols", "context"]
 MASKS = torch.tensor(list(itertools.product([False, True], repeat=L)))  # (8, L)
 
 
+def at_unit_scale(order: str) -> Backbone:
+    """With exponents of mean 1, for which times are drawn, so that a time of the loss is one of the schedule."""
+    return backbone(order=order, c1=1.0, c2=0.9)
+
+
 # ---------------------------------------------------------------------- gradients, by enumeration of pairs of masks
 @pytest.fixture
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +80,7 @@ def masking(name: str) -> bool:
 @pytest.mark.parametrize("order", LEARNED)
 def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, t, monkeypatch):
     """Of every parameter: trunk, head, masking and revealing exponents."""
-    model, clean = backbone(order=order).double(), SEQUENCES[3:4]
+    model, clean = at_unit_scale(order).double(), SEQUENCES[3:4]
     exact = gradients(Exact(model, clean).at_time(torch.tensor([t], dtype=torch.float64)).sum() / L, model)
     found = gradients(expected_surrogate(model, clean, t, monkeypatch), model)
     assert exact.keys() == found.keys()
@@ -88,7 +93,7 @@ def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, t, monk
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("order", LEARNED)
 def test_without_the_score_term_the_masking_exponents_are_misled(order, monkeypatch):
-    model, clean, t = backbone(order=order).double(), SEQUENCES[3:4], 0.5
+    model, clean, t = at_unit_scale(order).double(), SEQUENCES[3:4], 0.5
     exact = gradients(Exact(model, clean).at_time(torch.tensor([t], dtype=torch.float64)).sum() / L, model)
     whole = Powers.log_probability
     monkeypatch.setattr(Powers, "log_probability", lambda self, *given: whole(self, *given).detach())
@@ -135,7 +140,7 @@ def test_the_loss_and_its_gradient_are_unbiased(order):
 @pytest.mark.parametrize("order", ["none", *LEARNED])
 def test_one_draw_of_the_loss_by_hand(order):
     """Repeat the loss's draws, then sum in a plain loop; the second sample is the first one's baseline."""
-    model, clean = backbone(order=order), SEQUENCES
+    model, clean = at_unit_scale(order), SEQUENCES
     repeat = generator(5)
     with torch.no_grad():
         w = model.order.exponents(clean, model.trunk(clean)).expand(8, L)
@@ -159,6 +164,16 @@ def test_one_draw_of_the_loss_by_hand(order):
     assert bound.item() == pytest.approx(float(expected), rel=1e-4)
     score = 0 if order == "none" else (log_q[0] * (samples[0] - samples[1])).mean()
     assert surrogate.item() == pytest.approx(float(expected + score), rel=1e-4)
+
+
+def test_the_common_scale_of_the_exponents_does_not_matter():
+    """The same draws, loss and gradients; so c1 is a scale of time, and c2 / c1 says how much of an order there is."""
+    one, other = (backbone(order="context", c1=scale, c2=0.9 * scale) for scale in (1.0, 0.3))
+    losses = [learned_order_loss(model, SEQUENCES, generator(2)) for model in (one, other)]
+    assert losses[0][1].item() == pytest.approx(losses[1][1].item(), rel=1e-5)
+    first, second = (gradients(loss, model) for (loss, _), model in zip(losses, (one, other), strict=True))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_without_spread_the_loss_is_masked_diffusions_to_the_bit():
@@ -195,7 +210,7 @@ def parts(model: Backbone, clean: Tensor, seed: int) -> tuple[Tensor, Tensor, Te
 
 def test_the_trunk_and_head_learn_from_cross_entropy_alone():
     """Weighted with the velocity: nothing of the velocities' mismatch or the score term reaches them."""
-    model, clean = backbone(order="context"), SEQUENCES.repeat(3, 1)
+    model, clean = at_unit_scale("context"), SEQUENCES.repeat(3, 1)
     found = gradients(learned_order_loss(model, clean, generator(3))[0], model)
     cross_entropy, w, _, masked, t = parts(model, clean, 3)
     alone = gradients(torch.where(masked, (w / t).detach() * cross_entropy, 0).sum() / len(t) / L, model)
@@ -208,7 +223,7 @@ def test_the_trunk_and_head_learn_from_cross_entropy_alone():
 
 
 def test_the_revealing_network_learns_from_the_velocities_alone():
-    model, clean = backbone(order="context"), SEQUENCES.repeat(3, 1)
+    model, clean = at_unit_scale("context"), SEQUENCES.repeat(3, 1)
     found = gradients(learned_order_loss(model, clean, generator(3))[0], model)
     _, w, own, masked, t = parts(model, clean, 3)
     a, b = (w / t).detach(), own / t
@@ -225,7 +240,7 @@ def test_the_revealing_network_learns_from_the_velocities_alone():
 @pytest.mark.usefixtures("without_score")
 def test_the_masking_network_learns_from_cross_entropy_along_the_path():
     """The velocity weighs the cross-entropy, and that weight is not detached."""
-    model, clean = backbone(order="context"), SEQUENCES.repeat(3, 1)
+    model, clean = at_unit_scale("context"), SEQUENCES.repeat(3, 1)
     found = gradients(learned_order_loss(model, clean, generator(3))[0], model)
     cross_entropy, w, own, masked, t = parts(model, clean, 3)
     a, b = w / t, (own / t).detach()
