@@ -114,9 +114,11 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Order
     """A reference policy by name, or a learned policy by packaged name, folder or hub id.
 
     Raises:
-        UnknownNameError, CheckpointError: in one line.
+        UnknownNameError, CheckpointError: in one line. UnmaskError: ``learned`` of a denoiser that learned no order.
     """
     if name in reference.REFERENCES:
+        if name == "learned" and denoiser is not None:
+            reference.require_learned(denoiser, task)
         return reference.get(name)
     try:
         return load_policy(name, task, denoiser)

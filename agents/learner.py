@@ -24,7 +24,15 @@ from unmask_env.denoiser import Denoiser
 from unmask_env.reference import Reference, require_full_support
 
 ReferenceName = Literal[
-    "random", "left_to_right", "max_confidence", "margin", "entropy", "softmax_confidence", "softmax_margin", "top_k"
+    "random",
+    "left_to_right",
+    "max_confidence",
+    "margin",
+    "entropy",
+    "softmax_confidence",
+    "softmax_margin",
+    "top_k",
+    "learned",
 ]
 WARMUP = 5  # iterations over which the learning rate rises
 
@@ -160,6 +168,8 @@ def prepare(config: LearnerConfig, task: Task | None, denoiser: Denoiser | None)
     if config.lr is None:
         config = replace(config, lr=1e-3 if config.init is None else 3e-5)
     reference = make_reference(config)
+    if config.reference == "learned":
+        references.require_learned(denoiser, task)
     return Prepared(config, task, denoiser, reference, start(config, task, denoiser).to(device), device)
 
 
@@ -185,6 +195,11 @@ def prepare_on_policy(
         raise UnmaskError(
             "this policy sees the denoiser's hidden states, which environments do not show; train it with upo, or use "
             "one without (--no-hidden)"
+        )
+    if isinstance(ready.policy.base, references.Learned):
+        raise UnmaskError(
+            "this policy starts at the order that the denoiser learned, which environments do not show; train it with "
+            "upo, or start from another --init"
         )
     if boards * steps % config.minibatches:
         raise UnmaskError(f"{boards} boards x {steps} steps do not divide into {config.minibatches} minibatches")
@@ -260,7 +275,9 @@ def start(config: LearnerConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
         base = "softmax_confidence"
     elif config.reference in ("margin", "softmax_margin"):
         base = "softmax_margin"
+    elif config.reference == "learned":
+        base = "learned"
     candidates = config.top_k if config.reference == "top_k" else None
-    # A uniform reference does not prefer sure positions, so a policy that equals it reads every board.
-    shape = replace(config.shape, sure=2.0) if base == "none" else config.shape
+    # These references do not prefer sure positions, so a policy that starts as one of them reads every board.
+    shape = replace(config.shape, sure=2.0) if base in ("none", "learned") else config.shape
     return new_policy(shape, task, denoiser, config.seed, base, config.tau, candidates)

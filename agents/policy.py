@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from pretrain.backbone import Backbone, Block, CoordinateEmbedding, init_weights
+from pretrain.backbone import Backbone, Block, CoordinateEmbedding, init_weights, rotations
 from pretrain.checkpoint import CheckpointError, load_model
 from pretrain.run import require_at_least
 from tasks import Task, UnmaskError
@@ -25,7 +25,7 @@ from unmask_env.denoiser import Denoiser
 PACKAGED_POLICIES = Path(__file__).parent / "models"
 TOP = 8  # most likely symbols that a policy sees per position, as in UPO's released head
 
-Base = Literal["none", "softmax_confidence", "softmax_margin"]
+Base = Literal["none", "softmax_confidence", "softmax_margin", "learned"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     Args:
         vocab_size: V of the denoiser. coordinates: (L, C) as nested lists.
         base: reference whose log-probabilities (at ``base_tau``) are the starting point; ``none`` is the most confident
-            position where the denoiser is sure, and uniform elsewhere.
+            position where the denoiser is sure, and uniform elsewhere; ``learned`` is the denoiser's own order.
         candidates: if given, only the k most confident open positions may be chosen (UPO's top-k realisation).
         tokens: see the symbols on the board. top_tokens: see which symbols the denoiser thinks of.
         hidden_dim: channels of the denoiser's hidden states to see; 0 to leave them out.
         dim, layers, heads: size. readings: how often the board is read, with shared weights.
         sure: the confidence from which on no reading is needed; above 1 the board is always read.
         gate: initial weight of the log-odds.
+        rotary: as the denoiser's.
     """
 
     def __init__(
@@ -99,13 +100,15 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         readings: int = 2,
         sure: float = 0.97,
         gate: float = 0.0,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
-        self.vocab_size, self.length = vocab_size, len(coordinates)
+        self.vocab_size, self.length, self.rotary = vocab_size, len(coordinates), rotary
         self.top = min(TOP, vocab_size)
         self.readings, self.sure = readings, sure
         self.candidates, self.see_tokens, self.see_top_tokens = candidates, tokens, top_tokens
-        self.base = None if base == "none" else reference.get(base, tau=base_tau)
+        options = {"tau": base_tau} if base.startswith("softmax") else {}
+        self.base = None if base == "none" else reference.get(base, **options)
         self.symbols = nn.Embedding(vocab_size, dim)
         self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
         self.hidden = nn.Linear(hidden_dim, dim, bias=False) if hidden_dim else None
@@ -139,10 +142,13 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         fixed = fixed.expand(*observation.tokens.shape, -1)  # (N, L, D)
         thought = observation.denoised.log_probs.exp() * self.see_top_tokens
         beliefs = []
+        rotation = (
+            rotations(self.length, fixed.shape[-1] // self.blocks[0].heads, fixed.device) if self.rotary else None
+        )
         for _ in range(self.readings):
             x = fixed + (thought @ self.symbols.weight) * is_open
             for block in self.blocks:
-                x = block(x)
+                x = block(x, rotation=rotation)
             beliefs.append(self.head(self.norm(x)).log_softmax(-1))
             thought = beliefs[-1].exp()
         return beliefs
@@ -231,6 +237,7 @@ def new_policy(
             readings=shape.readings,
             sure=shape.sure,
             gate=gate,
+            rotary=backbone is not None and backbone.rotary,
         )
     if backbone is not None:
         policy.copy_from(backbone)

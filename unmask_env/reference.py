@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tasks import UnknownNameError, UnmaskError
-from unmask_env.core import Observation, choose, masked_log_softmax
+from tasks import Task, UnknownNameError, UnmaskError
+from unmask_env.core import Denoised, Observation, choose, masked_log_softmax
 
 
 class Reference:
@@ -159,6 +159,12 @@ class TopK(Reference):
         return masked_log_softmax(torch.zeros_like(score), among)
 
 
+NO_ORDER = (
+    "this denoiser has learned no order; the reference 'learned' is for those of `unmask pretrain lomdm`, "
+    "learned-schedule and genmd4"
+)
+
+
 class Learned(Reference):
     """The order that the denoiser itself learned: g(i) proportional to its exponent w_i.
 
@@ -168,10 +174,7 @@ class Learned(Reference):
 
     def log_prob(self, observation: Observation) -> Tensor:
         if observation.denoised.exponents is None:
-            raise UnmaskError(
-                "this denoiser has learned no order; the reference 'learned' is for those of `unmask pretrain lomdm`, "
-                "learned-schedule and genmd4"
-            )
+            raise UnmaskError(NO_ORDER)
         return masked_log_softmax(observation.denoised.exponents.log(), observation.open)
 
 
@@ -212,6 +215,12 @@ def require_full_support(reference: Reference) -> None:
             f"the KL to the deterministic reference {type(reference).__name__} is infinite; take a softmax reference, "
             "random, or, for UPO, regulariser cross_entropy"
         )
+
+
+def require_learned(denoiser: Callable[[Tensor], Denoised], task: Task) -> None:
+    """Raises :class:`tasks.UnmaskError` if ``denoiser`` has learned no order; one forward on an empty sequence."""
+    if denoiser(torch.full((1, task.length), task.mask_id, device=denoiser.device)).exponents is None:
+        raise UnmaskError(NO_ORDER)
 
 
 REFERENCES: dict[str, Callable[..., Reference]] = {

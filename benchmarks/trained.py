@@ -1,0 +1,52 @@
+"""What benchmarks that train many denoisers share: single-threaded, resumable, several at a time, quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.backbone import Backbone
+from pretrain.checkpoint import write_json
+from pretrain.train import PretrainConfig, pretrain
+
+
+def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]]) -> dict[str, Any]:
+    """What ``measure`` finds of the model that ``config`` trains, with its ``cpu_seconds`` (of this process, so that
+    runs beside it hardly matter; None of a resumed run). Kept in the run's folder: a finished run is not repeated."""
+    out = Path(config.out)
+    finished = out / "result.json"
+    if finished.exists():
+        return json.loads(finished.read_text())
+    torch.set_num_threads(1)
+    resume = (out / "state.safetensors").exists()
+    config = dataclasses.replace(config, threads=1, resume=resume)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        started = time.process_time()
+        model = pretrain(config)
+        seconds = time.process_time() - started
+    result = {"steps": config.steps, "seed": config.seed, "cpu_seconds": None if resume else round(seconds, 1)}
+    result |= measure(model)
+    write_json(finished, result)
+    return result
+
+
+def in_parallel(run: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], processes: int) -> list[dict[str, Any]]:
+    """Results in the order of ``jobs``."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(run, jobs))
+
+
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean over seeds (Student's t); None for fewer than 3."""
+    quantile = {3: 4.303, 4: 3.182, 5: 2.776}.get(len(values))
+    return None if quantile is None else quantile * float(torch.tensor(values).std()) / len(values) ** 0.5
