@@ -95,7 +95,7 @@ def draw(results: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--longer", type=float, default=2.2, help="times LoMDM's step costs masked diffusion's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=2000, help="held-out windows of 64 characters")

@@ -88,7 +88,15 @@ class BlockConfig(PretrainConfig):
 
 
 @dataclass(frozen=True)
-class LearnedScheduleConfig(PretrainConfig):
+class LearnedOrderConfig(PretrainConfig):
+    """What models with a learned order share."""
+
+    order_lr: float = 1.0
+    """learning rate of what the order alone learns, as a multiple of ``lr``"""
+
+
+@dataclass(frozen=True)
+class LearnedScheduleConfig(LearnedOrderConfig):
     """Masked diffusion with a learned schedule per position."""
 
     def order(self) -> dict[str, Any]:
@@ -96,7 +104,7 @@ class LearnedScheduleConfig(PretrainConfig):
 
 
 @dataclass(frozen=True)
-class GenMD4Config(PretrainConfig):
+class GenMD4Config(LearnedOrderConfig):
     """Masked diffusion with a learned schedule per symbol."""
 
     def order(self) -> dict[str, Any]:
@@ -104,9 +112,12 @@ class GenMD4Config(PretrainConfig):
 
 
 @dataclass(frozen=True)
-class LoMDMConfig(PretrainConfig):
+class LoMDMConfig(LearnedOrderConfig):
     """Masked diffusion with an order learned from the context."""
 
+    order_lr: float = 0.1
+    """learning rate of the two order networks, as a multiple of ``lr``; at 1 noise drives them into saturation before
+    there is anything to learn"""
     c1: float = 0.7
     """mean exponent (the paper's best)"""
     c2: float = 0.65
@@ -184,6 +195,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         raise tasks.UnmaskError(f"for {task.name}, dim must be a multiple of 2 heads, so not {config.dim}")
     if isinstance(config, BlockConfig) and not 1 <= config.block_length <= task.length:
         raise tasks.UnmaskError(f"block_length must be between 1 and {task.length}, not {config.block_length}")
+    if isinstance(config, LearnedOrderConfig):
+        require_at_least(0, order_lr=config.order_lr)
     if isinstance(config, LoMDMConfig) and not 0 <= config.c2 < config.c1:
         raise tasks.UnmaskError(f"c1 and c2 must satisfy 0 <= c2 < c1, not c1 = {config.c1}, c2 = {config.c2}")
     rank, world, device = distributed(device)
@@ -204,7 +217,13 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         )
     model = model.to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer = torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    groups = decayed_groups(model, config.weight_decay)
+    if isinstance(config, LearnedOrderConfig):
+        own = {id(p) for p in model.order.parameters()}
+        others = [group | {"params": [p for p in group["params"] if id(p) not in own]} for group in groups]
+        ordering = [group | {"params": [p for p in group["params"] if id(p) in own]} for group in groups]
+        groups = others + [group | {"multiple": config.order_lr} for group in ordering]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     run = Run(
         config, config.steps, parts, f"pretrain {task.name} ({parameter_count(model):,} parameters)", main=rank == 0

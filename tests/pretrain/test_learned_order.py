@@ -351,7 +351,7 @@ KINDS: dict[str, Callable[..., PretrainConfig]] = {
     "block": lambda **settings: BlockConfig(**{"block_length": 2} | settings),
     "learned-schedule": LearnedScheduleConfig,
     "genmd4": GenMD4Config,
-    "lomdm": LoMDMConfig,
+    "lomdm": lambda **settings: LoMDMConfig(**{"order_lr": 1.0} | settings),  # a few steps must show
 }
 
 
