@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import sys
 import time
@@ -16,14 +17,17 @@ import torch
 import tyro
 from rich.console import Console
 from rich.live import Live
+from rich.progress import track
+from rich.table import Table
 from rich.text import Text
 
 import tasks
 from agents import demo, evaluate, imitation, upo
 from agents.learner import ReferenceName, SB3PPOConfig, TorchRLGRPOConfig, TorchRLPPOConfig
 from agents.policy import PACKAGED_POLICIES
+from pretrain import bounds
 from pretrain.checkpoint import PACKAGED_DENOISERS, packaged, write_json
-from pretrain.run import Interrupted, require_seed, resolve_device
+from pretrain.run import Interrupted, require_at_least, require_seed, resolve_device
 from pretrain.train import OBJECTIVES, PretrainConfig, pretrain
 from tasks import Instances, Sudoku, UnmaskError
 from unmask_env import core, exact, ids, reference, render
@@ -63,6 +67,29 @@ class EvaluateCommand:
     seed: int = 0
     """of the stochastic orders"""
     batch: int = 500
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class LikelihoodCommand:
+    """How likely a denoiser finds held-out sequences: unbiased bounds on -log p(x), with standard errors."""
+
+    task: str
+    """for example text"""
+    denoiser: str
+    """packaged name, folder or hub id"""
+    split: Literal["validation", "test"] = "test"
+    limit: int = 1000
+    """how many sequences"""
+    samples: int = 8
+    """masks per sequence"""
+    truncated: bool = False
+    """also the time integral cut off at t = 0.001, as often reported: no bound"""
+    json: Path | None = None
+    """write the numbers here"""
+    seed: int = 0
+    """of the masks"""
+    batch: int = 250
     device: str = "cpu"
 
 
@@ -111,11 +138,15 @@ def instances_of(task: tasks.Task, puzzles: Path | None, limit: int | None, grad
     return instances if limit is None else instances[:limit]
 
 
+def require_file(path: Path | None) -> None:
+    if path is not None and path.is_dir():
+        raise UnmaskError(f"--json {path} is a folder; name a file")
+
+
 def run_evaluate(command: EvaluateCommand) -> None:
     device = resolve_device(command.device)
     require_seed(command.seed)
-    if command.json is not None and command.json.is_dir():
-        raise UnmaskError(f"--json {command.json} is a folder; name a file")
+    require_file(command.json)
     if command.blanks is not None and command.puzzles is not None:
         raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
     task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
@@ -142,6 +173,45 @@ def run_evaluate(command: EvaluateCommand) -> None:
         Console().print(evaluate.exact_table(results, command.reference))
         if command.json is not None:
             write_json(command.json, [result.row() for result in results])
+
+
+def run_likelihood(command: LikelihoodCommand) -> None:
+    device = resolve_device(command.device)
+    require_seed(command.seed)
+    require_at_least(1, limit=command.limit, samples=command.samples, batch=command.batch)
+    require_file(command.json)
+    task = tasks.get(command.task)
+    model = load_denoiser(command.denoiser, task, device).model
+    clean = task.heldout(command.limit, command.split).answers.to(device)
+    generator = torch.Generator(device).manual_seed(command.seed)
+    found = [
+        bounds.bound(model, rows, generator, command.samples, command.truncated)
+        for rows in track(clean.split(command.batch), "likelihood", transient=True)
+    ]
+    forms = {"exact" if found[0].exact else "path bound": "path", "order bound": "order"}
+    if found[0].exact:
+        del forms["order bound"]
+    if command.truncated:
+        forms["cut off at t = 0.001 (no bound)"] = "truncated"
+    table = Table(
+        "",
+        "nats per sequence",
+        "nats per position",
+        "perplexity",
+        title=f"{task.name}, {command.denoiser}, {len(clean)}",
+    )
+    rows = []
+    for title, form in forms.items():
+        values = torch.cat([getattr(part, form) for part in found])
+        mean, error = bounds.mean_and_error(values)
+        each, its_error = mean / task.length, error / task.length
+        table.add_row(
+            title, f"{mean:.3f} ± {error:.3f}", f"{each:.4f} ± {its_error:.4f}", f"{math.exp(each):.3f}"
+        )  # standard errors over sequences
+        rows.append({"form": title, "nats": mean, "standard_error": error, "length": task.length, "n": len(clean)})
+    Console().print(table)
+    if command.json is not None:
+        write_json(command.json, rows)
 
 
 def run_show(command: ShowCommand) -> None:
@@ -201,6 +271,7 @@ def application() -> tyro.extras.SubcommandApp:
     training.command(TorchRLGRPOConfig, name="grpo-torchrl")
     app.command(training, name="train", help="Train an order policy on top of a frozen denoiser.")
     app.command(EvaluateCommand, name="evaluate")
+    app.command(LikelihoodCommand, name="likelihood")
     app.command(ShowCommand, name="show")
     app.command(demo.DemoConfig, name="demo")
     return app
@@ -241,6 +312,8 @@ def dispatch(command: Any) -> None:
             torchrl_ppo.train(command)
         case EvaluateCommand():
             run_evaluate(command)
+        case LikelihoodCommand():
+            run_likelihood(command)
         case ShowCommand():
             run_show(command)
         case demo.DemoConfig():

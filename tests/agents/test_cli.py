@@ -17,6 +17,7 @@ from PIL import Image
 import tasks
 from agents.cli import main
 from agents.policy import PolicyShape, load_policy, new_policy
+from pretrain import bounds
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_state, packaged, save_model
 from pretrain.train import PretrainConfig, pretrain
@@ -28,7 +29,7 @@ TINY = ("--task", "sudoku6", "--denoiser", "sudoku6-tiny")
 LEVELS = [
     (), ("list",), ("pretrain",), ("pretrain", "mdm"), ("train",), ("train", "upo"), ("train", "imitation"),
     ("train", "ppo-sb3"), ("train", "ppo-torchrl"), ("train", "grpo-torchrl"),
-    ("evaluate",), ("show",), ("demo",),
+    ("evaluate",), ("likelihood",), ("show",), ("demo",),
 ]  # fmt: skip
 
 
@@ -191,6 +192,16 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["show", *TINY, "--order", "best"], ["unknown order 'best'"]),
         (["show", *TINY, "--index", "-1"], ["index must be between 0 and", "not -1"]),
         (["show", *TINY, "--index", "10000000"], ["index must be between 0 and", "not 10000000"]),
+        (["likelihood", *TINY, "--samples", "0"], ["samples must be at least 1, not 0"]),
+        (["likelihood", *TINY, "--limit", "0"], ["limit must be at least 1, not 0"]),
+        (["likelihood", *TINY, "--json", "."], ["is a folder; name a file"]),
+        (["likelihood", "--task", "text", "--denoiser", "sudoku6-tiny"], ["task text has 84 symbols and 64 positions"]),
+        (["evaluate", *TINY, "--orders", "margin", "learned"], ["has learned no order", "unmask pretrain lomdm"]),
+        (["train", "upo", "--out", "x", "--reference", "learned", *TINY[2:]], ["has learned no order"]),
+        (["pretrain", "mdm", "--task", "sudoku4:size=5", "--out", "x"], ["takes blanks, reward; not size"]),
+        (["pretrain", "mdm", "--task", "tabular:no.csv", "--out", "x"], ["cannot read the table no.csv"]),
+        (["pretrain", "mdm", "--task", "text:no.txt", "--out", "x"], ["cannot read no.txt as UTF-8 text"]),
+        (["pretrain", "lomdm", "--task", "sudoku4", "--order-lr", "-1", "--out", "x"], ["order_lr must be at least 0"]),
         (["demo", "--denoiser", "sudoku7", "--out", "x"], ["unknown denoiser 'sudoku7'"]),
         (["demo", "--denoiser", "sudoku6-tiny", "--out", "x", "--limit", "0"], ["0"]),
     ],
@@ -313,6 +324,23 @@ def test_evaluate_with_a_number_of_blanks(unmask, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     unmask("evaluate", *TINY, "--orders", "random", "--limit", "9", "--blanks", "7", "--json", out)
     assert json.loads(out.read_text())[0]["nfe"] == 7
+
+
+def test_likelihood(unmask, tmp_path: Path) -> None:
+    """The table and the file say what the bounds say; 28,200,960 grids of 6x6 have log 17.155."""
+    done = unmask("likelihood", *TINY, "--limit", 40, "--samples", 4, "--batch", 40, "--json", tmp_path / "rows.json")
+    assert done.code == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["form"] for row in rows] == ["path bound", "order bound"]
+    task = tasks.get("sudoku6")
+    model = load_denoiser("sudoku6-tiny", task).model
+    found = bounds.bound(model, task.heldout(40).answers, torch.Generator().manual_seed(0), samples=4)
+    assert rows[0]["nats"] == pytest.approx(float(found.path.mean()))
+    assert rows[0]["standard_error"] == pytest.approx(float(found.path.std()) / 40**0.5)
+    assert rows[0]["nats"] > 17.155
+    assert f"{rows[0]['nats']:.3f}" in done.out
+    again = unmask("likelihood", *TINY, "--limit", 40, "--samples", 4, "--truncated")
+    assert "(no bound)" in again.out
 
 
 def test_evaluate_follows_the_seed(unmask, tmp_path: Path) -> None:

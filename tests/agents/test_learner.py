@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torchrl.modules import MaskedCategorical
 
+import tasks
 from agents import learner, sb3_ppo, torchrl_ppo, upo
 from agents.learner import (
     LearnerConfig,
@@ -30,6 +31,7 @@ from agents.learner import (
 )
 from agents.policy import OrderPolicy, PolicyShape, load_policy
 from agents.upo import UPOConfig
+from pretrain.backbone import Backbone
 from pretrain.checkpoint import load_state
 from pretrain.run import Interrupted
 from tasks import Instances, Task, UnmaskError
@@ -37,7 +39,7 @@ from tests.agents.test_upo import JOINT, SEQUENCE_REWARD, TablePolicy
 from tests.oracles.enumeration import TableTask
 from unmask_env import core, exact, reference
 from unmask_env.core import Observation
-from unmask_env.denoiser import Denoiser, TableDenoiser
+from unmask_env.denoiser import Denoiser, FrozenDenoiser, TableDenoiser
 
 CONFIGS = {
     "ppo-sb3": SB3PPOConfig,
@@ -603,3 +605,51 @@ def test_a_policy_that_leaves_the_reference_is_refused(finished: dict[str, Path]
 def test_make_reference_is_what_the_environments_show() -> None:
     """The default is UPO's."""
     assert make_reference(LearnerConfig(out="")) == reference.SoftmaxConfidence(0.05)
+
+
+# ---------------------------------------------------------------------- on top of a model that learned its order
+def lomdm() -> Denoiser:
+    """A denoiser of 4x4 Sudoku with an order far from uniform."""
+    task = tasks.get("sudoku4")
+    torch.manual_seed(0)
+    model = Backbone(4, task.coordinates.tolist(), 16, 1, 2, order="context")
+    for weight in (model.symbols.weight, model.positions.tables[0].weight, model.order.revealing[-1].weight):
+        torch.nn.init.normal_(weight)
+    return FrozenDenoiser(model, task)
+
+
+def test_upo_starts_at_the_learned_order_and_goes_on_from_there(tmp_path: Path) -> None:
+    task, denoiser = tasks.get("sudoku4"), lomdm()
+    config = UPOConfig(
+        out=str(tmp_path / "run"), denoiser="given", reference="learned", beta=0.1, iterations=2, puzzles=4, group=4,
+        regulariser="step_kl", threads=1,
+    )  # fmt: skip
+    policy = start(config, task, denoiser)
+    boards = task.heldout(20).tokens
+    observation = Observation(boards, boards == task.mask_id, denoiser(boards))
+    theirs = reference.Learned().log_prob(observation)
+    torch.testing.assert_close(policy.log_prob(observation), theirs)
+    expected = denoiser(boards).exponents.where(boards == task.mask_id, 0)
+    torch.testing.assert_close(theirs.exp(), expected / expected.sum(1, keepdim=True))
+    assert float((theirs.exp() * (boards == task.mask_id).sum(1, keepdim=True)).max()) > 1.05, "not uniform"
+    trained = upo.train(config, task, denoiser)
+    assert 0 <= scalars(tmp_path / "run")["divergence/step_kl"][0] < 0.05
+    assert not torch.allclose(trained.log_prob(observation), theirs)
+    again = load_policy(tmp_path / "run", task, denoiser)
+    assert torch.equal(again.log_prob(observation), trained.log_prob(observation))
+
+
+@pytest.mark.parametrize("name", BY_LIBRARY)
+def test_environments_do_not_show_the_learned_order(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name](out=str(tmp_path / "run"), denoiser="given", reference="learned", threads=1)
+    with pytest.raises(UnmaskError, match="train it with upo"):
+        train(config, tasks.get("sudoku4"), lomdm())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_denoiser_without_an_order_has_no_learned_reference(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name](out=str(tmp_path / "run"), env="Unmask/Sudoku4x4-v0", reference="learned", threads=1)
+    with pytest.raises(UnmaskError, match="this denoiser has learned no order"):
+        train(config)
+    assert not (tmp_path / "run").exists()
