@@ -117,7 +117,7 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Order
         UnknownNameError, CheckpointError: in one line. UnmaskError: ``learned`` of a denoiser that learned no order.
     """
     if name in reference.REFERENCES:
-        if name == "learned" and denoiser is not None:
+        if name.startswith("learned") and denoiser is not None:
             reference.require_learned(denoiser, task)
         return reference.get(name)
     try:

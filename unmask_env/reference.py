@@ -173,9 +173,20 @@ class Learned(Reference):
     """
 
     def log_prob(self, observation: Observation) -> Tensor:
-        if observation.denoised.exponents is None:
-            raise UnmaskError(NO_ORDER)
-        return masked_log_softmax(observation.denoised.exponents.log(), observation.open)
+        return masked_log_softmax(_exponents(observation).log(), observation.open)
+
+
+class LearnedGreedy(_Greedy):
+    """The position that :class:`Learned` prefers most: a heuristic, as the model's own law is the stochastic one."""
+
+    def score(self, observation: Observation) -> Tensor:
+        return _exponents(observation)
+
+
+def _exponents(observation: Observation) -> Tensor:
+    if observation.denoised.exponents is None:
+        raise UnmaskError(NO_ORDER)
+    return observation.denoised.exponents
 
 
 @dataclass(frozen=True)
@@ -233,6 +244,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "softmax_margin": SoftmaxMargin,
     "top_k": TopK,
     "learned": Learned,
+    "learned_greedy": LearnedGreedy,
     "oracle": Oracle,
 }
 

@@ -1,10 +1,13 @@
 """The backbone: shapes, what its coordinates share, and its initialisation."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
 import tasks
-from pretrain.backbone import Backbone, CoordinateEmbedding, parameter_count
+from pretrain.backbone import Backbone, Block, CoordinateEmbedding, parameter_count, rotations
 
 
 def tiny(coordinates: list[list[int]], vocab_size: int = 5, seed: int = 0, **sizes: int) -> Backbone:
@@ -104,3 +107,45 @@ def test_it_fits_the_registered_tasks(name):
     model = tiny(task.coordinates.tolist(), task.vocab_size)
     instances = task.heldout(2)
     assert model(instances.tokens).logits.shape == (2, task.length, task.vocab_size)
+
+
+# ---------------------------------------------------------------------- distances
+def test_rotary_attention_sees_distances_and_not_places() -> None:
+    """The same states further along the line attend in the same way; mirrored they do not."""
+    torch.manual_seed(0)
+    block = Block(16, 2).eval()
+    x, rotation = torch.randn(1, 6, 16), rotations(9, 8, torch.device("cpu"))
+    with torch.no_grad():
+        here, there = (block(x, rotation=rotation[s : s + 6]) for s in (0, 3))
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(block(x.flip(1), rotation=rotation[:6]).flip(1), here, atol=1e-3)
+        assert torch.allclose(block(x.flip(1)).flip(1), block(x), atol=1e-5), "without it, order is invisible"
+
+
+def test_rotation_by_hand() -> None:
+    """Position p turns channel pair j by p / 10000^(2 j / channels)."""
+    found = rotations(4, 6, torch.device("cpu"))
+    for p, j in itertools.product(range(4), range(3)):
+        angle = p / 10_000 ** (2 * j / 6)
+        assert complex(found[p, j]) == pytest.approx(complex(math.cos(angle), math.sin(angle)), abs=1e-6)
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 3])
+def test_blocks_in_one_pass_with_rotary(block_length: int) -> None:
+    """As without: block b sees the clean blocks before it at their distances."""
+    torch.manual_seed(0)
+    model = Backbone(5, [[i] for i in range(6)], 16, 2, 2, rotary=True, block_length=block_length).eval()
+    clean, noisy = torch.randint(5, (3, 6)), torch.randint(6, (3, 6))
+    with torch.no_grad():
+        together = model.predict_blocks(noisy, clean)
+        for start in range(0, 6, block_length):
+            mixed = torch.cat(
+                [clean[:, :start], noisy[:, start : start + block_length], clean[:, start + block_length :]], 1
+            )
+            rows = slice(start, start + block_length)
+            torch.testing.assert_close(together[:, rows], model(mixed).logits[:, rows], rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_needs_pairs_of_channels() -> None:
+    with pytest.raises(ValueError, match="multiple of 2 heads"):
+        Backbone(5, [[0], [1]], dim=6, layers=1, heads=2, rotary=True)

@@ -309,6 +309,18 @@ def test_the_learned_reference_chooses_in_proportion_to_the_exponents(order):
 
 
 @pytest.mark.parametrize("order", LEARNED)
+def test_the_greedy_learned_order_takes_the_largest_exponent(order):
+    model = backbone(order=order)
+    boards = BOARDS[(BOARDS == M).any(1)]
+    found = reference.get("learned_greedy").log_prob(observe(FrozenDenoiser(model, TASK), boards)).exp()
+    own = model.order.reverse(*model(boards))[1].masked_fill(boards != M, -INF)
+    best = own == own.max(1, keepdim=True).values
+    torch.testing.assert_close(found, best / best.sum(1, keepdim=True).float())
+    with pytest.raises(UnmaskError, match="deterministic reference LearnedGreedy"):
+        reference.require_full_support(reference.get("learned_greedy"))
+
+
+@pytest.mark.parametrize("order", LEARNED)
 def test_the_environment_fills_with_the_symbols_that_the_order_implies(order):
     model = backbone(order=order)
     denoised = FrozenDenoiser(model, TASK)(BOARDS)
