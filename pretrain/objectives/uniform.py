@@ -1,0 +1,72 @@
+"""Losses of uniform diffusion. Each is per position and at one time, (N, L) nats, weighted so that its mean over
+uniform t estimates the bound; all are computed in float64 from log-probabilities.
+
+Which prediction a loss wants, and what a network that outputs another kind then learns (arXiv 2605.22765; minimised by
+enumeration in tests/pretrain/test_uniform.py): the plug-in bound wants leave-one-out, cross-entropy and the
+maximal-coupling bound the denoiser. :meth:`pretrain.processes.Uniform.convert` goes between the two, so that either
+network can be trained with either.
+
+Shapes: N sequences, L positions, V symbols. ``slope`` is d alpha / dt, below 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.processes import Uniform
+
+
+def plug_in_bound(process: Uniform, loo: Tensor, clean: Tensor, tokens: Tensor, alpha: Tensor, slope: float) -> Tensor:
+    """The Kullback-Leibler rate between the true reverse jumps and those of a leave-one-out prediction:
+
+        sum over j != x_t of R(j) - R0(j) + R0(j) log(R0(j) / R(j)),   R(j) = -slope / (alpha K) c(j) / c(x_t),
+
+    c = alpha r + (1 - alpha) / K, and R0 the same of the one-hot x_0 (UDLM's and Duo's loss, from first principles).
+    Its integral over t, plus the divergence of the prior, bounds -log p(x), and is tight for exact r.
+    """
+    one_hot = torch.where(F.one_hot(clean, loo.shape[-1]).bool(), 0.0, -torch.inf).to(loo)
+    model, true = (process.score(x, tokens, alpha) for x in (loo, one_hot))  # log c(j) / c(x_t)
+    elsewhere = process.alphabet & ~F.one_hot(tokens, loo.shape[-1]).bool()
+    ratio = torch.where(elsewhere, model, 0.0) - torch.where(elsewhere, true, 0.0)  # log R / R0
+    rate = torch.where(elsewhere, true, -torch.inf).exp()
+    scale = -slope / (alpha.double() * process.size)
+    return scale * (rate * (torch.expm1(ratio) - ratio)).sum(-1)
+
+
+def cross_entropy(denoiser: Tensor, clean: Tensor) -> Tensor:
+    """-log d(x_0): no bound, the denoiser's own target."""
+    return -_at(denoiser.double(), clean)
+
+
+def maximal_coupling_bound(denoiser: Tensor, clean: Tensor, tokens: Tensor, alpha: Tensor, slope: float) -> Tensor:
+    """The bound of the process that changes as rarely as it can: with lam = -slope / (1 - alpha),
+
+        lam (1 - d(x_t) - 1{x_0 != x_t} (1 + log d(x_0))).
+
+    Not comparable with the other bounds: it stays above the entropy of the data even for the exact denoiser, since
+    its reverse process has no Markov form.
+    """
+    changed = clean != tokens
+    inner = 1 - _at(denoiser.double(), tokens).exp() - changed * (1 + _at(denoiser.double(), clean))
+    return -slope / (1 - alpha.double()) * inner
+
+
+def absorbing_bound(
+    absorbing: Tensor, clean: Tensor, tokens: Tensor, noise: Tensor, alpha: Tensor, slope: float
+) -> Tensor:
+    """The bound of the absorbing reformulation (AUDM): the maximal-coupling form where x_t is its noise symbol u, and
+    nothing elsewhere, where x_t is certain to be clean. Tight for the exact posterior given (x_t, u)."""
+    return maximal_coupling_bound(absorbing, clean, tokens, alpha, slope) * (tokens == noise)
+
+
+def prior_divergence(process: Uniform, alpha: float, n: int) -> Tensor:
+    """(n, L) KL of q_1(. | x_0) to the uniform prior, for what is left of the data, ``alpha``, at t = 1."""
+    k = process.size.double()
+    present, other = alpha + (1 - alpha) / k, (1 - alpha) / k
+    return (torch.xlogy(present, present * k) + (k - 1) * torch.xlogy(other, other * k)).expand(n, -1)
+
+
+def _at(log_probs: Tensor, symbols: Tensor) -> Tensor:
+    return log_probs.gather(-1, symbols.unsqueeze(-1)).squeeze(-1)

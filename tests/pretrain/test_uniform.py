@@ -1,0 +1,283 @@
+"""Uniform diffusion against brute-force enumeration: conversions, bridges, losses, the absorbing form, correctors."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.objectives import uniform as losses
+from pretrain.processes import Uniform
+from tasks import UnmaskError
+from tests.oracles.uniform import Enumerated
+
+JOINTS = {name: Enumerated(k, length, seed) for name, (k, length, seed) in {
+    "3^2": (3, 2, 1), "4^2": (4, 2, 2), "3^3": (3, 3, 3)}.items()}  # fmt: skip
+ALPHAS = (0.05, 0.3, 0.7, 0.95)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=JOINTS)
+def joint(request: pytest.FixtureRequest) -> Enumerated:
+    return JOINTS[request.param]
+
+
+def process(joint: Enumerated) -> Uniform:
+    return Uniform(torch.ones(joint.L, joint.K, dtype=torch.bool))
+
+
+def at(alpha: float, rows: int) -> Tensor:
+    return torch.full((rows, 1), alpha, dtype=torch.float64)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def tv(p: Tensor, q: Tensor) -> Tensor:
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+def one_hot(symbols: Tensor, k: int) -> Tensor:
+    """Log-probabilities."""
+    return torch.nn.functional.one_hot(symbols, k).double().log()
+
+
+# ---------------------------------------------------------------------- (a) conversions
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_predictions_convert_into_each_other(joint, alpha):
+    u, a = process(joint), at(alpha, joint.S)
+    d, r = joint.denoiser(alpha).log(), joint.loo(alpha).log()
+    close(u.convert(r, joint.X, a, "loo", "denoiser"), d)
+    close(u.convert(d, joint.X, a, "denoiser", "loo"), r, 1e-9)
+    close(u.score(r, joint.X, a).exp(), joint.ratios(alpha))
+    p = joint.marginal(alpha)
+    for row, place in itertools.product(range(joint.S), range(joint.L)):
+        changed = torch.stack([p[joint.changed(row, place, j)] for j in range(joint.K)])
+        close(u.conditional(r, a)[row, place].exp(), changed / changed.sum())
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_leave_one_out_does_not_depend_on_its_own_symbol(joint, alpha):
+    """Of the enumeration, and of what a denoiser converts to."""
+    u = process(joint)
+    r = u.convert(joint.denoiser(alpha).log(), joint.X, at(alpha, joint.S), "denoiser", "loo").exp()
+    for row, place, j in itertools.product(range(joint.S), range(joint.L), range(joint.K)):
+        close(r[joint.changed(row, place, j), place], r[row, place], 1e-9)
+
+
+@pytest.mark.parametrize(("source", "target"), [("absorbing", "loo"), ("absorbing", "denoiser"), ("loo", "absorbing")])
+def test_the_absorbing_prediction_is_not_converted(source, target):
+    joint = JOINTS["3^2"]
+    with pytest.raises(UnmaskError, match="cannot be converted"):
+        process(joint).convert(joint.loo(0.5).log(), joint.X, at(0.5, 9), source, target)
+
+
+# ---------------------------------------------------------------------- (b) the bridge
+STEPS = [(0.2, 0.3), (0.4, 0.8), (0.7, 0.75), (0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("now", "then"), STEPS)
+def test_the_bridge_of_leave_one_out_is_the_reverse_marginal(joint, now, then):
+    u, a, b = process(joint), at(now, joint.S), at(then, joint.S)
+    true = joint.reverse(now, then)
+    close(u.bridge(joint.loo(now).log(), joint.X, a, b).exp(), true)
+    d = joint.denoiser(now)
+    mixed = sum(
+        d[..., k : k + 1] * u.bridge(one_hot(torch.full_like(joint.X, k), joint.K), joint.X, a, b).exp()
+        for k in range(joint.K)
+    )
+    close(mixed, true)  # a symbol drawn from the denoiser, then its bridge
+    assert tv(u.bridge(d.log(), joint.X, a, b).exp(), true).max() > 0.02, "plugging the denoiser in is wrong"
+    if then == 1:
+        close(u.bridge(joint.loo(now).log(), joint.X, a, b).exp(), d)
+
+
+# ---------------------------------------------------------------------- (c) losses
+def expectation(joint: Enumerated, alpha: float, table: Tensor, loss) -> Tensor:
+    """E over x_0 and x_t of the sum over positions of loss(log-probabilities, x_0, x_t)."""
+    s = joint.S
+    weight = (joint.p0[:, None] * joint.kernel(alpha)).flatten()
+    clean, tokens = joint.X.repeat_interleave(s, 0), joint.X.repeat(s, 1)
+    return (weight[:, None] * loss(table.repeat(s, 1, 1), clean, tokens)).sum()
+
+
+def losses_of(joint: Enumerated, alpha: float, slope: float) -> dict[str, tuple]:
+    """Per loss and kind of network output: the loss of a table (S, L, K) of log-probabilities."""
+    u = process(joint)
+    a = at(alpha, joint.S**2)
+
+    def plug_in(x, clean, tokens):
+        return losses.plug_in_bound(u, x, clean, tokens, a, slope)
+
+    def coupling(x, clean, tokens):
+        return losses.maximal_coupling_bound(x, clean, tokens, a, slope)
+
+    def entropy(x, clean, tokens):
+        return losses.cross_entropy(x, clean)
+
+    def given(kind, wanted, loss):
+        return lambda x, clean, tokens: loss(u.convert(x, tokens, a, kind, wanted), clean, tokens)
+
+    return {
+        "plug-in, loo": (given("loo", "loo", plug_in), "loo"),
+        "plug-in, denoiser": (given("denoiser", "loo", plug_in), "denoiser"),
+        "cross-entropy, denoiser": (given("denoiser", "denoiser", entropy), "denoiser"),
+        "cross-entropy, loo": (given("loo", "denoiser", entropy), "loo"),
+        "coupling, denoiser": (given("denoiser", "denoiser", coupling), "denoiser"),
+        "coupling, loo": (given("loo", "denoiser", coupling), "loo"),
+    }
+
+
+@pytest.mark.parametrize("name", losses_of(JOINTS["3^2"], 0.45, -1.0))
+def test_what_each_loss_teaches_each_network(name):
+    """Minimised over free tables: the network's own kind, whatever the loss."""
+    joint, alpha = JOINTS["3^2"], 0.45
+    loss, kind = losses_of(joint, alpha, -1.0)[name]
+    free = torch.zeros(joint.S, joint.L, joint.K, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [free], max_iter=300, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = expectation(joint, alpha, free.log_softmax(-1), loss)
+        value.backward()
+        return value
+
+    for _ in range(5):
+        optimizer.step(closure)
+    tables = {"loo": joint.loo(alpha), "denoiser": joint.denoiser(alpha)}
+    found = free.detach().softmax(-1)
+    assert tv(found, tables.pop(kind)).max() < 1e-5
+    assert tv(found, tables.popitem()[1]).max() > 0.05
+
+
+def udlm(x: Tensor, clean: Tensor, tokens: Tensor, alpha: float, slope: float) -> Tensor:
+    """The closed form that UDLM and Duo compute; x are probabilities."""
+    k = x.shape[-1]
+    true = k * alpha * torch.nn.functional.one_hot(clean, k).double() + 1 - alpha
+    model = k * alpha * x + 1 - alpha
+    t, m = (y.gather(-1, tokens[..., None]) for y in (true, model))
+    inner = (true / t * (m.log() + true.log() - model.log() - t.log())).sum(-1)
+    return slope / (k * alpha) * (k / t - k / m)[..., 0] - slope / (k * alpha) * inner
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 0.99])
+def test_the_plug_in_bound_is_udlms(joint, alpha):
+    x = torch.rand(joint.S**2, joint.L, joint.K, generator=generator(), dtype=torch.float64).log_softmax(-1)
+    clean, tokens = joint.X.repeat_interleave(joint.S, 0), joint.X.repeat(joint.S, 1)
+    found = losses.plug_in_bound(process(joint), x, clean, tokens, at(alpha, joint.S**2), -0.7)
+    close(found, udlm(x.exp(), clean, tokens, alpha, -0.7), 1e-8)
+    assert (found >= 0).all()
+    in_float32 = losses.plug_in_bound(process(joint), x.float(), clean, tokens, at(alpha, joint.S**2).float(), -0.7)
+    torch.testing.assert_close(in_float32.double(), found, rtol=1e-3, atol=1e-4)
+
+
+def integrate(f, n: int = 80) -> float:
+    """Over t in (0, 1), with t = u^2 (3 - 2 u), which tames the ends."""
+    x, w = np.polynomial.legendre.leggauss(n)
+    return sum(b / 2 * 6 * u * (1 - u) * float(f(u * u * (3 - 2 * u))) for u, b in zip((x + 1) / 2, w, strict=True))
+
+
+@pytest.mark.parametrize("name", ["3^2", "4^2"])
+def test_bounds_of_exact_predictions(name):
+    """Plug-in with leave-one-out: the data's entropy. With the denoiser in its place, or coupled maximally: more."""
+    joint = JOINTS[name]
+
+    def whole(kind: str, table) -> float:
+        def integrand(t: float) -> Tensor:
+            loss = losses_of(joint, 1 - t, -1.0)[kind][0]
+            return expectation(joint, 1 - t, table(1 - t).log(), loss)
+
+        return integrate(integrand)
+
+    entropy = joint.entropy()
+    assert whole("plug-in, loo", joint.loo) == pytest.approx(entropy, abs=1e-5)
+    assert whole("plug-in, loo", joint.denoiser) > entropy + 0.5  # a denoiser taken for leave-one-out
+    assert whole("coupling, denoiser", joint.denoiser) > entropy + 0.2
+
+
+def test_the_priors_divergence_by_hand():
+    u = Uniform(torch.tensor([[True, True, False], [True, True, True]]))
+    for place, k in enumerate((2, 3)):
+        q = [0.1 + 0.9 / k] + [0.9 / k] * (k - 1)
+        expected = sum(p * math.log(p * k) for p in q)
+        assert losses.prior_divergence(u, 0.1, 4)[3, place].item() == pytest.approx(expected)
+    assert losses.prior_divergence(u, 0.0, 1).abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------------- (d) the absorbing form
+def test_the_absorbing_posterior_refines_the_denoiser():
+    """Carry-over where x is not u; the mean over u is the denoiser; a tilt towards u relates it to leave-one-out."""
+    joint, alpha = JOINTS["3^2"], 0.45
+    x, u = joint.pairs()
+    post = joint.absorbing(alpha)
+    own = post.gather(-1, x[..., None])[..., 0]
+    close(own[x != u], torch.ones_like(own[x != u]))
+    weight = joint.pair_joint(alpha).sum(0).view(joint.S, joint.S)
+    mean = (weight[..., None, None] * post.view(joint.S, joint.S, joint.L, joint.K)).sum(1) / weight.sum(1)[
+        :, None, None
+    ]
+    close(mean, joint.denoiser(alpha))
+    for place in range(joint.L):
+        others = joint.pair_joint(alpha, place)
+        rho = torch.einsum("st,sk->tk", others / others.sum(0), joint.one_hot[:, place])
+        tilted = rho.log() - math.log(1 - alpha) * torch.nn.functional.one_hot(u[:, place], joint.K).double()
+        same = x[:, place] == u[:, place]
+        close(tilted.softmax(-1)[same], post[same, place])
+
+
+@pytest.mark.parametrize("name", ["3^2", "4^2"])
+def test_the_absorbing_bound_is_tight(name):
+    joint = JOINTS[name]
+    x, u = joint.pairs()
+
+    def integrand(t: float) -> Tensor:
+        weight = joint.pair_joint(1 - t)
+        table = joint.absorbing(1 - t).clamp(min=1e-300).log()
+        total = torch.zeros((), dtype=torch.float64)
+        for row in range(joint.S):
+            clean = joint.X[row].expand_as(x)
+            loss = losses.absorbing_bound(table, clean, x, u, at(1 - t, len(x)), -1.0)
+            total = total + (weight[row][:, None] * torch.where(weight[row][:, None] > 0, loss, 0.0)).sum()
+        return total
+
+    assert integrate(integrand, 40) == pytest.approx(joint.entropy(), abs=1e-4)
+
+
+# ---------------------------------------------------------------------- noise
+def test_noise_and_corruption_follow_the_alphabet():
+    alphabet = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    u = Uniform(alphabet)
+    noise = u.noise(4000, generator())
+    for place, k in enumerate((2, 3)):
+        share = noise[:, place].bincount(minlength=4) / 4000
+        close(share, alphabet[place].float() / k, 0.04)
+    clean = torch.tensor([[1, 3]]).expand(4000, -1)
+    x = u.corrupt(clean, torch.tensor([[0.6, 0.2]]), noise, generator(1))
+    assert float((x[:, 0] == 1).float().mean()) == pytest.approx(0.6 + 0.4 / 2, abs=0.03)
+    assert float((x[:, 1] == 3).float().mean()) == pytest.approx(0.2 + 0.8 / 3, abs=0.03)
+    r = torch.where(alphabet, 0.0, -torch.inf).double().log_softmax(-1).unsqueeze(0)
+    a = torch.tensor([[0.3]])
+    for made in (
+        u.conditional(r, a),
+        u.bridge(r, torch.tensor([[0, 2]]), a, a + 0.3),
+        u.convert(r, torch.tensor([[0, 2]]), a, "loo", "denoiser"),
+    ):
+        close(made.exp().sum(-1), torch.ones(1, 2, dtype=torch.float64))
+        assert (made.exp()[:, ~alphabet] == 0).all()
+
+
+def test_an_alphabet_that_misses_a_symbol_is_one_clear_error():
+    u = Uniform(torch.tensor([[True, True, False], [True, True, True]]))
+    u.check(torch.tensor([[0, 2], [1, 0]]))
+    with pytest.raises(UnmaskError, match="the noise alphabet misses symbol 2 at position 0, which the data holds"):
+        u.check(torch.tensor([[0, 2], [2, 0]]))
+    with pytest.raises(UnmaskError, match="at least 2 symbols"):
+        Uniform(torch.tensor([[True, False]]))
