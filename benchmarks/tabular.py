@@ -55,7 +55,7 @@ def run(job: Job) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(job.seed)
         empty = torch.full((len(task.rows["test"]), task.length), task.mask_id)
         found |= {k: round(v, 4) for k, v in task.quality(samplers.sample(model, empty, draw).tokens, draw).items()}
-        weights = model.order.exponents(rows[:1], None)[0]
+        weights = model.order.exponents(rows[:1], None)[0].detach()
         return found | {"exponents": [round(float(w), 3) for w in weights]}
 
     return once(config, measure)

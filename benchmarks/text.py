@@ -3,7 +3,7 @@
     python benchmarks/text.py --jobs 2 --out benchmarks/results/text.json
 
 One network, one corpus (State of the Union addresses: trained on until 1995, tested from 2008 on), one optimiser. Plain
-masked diffusion is trained twice: for as many steps as the others, and for as much longer as LoMDM's step costs. Every
+masked diffusion is trained twice: for as many steps as the others, and for as much longer as LoMDM's run costs. Every
 run uses one thread; what it cost is its CPU time. Beside the table (JSON), the training curves are drawn (PNG).
 """
 
@@ -96,7 +96,7 @@ def draw(results: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--longer", type=float, default=2.2, help="times LoMDM's step costs masked diffusion's")
+    parser.add_argument("--longer", type=float, default=1.6, help="times LoMDM's run costs masked diffusion's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=2000, help="held-out windows of 64 characters")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

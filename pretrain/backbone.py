@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain import orders
 from pretrain.orders import OrderName
-from pretrain.processes import blocks_of
+from pretrain.processes import Prediction, Uniform, blocks_of
 
 
 class Output(NamedTuple):
@@ -96,16 +96,18 @@ def init_weights(module: nn.Module, layers: int) -> None:
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin):
-    """A masked-diffusion denoiser: given tokens with holes, the symbol distribution at every position.
+    """A denoiser: given tokens with holes, or with noise in place of some, the symbol distribution at every position.
 
-    It is not told the diffusion time: for masking, the optimal prediction depends on the visible tokens only
-    (Ou et al. 2024, arXiv 2406.03736).
+    For masking it is not told the diffusion time: the optimal prediction depends on the visible tokens only (Ou et al.
+    2024, arXiv 2406.03736). For uniform noise it is told how likely each symbol is still clean.
 
     Args:
         vocab_size: V, number of symbols. Input tokens are 0 .. V, where V is the mask.
         coordinates: (L, C) integer coordinates of the positions, as nested lists.
         dim, layers, heads: D, number of blocks, attention heads.
-        predicts: what the logits mean. ``denoiser`` is p(x_0 | visible tokens).
+        noise: ``mask``, or ``uniform``: symbols give way to others (:class:`pretrain.processes.Uniform`).
+        predicts: what the logits mean: with masks always ``denoiser``, p(x_0 | visible tokens). With uniform noise
+            ``denoiser``, ``loo`` (leave-one-out) or ``absorbing``, which is also told where a symbol is noise.
         order: what it learns about its order (:mod:`pretrain.orders`).
         vocabularies: how many symbols each position has for itself, as in :class:`tasks.Task`; it predicts no others.
         rotary: attention sees how far apart positions are, as running text needs; dim must be a multiple of 2 heads.
@@ -120,7 +122,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         dim: int = 64,
         layers: int = 4,
         heads: int = 4,
-        predicts: Literal["denoiser"] = "denoiser",
+        noise: Literal["mask", "uniform"] = "mask",
+        predicts: Prediction = "denoiser",
         vocabularies: Sequence[int] | None = None,
         rotary: bool = False,
         order: OrderName = "none",
@@ -129,11 +132,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         c2: float = 0.65,
     ) -> None:
         super().__init__()
-        if min(vocab_size, dim, layers, heads) < 1 or dim % heads or predicts != "denoiser":
+        kinds = ("denoiser",) if noise == "mask" else get_args(Prediction)
+        if min(vocab_size, dim, layers, heads) < 1 or dim % heads or predicts not in kinds:
             raise ValueError(
-                f"vocab_size {vocab_size}, dim {dim}, layers {layers}, heads {heads}, predicts {predicts!r}: all sizes "
-                "must be at least 1, dim a multiple of heads, and predicts 'denoiser'"
+                f"vocab_size {vocab_size}, dim {dim}, layers {layers}, heads {heads}, noise {noise!r}, predicts "
+                f"{predicts!r}: all sizes must be at least 1, dim a multiple of heads, and predicts one of {kinds}"
             )
+        if noise not in ("mask", "uniform") or (noise == "uniform" and (order != "none" or block_length is not None)):
+            raise ValueError(f"noise must be 'mask', or 'uniform' without an order or blocks, not {noise!r}")
         if rotary and dim % (2 * heads):
             raise ValueError(f"rotary needs dim to be a multiple of 2 heads, so not dim {dim} with {heads} heads")
         if order not in get_args(OrderName) or (order != "none" and block_length is not None) or not 0 <= c2 < c1:
@@ -143,7 +149,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
             )
         if block_length is not None and not 1 <= block_length <= len(coordinates):
             raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
-        self.vocab_size, self.length, self.dim, self.predicts = vocab_size, len(coordinates), dim, predicts
+        self.vocab_size, self.length, self.dim = vocab_size, len(coordinates), dim
+        self.noise, self.predicts = noise, predicts
         self.block_length, self.rotary = block_length, rotary
         own = None  # (L, V) bool, which symbols a position may hold
         if vocabularies is not None:
@@ -159,6 +166,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size)
+        if noise == "uniform":
+            self.level = nn.Sequential(nn.Linear(2, dim), nn.SiLU(), nn.Linear(dim, dim))
+        if predicts == "absorbing":
+            self.is_noise = nn.Embedding(2, dim)
         init_weights(self, layers)
         self.order: orders.NoOrder
         if order == "positions":
@@ -174,13 +185,24 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
     def mask_id(self) -> int:
         return self.vocab_size
 
-    def trunk(self, tokens: Tensor) -> Tensor:
-        """(N, L, D) states before the head."""
+    @property
+    def process(self) -> Uniform:
+        """What corrupts the sequences of a model with uniform noise; its alphabet is the position's symbols."""
+        every = torch.ones(self.length, self.vocab_size, dtype=torch.bool, device=self.head.weight.device)
+        return Uniform(every if self.own is None else self.own)
+
+    def trunk(self, tokens: Tensor, alpha: Tensor | None = None, is_noise: Tensor | None = None) -> Tensor:
+        """(N, L, D) states before the head. For the arguments see :meth:`forward`."""
         attends = None
         if self.block_length is not None:
             block = blocks_of(self.length, self.block_length).to(tokens.device)
             attends = block.unsqueeze(1) >= block
         x, rotation = self.symbols(tokens) + self.positions(), self._rotation(tokens.device)  # (N, L, D)
+        if self.noise == "uniform":
+            alpha = alpha.expand(tokens.shape).clamp(1e-4, 1 - 1e-4).float()  # 1 where a symbol is given
+            x = x + self.level(torch.stack([alpha, torch.logit(alpha) / 10], -1))
+        if self.predicts == "absorbing":
+            x = x + self.is_noise(is_noise.long())
         for layer in self.blocks:
             x = layer(x, attends, rotation)
         return self.norm(x)
@@ -188,8 +210,13 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
     def _rotation(self, device: torch.device) -> Tensor | None:
         return rotations(self.length, self.dim // self.blocks[0].heads, device) if self.rotary else None
 
-    def forward(self, tokens: Tensor) -> Output:
-        hidden = self.trunk(tokens)
+    def forward(self, tokens: Tensor, alpha: Tensor | None = None, is_noise: Tensor | None = None) -> Output:
+        """Args:
+        tokens: (N, L) int64.
+        alpha: with uniform noise, (N, 1) or (N, L): how likely a symbol is still clean; 1 where it is given.
+        is_noise: (N, L) bool, of a model that predicts ``absorbing``: where the symbol is the position's noise symbol.
+        """
+        hidden = self.trunk(tokens, alpha, is_noise)
         return Output(self._logits(hidden), hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ class NoOrder(nn.Module):
 
     learned = False
     reads_clean = False  # whether the masking process looks at the whole clean sequence
-    mean = 1.0  # of the exponents, at the start of training or always
 
     def exponents(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
         """(N, L) or (1, L) exponents of the masking process.
@@ -104,7 +103,6 @@ class ContextOrder(NoOrder):
     def __init__(self, masking: nn.Module, revealing: nn.Module, c1: float, c2: float) -> None:
         super().__init__()
         self.masking, self.revealing, self.c1, self.c2 = masking, revealing, c1, c2
-        self.mean = c1
 
     def _spread(self, network: nn.Module, hidden: Tensor) -> Tensor:
         preference = network(hidden.detach()).squeeze(-1).float().sigmoid()  # (N, L)

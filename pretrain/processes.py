@@ -9,6 +9,7 @@ Shapes: N sequences, L positions. Schedules may have N = 1 and then hold for eve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -52,12 +53,31 @@ class Powers:
     def velocity(self, t: Tensor) -> Tensor:
         return self.exponents / t.unsqueeze(1)
 
-    def log_probability(self, masked: Tensor, t: Tensor) -> Tensor:
-        """(N,) log q(which positions are masked | clean, t); ``masked`` (N, L) bool. Differentiable in the exponents.
+    def log_time(self, share: Tensor) -> Tensor:
+        """(N,) float64 log t at which ``share`` (N,) in (0, 1] of the positions is masked on average; no gradient.
 
-        log alpha = log(1 - t^w) is taken as log(-expm1(w log t)), with t kept below 1, where it is -inf.
+        With t^(w_i) for their probabilities, q = log t / log share solves mean_i share^(w_i q) = share. The log of
+        the left side is convex and falls in q, and is above at q = 1 / mean w (Jensen), so Newton's steps go up to it.
         """
-        log_masked = self.exponents * t.clamp(max=1 - 1e-6).log().unsqueeze(1)
+        weights, log_share = self.exponents.detach().double(), share.double().log().unsqueeze(1)  # (N, L), (N, 1)
+        q = 1 / weights.mean(1, keepdim=True).expand(len(share), -1)
+        for _ in range(30):
+            terms = weights * q * log_share
+            above = terms.logsumexp(1, keepdim=True) - math.log(weights.shape[1]) - log_share
+            slope = (terms.softmax(1) * weights).sum(1, keepdim=True) * log_share
+            step = torch.where(slope < 0, above / slope.clamp(max=-1e-300), 0.0)
+            q = q - step
+            if float(step.abs().max()) <= 1e-14 * float(q.max()):
+                break
+        return (q * log_share).squeeze(1)
+
+    def log_probability(self, masked: Tensor, log_t: Tensor) -> Tensor:
+        """(N,) log q(which positions are masked | clean, t), of ``log_t`` (N,); ``masked`` (N, L) bool.
+
+        Differentiable in the exponents. log alpha = log(1 - t^w) is taken as log(-expm1(w log t)), with t kept below 1,
+        where it is -inf.
+        """
+        log_masked = self.exponents * log_t.clamp(max=-1e-6).to(self.exponents.dtype).unsqueeze(1)
         # The inner where keeps the gradient of the branch not taken finite.
         visible = torch.log(-torch.expm1(torch.where(masked, -1.0, log_masked)))
         return torch.where(masked, log_masked, visible).sum(1)

@@ -93,6 +93,8 @@ class LearnedOrderConfig(PretrainConfig):
 
     order_lr: float = 1.0
     """learning rate of what the order alone learns, as a multiple of ``lr``"""
+    order_start: float = 0.0
+    """share of the steps that train plain masked diffusion, at its cost, before the order begins to learn"""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,10 @@ class LoMDMConfig(LearnedOrderConfig):
     """Masked diffusion with an order learned from the context."""
 
     order_lr: float = 0.1
-    """learning rate of the two order networks, as a multiple of ``lr``; at 1 noise drives them into saturation before
-    there is anything to learn"""
+    """learning rate of the two order networks, as a multiple of ``lr``; at 1 noise drives them into saturation"""
+    order_start: float = 0.5
+    """share of the steps that train plain masked diffusion, at its cost, before the order begins to learn: while
+    nothing depends on the context yet, there is nothing to learn about it"""
     c1: float = 0.7
     """mean exponent (the paper's best)"""
     c2: float = 0.65
@@ -145,11 +149,15 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Scalars: what to differentiate, and the estimate of the bound in nats per position."""
+    def forward(self, clean: Tensor, generator: torch.Generator, ordering: bool = True) -> tuple[Tensor, Tensor]:
+        """Scalars: what to differentiate, and the estimate of the bound in nats per position.
+
+        Args:
+            ordering: train a learned order; without, at its start, all orders are alike: masked diffusion.
+        """
         if self.model.block_length is not None:
             loss = block_loss(self.model, clean, generator)
-        elif self.model.order.learned:
+        elif self.model.order.learned and ordering:
             return learned_order_loss(self.model, clean, generator)
         else:
             loss = masked_diffusion_loss(self.model, clean, self.model.mask_id, generator)
@@ -197,6 +205,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         raise tasks.UnmaskError(f"block_length must be between 1 and {task.length}, not {config.block_length}")
     if isinstance(config, LearnedOrderConfig):
         require_at_least(0, order_lr=config.order_lr)
+        if not 0 <= config.order_start <= 1:
+            raise tasks.UnmaskError(f"order_start must be between 0 and 1, not {config.order_start}")
     if isinstance(config, LoMDMConfig) and not 0 <= config.c2 < config.c1:
         raise tasks.UnmaskError(f"c1 and c2 must satisfy 0 <= c2 < c1, not c1 = {config.c1}, c2 = {config.c2}")
     rank, world, device = distributed(device)
@@ -232,7 +242,10 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         model.compile()
     objective: nn.Module = Objective(model)
     if world > 1:
-        objective = DistributedDataParallel(objective)
+        late = (
+            isinstance(config, LearnedOrderConfig) and config.order_start > 0
+        )  # parameters without gradients at first
+        objective = DistributedDataParallel(objective, find_unused_parameters=late)
     precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
 
     total, counted = torch.zeros((), device=device), 0
@@ -242,7 +255,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             generator = step_generator(device, config.seed, step, rank)
             clean = task.clean(config.batch // world, generator)
             with precision:
-                loss, bound = objective(clean, generator)
+                ordering = not isinstance(config, LearnedOrderConfig) or step >= config.order_start * config.steps
+                loss, bound = objective(clean, generator, ordering)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

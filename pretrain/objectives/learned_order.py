@@ -17,11 +17,17 @@ from pretrain.processes import Powers
 def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(surrogate to differentiate, one-sample estimate of the bound in nats per position), scalars.
 
-    The estimate's gradient in the trunk and in the revealing exponents is the bound's. The masking exponents also
-    decide which masks are drawn. So a second mask z_2 is drawn at the same time, independently and without gradients,
-    and says what each position of the first may be expected to cost: c_i, its own cross-entropy under z_2 where that
-    masks it, and the mean of those elsewhere. With b the first mask, p its probabilities and l(b, CE) the integrand,
-    the surrogate is
+    *Times.* What is drawn uniformly is not t but the share s of positions that are masked on average, and t follows for
+    each sequence (:meth:`pretrain.processes.Powers.log_time`). In tau = -log t the velocities are the exponents, and
+    d tau = d s / mean_i w_i t^(w_i): the weights w_i / mean_j w_j t^(w_j) stay bounded whatever the exponents. With t
+    itself uniform, a position with a small exponent is revealed at times that are never drawn, training does not see
+    what it costs, and exponents fall to where the bound is worst.
+
+    *The order's gradient.* The estimate's gradient in the trunk and in the revealing exponents is the bound's. The
+    masking exponents also decide which masks are drawn. So a second mask z_2 is drawn at the same time, independently
+    and without gradients, and says what each position of the first may be expected to cost: c_i, its own cross-entropy
+    under z_2 where that masks it, and the mean of those elsewhere. With b the first mask, p its probabilities and
+    l(b, CE) the integrand, the surrogate is
 
         l(b, CE - c) + log q(b | x) stopgrad(l(b, CE - c)) + sum_i p_i A_i c_i.
 
@@ -34,24 +40,22 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
     Args:
         clean: (N, L) int64 complete sequences.
     """
-    t = processes.low_discrepancy_times(clean.shape[0], generator)
+    share = processes.low_discrepancy_times(clean.shape[0], generator)
     hidden = None
     if model.order.reads_clean:
         with torch.no_grad():
             hidden = model.trunk(clean)
-    # The bound does not depend on the exponents' common scale, its variance does: times are drawn for a mean of 1,
-    # where every share of masked positions is as frequent. At LoMDM's 0.7 nearly clean sequences, from which a model
-    # learns first, would be rare and weigh much.
-    scale = 1 / model.order.mean
-    schedule = Powers(scale * model.order.exponents(clean, hidden))
-    probability, velocity = schedule.masked_probability(t), schedule.velocity(t).float()
+    schedule = Powers(model.order.exponents(clean, hidden))
+    log_t = schedule.log_time(share)
+    probability = (schedule.exponents * log_t.unsqueeze(1)).exp()  # (N, L) float64, t^w
+    weight = 1 / (schedule.exponents * probability).detach().mean(1, keepdim=True)  # d tau / d share
+    velocity = (schedule.exponents * weight).float()
 
     def draw() -> tuple[Tensor, Tensor, Tensor]:
         """(N, L) each: a mask, and under it the cross-entropies and the velocity of revealing."""
         noisy = processes.mask(clean, probability.detach(), model.mask_id, generator)
         log_probs, exponents = model.order.reverse(*model(noisy))
-        reverse = scale * exponents.float() / t.unsqueeze(1)
-        return noisy == model.mask_id, cross_entropies(log_probs.float(), clean), reverse
+        return noisy == model.mask_id, cross_entropies(log_probs.float(), clean), (exponents * weight).float()
 
     masked, cross_entropy, reverse = draw()
     if not model.order.learned:
@@ -63,8 +67,8 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
         mean = (costs * others).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp(min=1)
         expected = torch.where(others, costs, mean)  # (N, L) c
     surprise = integrand(cross_entropy - expected, velocity, reverse, masked)
-    score = schedule.log_probability(masked, t) * surprise.detach()
-    surrogate = surprise + score + (probability * velocity * expected).sum(1)
+    score = schedule.log_probability(masked, log_t) * surprise.detach()
+    surrogate = surprise + score + (probability.float() * velocity * expected).sum(1)
     return surrogate.mean() / clean.shape[1], bound
 
 

@@ -36,11 +36,6 @@ LEARNED = ["positions", "symbols", "context"]
 MASKS = torch.tensor(list(itertools.product([False, True], repeat=L)))  # (8, L)
 
 
-def at_unit_scale(order: str) -> Backbone:
-    """With exponents of mean 1, for which times are drawn, so that a time of the loss is one of the schedule."""
-    return backbone(order=order, c1=1.0, c2=0.9)
-
-
 # ---------------------------------------------------------------------- gradients, by enumeration of pairs of masks
 @pytest.fixture
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,13 +49,23 @@ def gradients(value: Tensor, model: Backbone) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, found, strict=True)}
 
 
-def expected_surrogate(model: Backbone, clean: Tensor, t: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The mean of the surrogate of one sequence (1, L) over all 64 pairs of masks at time ``t``."""
+def time_of(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(t, d log(1 / t) / d share), (1,) each: the time at which this share is masked on average, by bisection."""
+    low, high = -400.0, 0.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((w.double() * middle).exp().mean()) < share else (low, middle)
+    t = torch.tensor([low], dtype=torch.float64).exp()
+    return t, 1 / (w.double() * t ** w.double()).mean(1)
+
+
+def expected_surrogate(model: Backbone, clean: Tensor, share: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The mean of the surrogate of one sequence (1, L) over all 64 pairs of masks at the time of ``share``."""
     pending: list[Tensor] = []
-    monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _: torch.full((n,), t, dtype=torch.float64))
+    monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _: torch.full((n,), share, dtype=torch.float64))
     monkeypatch.setattr(processes, "mask", lambda x, p, mask_id, _: torch.where(pending.pop(0), mask_id, x))
-    hidden = model.trunk(clean)
-    p = t ** model.order.exponents(clean, hidden).detach()
+    w = model.order.exponents(clean, model.trunk(clean)).detach()
+    p = time_of(w, share)[0] ** w
     total = torch.zeros((), dtype=torch.float64)
     for first, second in itertools.product(MASKS, repeat=2):
         pending += [first, second]
@@ -76,13 +81,14 @@ def masking(name: str) -> bool:
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("t", [0.15, 0.8])
+@pytest.mark.parametrize("share", [0.15, 0.8])
 @pytest.mark.parametrize("order", LEARNED)
-def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, t, monkeypatch):
-    """Of every parameter: trunk, head, masking and revealing exponents."""
-    model, clean = at_unit_scale(order).double(), SEQUENCES[3:4]
-    exact = gradients(Exact(model, clean).at_time(torch.tensor([t], dtype=torch.float64)).sum() / L, model)
-    found = gradients(expected_surrogate(model, clean, t, monkeypatch), model)
+def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, share, monkeypatch):
+    """Of every parameter: trunk, head, masking and revealing exponents. The time is a constant for the gradient."""
+    model, clean = backbone(order=order).double(), SEQUENCES[3:4]
+    t, weight = time_of(model.order.exponents(clean, model.trunk(clean)).detach(), share)
+    exact = gradients((weight * t * Exact(model, clean).at_time(t)).sum() / L, model)
+    found = gradients(expected_surrogate(model, clean, share, monkeypatch), model)
     assert exact.keys() == found.keys()
     for name, value in exact.items():
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8, msg=name)
@@ -93,11 +99,12 @@ def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, t, monk
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("order", LEARNED)
 def test_without_the_score_term_the_masking_exponents_are_misled(order, monkeypatch):
-    model, clean, t = at_unit_scale(order).double(), SEQUENCES[3:4], 0.5
-    exact = gradients(Exact(model, clean).at_time(torch.tensor([t], dtype=torch.float64)).sum() / L, model)
+    model, clean, share = backbone(order=order).double(), SEQUENCES[3:4], 0.5
+    t, weight = time_of(model.order.exponents(clean, model.trunk(clean)).detach(), share)
+    exact = gradients((weight * t * Exact(model, clean).at_time(t)).sum() / L, model)
     whole = Powers.log_probability
     monkeypatch.setattr(Powers, "log_probability", lambda self, *given: whole(self, *given).detach())
-    found = gradients(expected_surrogate(model, clean, t, monkeypatch), model)
+    found = gradients(expected_surrogate(model, clean, share, monkeypatch), model)
     off = {name: float((found[name] - value).abs().max()) for name, value in exact.items()}
     assert max(value for name, value in off.items() if masking(name)) > 1e-2
     assert max(value for name, value in off.items() if not masking(name)) < 1e-8
@@ -140,11 +147,12 @@ def test_the_loss_and_its_gradient_are_unbiased(order):
 @pytest.mark.parametrize("order", ["none", *LEARNED])
 def test_one_draw_of_the_loss_by_hand(order):
     """Repeat the loss's draws, then sum in a plain loop; the second sample says what the first is expected to cost."""
-    model, clean = at_unit_scale(order), SEQUENCES
+    model, clean = backbone(order=order), SEQUENCES
     repeat = generator(5)
     with torch.no_grad():
         w = model.order.exponents(clean, model.trunk(clean)).expand(8, L)
-    t = processes.low_discrepancy_times(8, repeat)
+    shares = processes.low_discrepancy_times(8, repeat).tolist()
+    t, weight = (torch.cat(x) for x in zip(*(time_of(w[n : n + 1], shares[n]) for n in range(8)), strict=True))
     masks, costs, reveal = [], [], []
     for _ in range(2):
         noisy = processes.mask(clean, t.unsqueeze(1) ** w, M, repeat)
@@ -159,7 +167,7 @@ def test_one_draw_of_the_loss_by_hand(order):
         expected = [float(costs[1][n, i]) if masks[1][n, i] else sum(hidden) / max(1, len(hidden)) for i in range(L)]
         surprise, chance, known = 0.0, 0.0, 0.0
         for i in range(L):
-            a, b, p = float(w[n, i] / t[n]), float(reveal[0][n, i] / t[n]), float(t[n]) ** float(w[n, i])
+            a, b, p = (float(x) for x in (w[n, i] * weight[n], reveal[0][n, i] * weight[n], t[n] ** w[n, i]))
             chance += math.log(p if masks[0][n, i] else 1 - p)
             known += p * a * expected[i]
             if masks[0][n, i]:
@@ -197,23 +205,24 @@ def test_without_spread_the_loss_is_masked_diffusions_to_the_bit():
 
 
 # ---------------------------------------------------------------------- where gradients stop
-def parts(model: Backbone, clean: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(N, L) each, at the loss's draws: cross-entropy, masking exponents, revealing exponents, masked; (N, 1) t."""
+def parts(model: Backbone, clean: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(N, L) each, at the loss's draws: cross-entropy, velocities of masking and revealing, masked."""
     repeat, n = generator(seed), len(clean)
     w = model.order.exponents(clean, model.trunk(clean)).expand(n, L)
-    t = processes.low_discrepancy_times(n, repeat)
+    shares = processes.low_discrepancy_times(n, repeat).tolist()
+    t, weight = (torch.cat(x) for x in zip(*(time_of(w[i : i + 1].detach(), shares[i]) for i in range(n)), strict=True))
     noisy = processes.mask(clean, t.unsqueeze(1) ** w.detach(), M, repeat)
     log_probs, own = model.order.reverse(*model(noisy))
     cross_entropy = -log_probs.gather(2, clean.unsqueeze(2)).squeeze(2)
-    return cross_entropy, w, own, noisy == M, t.unsqueeze(1)
+    return cross_entropy, w * weight.unsqueeze(1), own * weight.unsqueeze(1), noisy == M
 
 
 def test_the_trunk_and_head_learn_from_cross_entropy_alone():
     """Weighted with the velocity: nothing of the velocities' mismatch or the score term reaches them."""
-    model, clean = at_unit_scale("context"), SEQUENCES.repeat(3, 1)
+    model, clean = backbone(order="context"), SEQUENCES.repeat(3, 1)
     found = gradients(learned_order_loss(model, clean, generator(3))[0], model)
-    cross_entropy, w, _, masked, t = parts(model, clean, 3)
-    alone = gradients(torch.where(masked, (w / t).detach() * cross_entropy, 0).sum() / len(t) / L, model)
+    cross_entropy, a, _, masked = parts(model, clean, 3)
+    alone = gradients(torch.where(masked, a.detach() * cross_entropy, 0).sum() / len(clean) / L, model)
     shared = [name for name in found if not name.startswith("order")]
     assert "head.weight" in shared
     assert "symbols.weight" in shared
@@ -223,11 +232,11 @@ def test_the_trunk_and_head_learn_from_cross_entropy_alone():
 
 
 def test_the_revealing_network_learns_from_the_velocities_alone():
-    model, clean = at_unit_scale("context"), SEQUENCES.repeat(3, 1)
+    model, clean = backbone(order="context"), SEQUENCES.repeat(3, 1)
     found = gradients(learned_order_loss(model, clean, generator(3))[0], model)
-    _, w, own, masked, t = parts(model, clean, 3)
-    a, b = (w / t).detach(), own / t
-    alone = gradients(torch.where(masked, a * (a / b).log() - a + b, 0).sum() / len(t) / L, model)
+    _, a, b, masked = parts(model, clean, 3)
+    a = a.detach()
+    alone = gradients(torch.where(masked, a * (a / b).log() - a + b, 0).sum() / len(clean) / L, model)
     model.head.bias.data += torch.tensor([3.0, -1.0])  # other predictions, the same hidden states
     other = gradients(learned_order_loss(model, clean, generator(3))[0], model)
     for name, value in found.items():
@@ -351,7 +360,9 @@ KINDS: dict[str, Callable[..., PretrainConfig]] = {
     "block": lambda **settings: BlockConfig(**{"block_length": 2} | settings),
     "learned-schedule": LearnedScheduleConfig,
     "genmd4": GenMD4Config,
-    "lomdm": lambda **settings: LoMDMConfig(**{"order_lr": 1.0} | settings),  # a few steps must show
+    "lomdm": lambda **settings: LoMDMConfig(
+        **{"order_lr": 1.0, "order_start": 0.2} | settings
+    ),  # a few steps must show
 }
 
 
@@ -419,6 +430,20 @@ def test_a_few_steps_move_the_order(kind, finished):
         torch.testing.assert_close(w.mean(1), torch.full((64,), 0.7))
 
 
+def test_before_its_start_the_order_is_left_alone(tmp_path):
+    """The trunk learns as in masked diffusion, to the bit, and the order networks stay where they are."""
+    settings = {"steps": 9, "ema": 0.0}
+    plain = pretrain(small("masked", tmp_path / "plain", **settings), Task())
+    late = pretrain(small("lomdm", tmp_path / "late", order_start=1.0, **settings), Task())
+    for name, value in plain.named_parameters():
+        assert torch.equal(value, dict(late.named_parameters())[name]), name
+    clean = Task().clean(5, generator())
+    assert (late.order.exponents(clean, late.trunk(clean)) == 0.7).all()
+    begun = pretrain(small("lomdm", tmp_path / "begun", order_start=0.8, **settings), Task())
+    assert not torch.equal(begun.head.weight, plain.head.weight)
+    assert not (begun.order.masking[-1].weight == 0).all()
+
+
 @pytest.mark.parametrize("at", [4, 13])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_and_resume_end_with_the_same_weights(kind, at, finished, tmp_path):
@@ -474,6 +499,9 @@ def test_settings_of_the_order_are_saved(finished):
         ("lomdm", {"c2": 0.9}, "0 <= c2 < c1, not c1 = 0.7, c2 = 0.9"),
         ("lomdm", {"c2": -0.1}, "0 <= c2 < c1"),
         ("lomdm", {"c1": math.nan}, "0 <= c2 < c1"),
+        ("lomdm", {"order_start": 1.1}, "order_start must be between 0 and 1, not 1.1"),
+        ("genmd4", {"order_start": -0.1}, "order_start must be between 0 and 1, not -0.1"),
+        ("learned-schedule", {"order_lr": -1.0}, "order_lr must be at least 0, not -1.0"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, kind, changes, message):

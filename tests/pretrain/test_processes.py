@@ -86,7 +86,7 @@ def test_blocks_of_a_length(length, block_length, expected):
 @pytest.mark.parametrize("t", [1e-12, 1e-3, 0.4, 1 - 1e-5, 1 - 1e-12, 1.0])
 @pytest.mark.parametrize("row", [0, 1])
 def test_the_probabilities_of_all_masks_sum_to_one(t, row):
-    log_q = Powers(W[row : row + 1]).log_probability(MASKS, torch.full((8,), t, dtype=torch.float64))
+    log_q = Powers(W[row : row + 1]).log_probability(MASKS, torch.full((8,), t, dtype=torch.float64).log())
     assert log_q.shape == (8,)
     assert log_q.isfinite().all()
     torch.testing.assert_close(log_q.exp().sum(), torch.tensor(1.0).double(), rtol=0, atol=1e-12)
@@ -94,7 +94,9 @@ def test_the_probabilities_of_all_masks_sum_to_one(t, row):
 
 def test_the_probability_of_a_mask_by_hand():
     w, t = W[1], 0.3
-    for hidden, log_q in zip(MASKS, Powers(W[1:]).log_probability(MASKS, torch.full((8,), t).double()), strict=True):
+    for hidden, log_q in zip(
+        MASKS, Powers(W[1:]).log_probability(MASKS, torch.full((8,), t).double().log()), strict=True
+    ):
         expected = math.prod(t ** float(a) if h else 1 - t ** float(a) for a, h in zip(w, hidden, strict=True))
         assert math.exp(log_q) == pytest.approx(expected, rel=1e-6)
 
@@ -105,7 +107,7 @@ def test_the_frequencies_of_masks_are_their_probabilities():
     schedule = Powers(W[:1])
     hidden = mask(torch.zeros(n, 3, dtype=torch.long), schedule.masked_probability(t), 1, generator(1)) == 1
     counts = (hidden.long() * torch.tensor([4, 2, 1])).sum(1).bincount(minlength=8).double()
-    chi_square(counts, schedule.log_probability(MASKS, t.expand(8)).exp())
+    chi_square(counts, schedule.log_probability(MASKS, t.expand(8).log()).exp())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -113,7 +115,7 @@ def test_the_frequencies_of_masks_are_their_probabilities():
 def test_gradients_of_mask_probabilities_are_finite(t, dtype):
     """At every time that low_discrepancy_times can give, for every mask."""
     w = W[:1].to(dtype).requires_grad_()
-    log_q = Powers(w).log_probability(MASKS, torch.full((8,), t, dtype=dtype))
+    log_q = Powers(w).log_probability(MASKS, torch.full((8,), t, dtype=dtype).log())
     assert log_q.isfinite().all()
     for value in log_q:
         (gradient,) = torch.autograd.grad(value, w, retain_graph=True)
@@ -124,14 +126,14 @@ def test_gradients_of_mask_probabilities_are_finite(t, dtype):
 def test_a_masked_position_with_an_exponent_of_almost_nothing_has_a_finite_gradient():
     """There alpha rounds to 0, and its logarithm, which is not asked for, has no gradient."""
     w = torch.tensor([[1e-42, 1.0]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(Powers(w).log_probability(torch.tensor([[True, False]]), torch.ones(1)).sum(), w)
+    (gradient,) = torch.autograd.grad(Powers(w).log_probability(torch.tensor([[True, False]]), torch.zeros(1)).sum(), w)
     assert gradient.isfinite().all()
 
 
 def test_the_gradient_of_a_mask_probability_is_right():
     t = torch.full((8,), 0.37, dtype=torch.float64)
     one = W[1:].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: Powers(w).log_probability(MASKS, t), one)
+    assert torch.autograd.gradcheck(lambda w: Powers(w).log_probability(MASKS, t.log()), one)
 
 
 # ---------------------------------------------------------------------- orders
@@ -196,3 +198,22 @@ def test_times_stay_above_zero_and_reach_one():
         assert t.max() <= 1
         assert t.max() > 1 - 0.05 / n
         assert t.min() < 0.05 / n
+
+
+# ---------------------------------------------------------------------- the time of a share
+@pytest.mark.parametrize(
+    "weights", [[1.0, 1.0, 1.0], [0.05, 1.0, 1.95], [1e-3, 0.5, 2.0, 7.0], [1e-6, 5.0, 30.0], [4.0]], ids=str
+)
+@pytest.mark.parametrize("share", [1e-6, 0.01, 0.3, 0.9, 1 - 1e-6])
+def test_the_time_at_which_a_share_is_masked(weights, share):
+    log_t = Powers(torch.tensor([weights])).log_time(torch.tensor([share], dtype=torch.float64))
+    assert float((torch.tensor(weights).double() * log_t).exp().mean()) == pytest.approx(share, rel=1e-10)
+
+
+def test_times_of_shares_at_the_ends_and_of_one_schedule_for_all():
+    shares = torch.tensor([0.25, 0.5, 1.0])
+    one = Powers(torch.tensor([[0.3, 2.0]])).log_time(shares)
+    each = Powers(torch.tensor([[0.3, 2.0]] * 3)).log_time(shares)
+    assert torch.equal(one, each)
+    assert one[2] == 0
+    assert torch.equal(Powers(torch.ones(1, 5)).log_time(shares).exp().float(), shares)
