@@ -217,7 +217,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         is_noise: (N, L) bool, of a model that predicts ``absorbing``: where the symbol is the position's noise symbol.
         """
         hidden = self.trunk(tokens, alpha, is_noise)
-        return Output(self._logits(hidden), hidden)
+        logits = self._logits(hidden)
+        if self.predicts == "absorbing":
+            # A symbol that is its position's noise symbol may still be the clean one, by 1 / (1 - alpha) the likelier:
+            # a tilt of what the other positions say (derived; tests/pretrain/test_uniform.py). Without it the bound of
+            # a network that is not yet trained is infinite.
+            tilt = torch.where(is_noise, -torch.log1p(-alpha.expand(tokens.shape).clamp(max=1 - 1e-6)), 0.0)
+            logits = logits.scatter_add(-1, tokens.unsqueeze(-1), tilt.to(logits).unsqueeze(-1))
+        return Output(logits, hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden)

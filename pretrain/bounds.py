@@ -22,6 +22,7 @@ from torch import Tensor
 from pretrain import processes
 from pretrain.backbone import Backbone
 from pretrain.objectives.masked import cross_entropies, integrand
+from pretrain.objectives.uniform import Corrupted, loss_at, prior_divergence
 from pretrain.processes import Powers
 from tasks import UnmaskError
 
@@ -54,11 +55,17 @@ def bound(
 ) -> Bound:
     """Estimate the bounds of ``clean`` (N, L) from ``samples`` forwards, each with one mask per sequence (and block).
 
-    The number of masked positions is stratified over the samples. Autoregressive models take one forward.
+    The number of masked positions is stratified over the samples. Autoregressive models take one forward. With uniform
+    noise both bounds are the same: the plug-in bound, or the absorbing one, with times stratified over the samples,
+    plus the divergence of the prior.
 
     Raises:
-        UnmaskError: ``truncated`` of a model with blocks.
+        UnmaskError: ``truncated`` of a model with blocks or with uniform noise.
     """
+    if model.noise == "uniform":
+        if truncated:
+            raise UnmaskError("the truncated estimate is for masked models")
+        return _uniform_bound(model, clean, generator, samples)
     if model.block_length is not None:
         if truncated:
             raise UnmaskError("the truncated estimate is for models without blocks")
@@ -119,3 +126,17 @@ def _block_bound(model: Backbone, clean: Tensor, generator: torch.Generator, sam
         totals.append(torch.where(masked, cross_entropy * sizes / left.clamp(min=1), 0.0).sum(1))
     total = torch.stack(totals).mean(0)
     return Bound(total, total, exact=model.block_length == 1)
+
+
+def _uniform_bound(model: Backbone, clean: Tensor, generator: torch.Generator, samples: int) -> Bound:
+    n, length = clean.shape
+    model.process.check(clean)
+    total = torch.zeros(n, dtype=torch.float64, device=clean.device)
+    for sample in range(samples):
+        t = (sample + 1 - torch.rand(n, 1, generator=generator, device=clean.device)) / samples
+        alpha = processes.alpha_of(t.double()).expand(n, length)
+        noise = model.process.noise(n, generator)
+        corrupted = Corrupted(model.process.corrupt(clean, alpha, noise, generator), alpha, noise)
+        total = total + loss_at(model, clean, corrupted, "bound").sum(1) / samples
+    total = total + prior_divergence(model.process, processes.LEAST, n).sum(1)
+    return Bound(total, total)

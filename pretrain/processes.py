@@ -156,9 +156,12 @@ def plackett_luce(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # ---------------------------------------------------------------------- uniform noise
-def alpha_of(t: Tensor, least: float = 1e-3) -> Tensor:
-    """alpha(t) = 1 - (1 - least) t, the probability that a symbol is still clean; ``least`` is left at t = 1."""
-    return 1 - (1 - least) * t
+LEAST = 1e-3  # what is left of the data at t = 1
+
+
+def alpha_of(t: Tensor) -> Tensor:
+    """alpha(t) = 1 - (1 - LEAST) t, the probability that a symbol is still clean."""
+    return 1 - (1 - LEAST) * t
 
 
 class Uniform:

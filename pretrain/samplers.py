@@ -52,6 +52,8 @@ def sample(
     Raises:
         UnmaskError: a method or setting that is not allowed, prompts of another length.
     """
+    if model.noise != "mask":
+        raise UnmaskError("this model was trained with uniform noise; sample it with sample_uniform")
     if method not in ("event", "ancestral", "cached"):
         raise UnmaskError(f"method must be event, ancestral or cached, not {method!r}")
     if steps < 1 or not temperature >= 0 or not 0 < top_p <= 1:

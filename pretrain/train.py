@@ -18,6 +18,7 @@ from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import masked_diffusion_loss
+from pretrain.objectives.uniform import uniform_loss
 from pretrain.run import (
     Run,
     decayed_groups,
@@ -131,6 +132,51 @@ class LoMDMConfig(LearnedOrderConfig):
         return {"order": "context", "c1": self.c1, "c2": self.c2}
 
 
+@dataclass(frozen=True)
+class UniformConfig(PretrainConfig):
+    """What models with uniform noise share."""
+
+    given: float = 0.5
+    """share of the sequences of which a random part is given clean, so that prompts can be completed"""
+
+
+@dataclass(frozen=True)
+class UDMConfig(UniformConfig):
+    """Uniform diffusion."""
+
+    predicts: Literal["loo", "denoiser"] = "loo"
+    """what the network outputs: leave-one-out, which its own bound wants, or the denoiser, converted for the loss"""
+    loss: Literal["bound", "cross_entropy"] = "bound"
+
+    def order(self) -> dict[str, Any]:
+        return {"noise": "uniform", "predicts": self.predicts}
+
+
+@dataclass(frozen=True)
+class MaxCouplingConfig(UniformConfig):
+    """Uniform diffusion, coupled maximally: the bound of changing as rarely as possible."""
+
+    predicts: Literal["denoiser", "loo"] = "denoiser"
+    """what the network outputs: the denoiser, which this bound wants, or leave-one-out, converted for the loss"""
+
+    @property
+    def loss(self) -> str:
+        return "coupling"
+
+    def order(self) -> dict[str, Any]:
+        return {"noise": "uniform", "predicts": self.predicts}
+
+
+@dataclass(frozen=True)
+class AUDMConfig(UniformConfig):
+    """Absorbing uniform diffusion: told which symbols are their position's noise. AUDM and ReAUDM sample from it."""
+
+    loss: Literal["bound", "cross_entropy"] = "bound"
+
+    def order(self) -> dict[str, Any]:
+        return {"noise": "uniform", "predicts": "absorbing"}
+
+
 OBJECTIVES: dict[str, type[PretrainConfig]] = {
     "mdm": PretrainConfig,
     "ar": ARConfig,
@@ -138,6 +184,10 @@ OBJECTIVES: dict[str, type[PretrainConfig]] = {
     "learned-schedule": LearnedScheduleConfig,
     "genmd4": GenMD4Config,
     "lomdm": LoMDMConfig,
+    "udm": UDMConfig,
+    "maxcoupling": MaxCouplingConfig,
+    "audm": AUDMConfig,
+    "reaudm": AUDMConfig,
 }
 """What ``unmask pretrain`` can train, by name."""
 
@@ -145,9 +195,9 @@ OBJECTIVES: dict[str, type[PretrainConfig]] = {
 class Objective(nn.Module):
     """A model's loss as a module, so that several processes and ``torch.compile`` see one forward."""
 
-    def __init__(self, model: Backbone) -> None:
+    def __init__(self, model: Backbone, config: PretrainConfig) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.config = model, config
 
     def forward(self, clean: Tensor, generator: torch.Generator, ordering: bool = True) -> tuple[Tensor, Tensor]:
         """Scalars: what to differentiate, and the estimate of the bound in nats per position.
@@ -155,7 +205,9 @@ class Objective(nn.Module):
         Args:
             ordering: train a learned order; without, at its start, all orders are alike: masked diffusion.
         """
-        if self.model.block_length is not None:
+        if isinstance(self.config, UniformConfig):
+            loss = uniform_loss(self.model, clean, generator, self.config.loss, self.config.given)
+        elif self.model.block_length is not None:
             loss = block_loss(self.model, clean, generator)
         elif self.model.order.learned and ordering:
             return learned_order_loss(self.model, clean, generator)
@@ -207,6 +259,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         require_at_least(0, order_lr=config.order_lr)
         if not 0 <= config.order_start <= 1:
             raise tasks.UnmaskError(f"order_start must be between 0 and 1, not {config.order_start}")
+    if isinstance(config, UniformConfig) and not 0 <= config.given <= 1:
+        raise tasks.UnmaskError(f"given must be between 0 and 1, not {config.given}")
     if isinstance(config, LoMDMConfig) and not 0 <= config.c2 < config.c1:
         raise tasks.UnmaskError(f"c1 and c2 must satisfy 0 <= c2 < c1, not c1 = {config.c1}, c2 = {config.c2}")
     rank, world, device = distributed(device)
@@ -240,7 +294,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     )
     if config.compile:
         model.compile()
-    objective: nn.Module = Objective(model)
+    objective: nn.Module = Objective(model, config)
     if world > 1:
         late = (
             isinstance(config, LearnedOrderConfig) and config.order_start > 0

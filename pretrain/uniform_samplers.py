@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pretrain import processes
 from pretrain.backbone import Output
+from pretrain.objectives.uniform import ALMOST
 from pretrain.processes import Prediction, Uniform
 from pretrain.samplers import Samples, nucleus
 from tasks import UnmaskError
 
 Method = Literal["ancestral", "coupling", "audm", "reaudm"]
 Selection = Literal["random", "margin", "current", "confidence"]
-ALMOST = 1 - 1e-9  # the noise level of given positions in formulas that take a logarithm of 1 - alpha
 
 
 class Predictor(Protocol):
@@ -311,6 +311,8 @@ def _checked(
     temperature: float,
     top_p: float,
 ) -> Method:
+    if getattr(model, "noise", "uniform") != "uniform":
+        raise UnmaskError("this model was trained with masks; sample it with pretrain.samplers.sample")
     absorbing = model.predicts == "absorbing"
     if method is None:
         method = "audm" if absorbing else "ancestral"

@@ -45,6 +45,11 @@ class FrozenDenoiser:
 
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
         check_fits(model.vocab_size, model.length, task)
+        if model.noise != "mask":
+            raise IncompatibleDenoiserError(
+                f"this denoiser was trained with uniform noise and predicts {model.predicts!r}; environments take "
+                "denoisers trained with masks (unmask pretrain mdm, ar, block, learned-schedule, genmd4 or lomdm)"
+            )
         self.model: Backbone = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.hidden_dim: int | None = model.dim

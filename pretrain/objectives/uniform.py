@@ -11,11 +11,82 @@ Shapes: N sequences, L positions, V symbols. ``slope`` is d alpha / dt, below 0.
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.processes import Uniform
+from pretrain import processes
+from pretrain.backbone import Backbone
+from pretrain.processes import LEAST, Uniform, alpha_of
+
+Loss = Literal["bound", "coupling", "cross_entropy"]
+ALMOST = 1 - 1e-9  # the noise level of given positions in formulas that take a logarithm of 1 - alpha
+
+
+class Corrupted(NamedTuple):
+    """``tokens`` (N, L) at noise level ``alpha`` (N, L), 1 where they are given; ``noise`` (N, L) the noise symbols."""
+
+    tokens: Tensor
+    alpha: Tensor
+    noise: Tensor
+
+    @property
+    def free(self) -> Tensor:
+        return self.alpha < 1
+
+
+def uniform_loss(
+    model: Backbone, clean: Tensor, generator: torch.Generator, loss: Loss = "bound", given: float = 0.5
+) -> Tensor:
+    """One-sample estimate of a loss, in nats per position that is not given.
+
+    ``bound`` is the plug-in bound, or the absorbing one of a model that predicts that.
+
+    Args:
+        clean: (N, L) int64. given: share of sequences of which some positions are given clean, a random share of each:
+            so the model also learns to complete prompts.
+
+    Raises:
+        UnmaskError: a symbol of ``clean`` that noise can never be.
+    """
+    n, length = clean.shape
+    model.process.check(clean)
+    t = processes.low_discrepancy_times(n, generator)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=clean.device)
+
+    hides = torch.where(random(n, 1) < given, random(n, 1), 1.0)  # share of positions that are not given
+    free = random(n, length) < hides
+    alpha = torch.where(free, alpha_of(t.double()).unsqueeze(1), 1.0)
+    noise = model.process.noise(n, generator)
+    corrupted = Corrupted(model.process.corrupt(clean, alpha, noise, generator), alpha, noise)
+    return loss_at(model, clean, corrupted, loss).sum() / free.sum().clamp(min=1)
+
+
+def loss_at(model: Backbone, clean: Tensor, corrupted: Corrupted, loss: Loss) -> Tensor:
+    """(N, L) float64 the loss at each position, 0 where it is given."""
+    tokens, alpha, noise = corrupted
+    is_noise = (tokens == noise) & corrupted.free
+    log_probs = model(tokens, alpha, is_noise).logits.double().log_softmax(-1)
+    alpha, slope, process = alpha.double().clamp(max=ALMOST), LEAST - 1, model.process
+    if model.predicts == "absorbing":
+        if loss == "cross_entropy":
+            each = cross_entropy(log_probs, clean) * is_noise
+        else:
+            each = absorbing_bound(log_probs, clean, tokens, noise, alpha, slope)
+    elif loss == "bound":
+        loo = process.convert(log_probs, tokens, alpha, model.predicts, "loo")
+        each = plug_in_bound(process, loo, clean, tokens, alpha, slope)
+    else:
+        denoiser = process.convert(log_probs, tokens, alpha, model.predicts, "denoiser")
+        if loss == "coupling":
+            each = maximal_coupling_bound(denoiser, clean, tokens, alpha, slope)
+        else:
+            each = cross_entropy(denoiser, clean)
+    return torch.where(corrupted.free, each, 0.0)
 
 
 def plug_in_bound(process: Uniform, loo: Tensor, clean: Tensor, tokens: Tensor, alpha: Tensor, slope: float) -> Tensor:

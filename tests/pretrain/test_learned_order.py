@@ -325,7 +325,7 @@ def test_which_loss_a_model_is_trained_with():
         (backbone(2), lambda m: block_loss(m, clean, generator(4))),
         (backbone(order="symbols"), lambda m: learned_order_loss(m, clean, generator(4))[0]),
     ]:
-        value, bound = Objective(model)(clean, generator(4))
+        value, bound = Objective(model, PretrainConfig(task="", out=""))(clean, generator(4))
         assert torch.equal(value, loss(model))
         assert value.requires_grad
         assert not bound.requires_grad

@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain import bounds, processes
+from pretrain.backbone import Backbone
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.objectives import uniform as losses
-from pretrain.processes import Uniform
+from pretrain.processes import LEAST, Uniform, alpha_of
+from pretrain.samplers import sample
+from pretrain.train import AUDMConfig, MaxCouplingConfig, UDMConfig, pretrain
+from pretrain.uniform_samplers import sample_uniform
 from tasks import UnmaskError
+from tests.oracles.enumeration import TableTask
 from tests.oracles.uniform import Enumerated
+from unmask_env.denoiser import FrozenDenoiser
 
 JOINTS = {name: Enumerated(k, length, seed) for name, (k, length, seed) in {
     "3^2": (3, 2, 1), "4^2": (4, 2, 2), "3^3": (3, 3, 3)}.items()}  # fmt: skip
@@ -281,3 +289,138 @@ def test_an_alphabet_that_misses_a_symbol_is_one_clear_error():
         u.check(torch.tensor([[0, 2], [2, 0]]))
     with pytest.raises(UnmaskError, match="at least 2 symbols"):
         Uniform(torch.tensor([[True, False]]))
+
+
+# ---------------------------------------------------------------------- training
+def backbone(predicts: str, seed: int = 0, **more) -> Backbone:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Backbone(3, [[0], [1]], 8, 1, 2, noise="uniform", predicts=predicts, **more)
+    return model.eval()
+
+
+def loss_at_time(model: Backbone, joint: Enumerated, t: float, loss: str) -> Tensor:
+    """Expected over the data and all its corruptions at one time, by enumeration."""
+    x, u = joint.pairs()
+    alpha = float(alpha_of(torch.tensor(t).double()))
+    level = torch.full(x.shape, alpha, dtype=torch.float64)
+    weight = joint.pair_joint(alpha)
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for row in range(joint.S):
+            each = losses.loss_at(model, joint.X[row].expand_as(x), losses.Corrupted(x, level, u), loss)
+            total = total + (weight[row] * each.sum(1)).sum()
+    return total
+
+
+CASES = [("loo", "bound"), ("denoiser", "bound"), ("denoiser", "coupling"), ("loo", "cross_entropy"),
+         ("absorbing", "bound"), ("absorbing", "cross_entropy")]  # fmt: skip
+
+
+@pytest.mark.parametrize("t", [0.2, 0.8])
+@pytest.mark.parametrize(("predicts", "loss"), CASES)
+def test_the_training_loss_is_unbiased(predicts, loss, t, monkeypatch):
+    joint, model, draw = JOINTS["3^2"], backbone(predicts), generator(1)
+    monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _: torch.full((n,), t))
+    expected = float(loss_at_time(model, joint, t, loss)) / joint.L
+    clean = joint.X[torch.multinomial(joint.p0, 40_000, replacement=True, generator=draw)]
+    with torch.no_grad():
+        found = torch.stack([losses.uniform_loss(model, part, draw, loss, given=0.0) for part in clean.split(400)])
+    error = float(found.std()) / len(found) ** 0.5
+    assert error < 0.05 * expected
+    assert float(found.mean()) == pytest.approx(expected, abs=5 * error)
+
+
+@pytest.mark.parametrize("predicts", ["loo", "absorbing"])
+def test_the_likelihood_bound_is_unbiased_and_a_bound(predicts):
+    joint, model = JOINTS["3^2"], backbone(predicts)
+    expected = integrate(lambda t: loss_at_time(model, joint, t, "bound"), 40)
+    expected += float(losses.prior_divergence(model.process, LEAST, 1).sum())
+    clean = joint.X[torch.multinomial(joint.p0, 20_000, replacement=True, generator=generator())]
+    found = bounds.bound(model, clean, generator(1), samples=4)
+    mean, error = bounds.mean_and_error(found.path)
+    assert error < 0.05 * mean
+    assert mean == pytest.approx(expected, abs=5 * error)
+    assert mean > joint.entropy()
+    assert torch.equal(found.path, found.order)
+    assert not found.exact
+    with pytest.raises(UnmaskError, match="for masked models"):
+        bounds.bound(model, clean[:2], generator(), truncated=True)
+
+
+@pytest.mark.parametrize("predicts", ["loo", "denoiser", "absorbing"])
+def test_given_positions_cost_nothing_and_teach_nothing(predicts):
+    model = backbone(predicts)
+    clean, noise = torch.tensor([[0, 1]]), torch.tensor([[2, 1]])
+    alpha = torch.tensor([[1.0, 0.5]])
+    each = losses.loss_at(model, clean, losses.Corrupted(clean, alpha, noise), "bound")
+    assert each[0, 0] == 0
+    assert each.isfinite().all()
+    (each.sum()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("predicts", "loss"), CASES)
+def test_gradients_are_finite_at_the_ends_of_time(predicts, loss, monkeypatch):
+    model = backbone(predicts)
+    for t in (1e-7, 1.0):
+        monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _, t=t: torch.full((n,), t))
+        value = losses.uniform_loss(model, JOINTS["3^2"].X, generator(), loss)
+        value.backward()
+        assert value.isfinite()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+KINDS = {
+    "udm": UDMConfig, "udm-denoiser": lambda **s: UDMConfig(predicts="denoiser", **s),
+    "udm-entropy": lambda **s: UDMConfig(loss="cross_entropy", **s), "maxcoupling": MaxCouplingConfig,
+    "audm": AUDMConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_steps_lower_the_bound(kind, tmp_path):
+    task = TableTask(JOINTS["3^3"].p0.view(3, 3, 3))
+    task.name = "table"
+    config = KINDS[kind](
+        task="table", out=str(tmp_path / "run"), steps=60, batch=64, dim=16, layers=1, heads=2, lr=2e-2, ema=0.5,
+        warmup=3, threads=1,
+    )  # fmt: skip
+    model = pretrain(config, task)
+    loaded = load_model(Backbone, tmp_path / "run", PACKAGED_DENOISERS, "denoiser")
+    assert (loaded.noise, loaded.predicts) == ("uniform", model.predicts)
+    clean = task.clean(2000, generator(5))
+    found, start = (
+        float(bounds.bound(m, clean, generator(6), samples=4).path.mean())
+        for m in (loaded, Backbone(3, task.coordinates.tolist(), 16, 1, 2, **config.order()))
+    )
+    assert found < start
+    assert found < 3 * math.log(3) + (0 if kind in ("udm", "audm") else 0.5)  # or than knowing nothing
+    prompts = task.heldout(20).tokens
+    made = sample_uniform(loaded, prompts, generator(), nfe=6).tokens
+    assert torch.equal(made[prompts != 3], prompts[prompts != 3])
+
+
+# ---------------------------------------------------------------------- the wrong model in the wrong place
+@pytest.mark.parametrize("predicts", ["loo", "denoiser", "absorbing"])
+def test_a_uniform_checkpoint_where_masks_are_needed_is_one_clear_error(predicts):
+    model = backbone(predicts)
+    with pytest.raises(UnmaskError, match="trained with uniform noise; sample it with sample_uniform"):
+        sample(model, torch.full((1, 2), 3), generator())
+    with pytest.raises(UnmaskError, match=f"trained with uniform noise and predicts '{predicts}'") as caught:
+        FrozenDenoiser(model, TableTask(JOINTS["3^2"].p0.view(3, 3)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_masked_checkpoint_where_noise_is_needed_is_one_clear_error():
+    with pytest.raises(UnmaskError, match="trained with masks"):
+        sample_uniform(Backbone(3, [[0], [1]], 8, 1, 2), torch.full((1, 2), 3), generator())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"noise": "uniform", "order": "context"}, {"noise": "uniform", "block_length": 1}, {"predicts": "loo"},
+                 {"noise": "gauss"}], ids=str,
+)  # fmt: skip
+def test_backbones_that_make_no_sense(settings):
+    with pytest.raises(ValueError, match=r"noise must be|predicts one of"):
+        Backbone(3, [[0], [1]], 8, 1, 2, **settings)
