@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
+from pretrain.processes import LEAST
 from tasks import Task, UnmaskError
 from unmask_env.core import Denoised
 
@@ -34,6 +35,10 @@ class Denoiser(Protocol):
 class FrozenDenoiser:
     """A pretrained backbone in evaluation mode, without gradients: the model itself is switched over, not a copy.
 
+    One with uniform noise that predicts ``absorbing`` is asked as at t = 1: what is on the board is given, and open
+    positions hold noise symbols, always the same ones. At that time they carry no information, so this is P(x_0 | what
+    is given), as of a masked model.
+
     Args:
         model: returns an output with ``logits`` (N, L, V) and ``hidden`` (N, L, D).
         task: checked against the model's vocabulary and length.
@@ -45,21 +50,29 @@ class FrozenDenoiser:
 
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
         check_fits(model.vocab_size, model.length, task)
-        if model.noise != "mask":
+        if model.noise == "uniform" and model.predicts != "absorbing":
             raise IncompatibleDenoiserError(
-                f"this denoiser was trained with uniform noise and predicts {model.predicts!r}; environments take "
-                "denoisers trained with masks (unmask pretrain mdm, ar, block, learned-schedule, genmd4 or lomdm)"
+                f"this denoiser was trained with uniform noise and predicts {model.predicts!r}, which does not know "
+                "where the noise is; environments take masked denoisers and those of unmask pretrain audm"
             )
         self.model: Backbone = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.hidden_dim: int | None = model.dim
         self.vocab_size, self.length = model.vocab_size, model.length
         self.calls = 0
+        self._noise: Tensor | None = None  # (1, L)
+        if model.noise == "uniform":
+            self._noise = model.process.noise(1, torch.Generator(device).manual_seed(0))
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Denoised:
         self.calls += 1
-        logits, hidden = self.model(tokens)
+        if self._noise is None:
+            logits, hidden = self.model(tokens)
+        else:
+            is_open = tokens == self.model.mask_id
+            alpha = torch.where(is_open, LEAST, 1.0)
+            logits, hidden = self.model(torch.where(is_open, self._noise, tokens), alpha, is_open)
         log_probs, exponents = self.model.order.reverse(logits.float(), hidden)
         return Denoised(log_probs, hidden, exponents if self.model.order.learned else None)
 

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import tasks
 from pretrain.backbone import Backbone
+from pretrain.train import AUDMConfig, pretrain
 from tasks import UnmaskError
 from tests.oracles import enumeration
+from unmask_env import core, reference
 from unmask_env.denoiser import FrozenDenoiser, IncompatibleDenoiserError, TableDenoiser, load_denoiser
 
 
@@ -99,3 +102,26 @@ def test_wrong_prediction_unknown_name_and_missing_folder_are_one_clear_line(tmp
     with pytest.raises(UnmaskError, match="the folder does not exist") as missing:
         load_denoiser(tmp_path / "nothing", task)
     assert "\n" not in str(unknown.value) + str(missing.value)
+
+
+# ---------------------------------------------------------------------- uniform noise
+def test_an_absorbing_denoiser_is_asked_what_follows_from_what_is_given(tmp_path: Path) -> None:
+    """Trained on an enumerated joint, it predicts what boards hide nearly as well as the exact conditionals."""
+    task = enumeration.TableTask(enumeration.random_joint(3, 3, seed=4))
+    config = AUDMConfig(
+        task="table", out=str(tmp_path / "run"), steps=300, batch=256, dim=32, layers=2, heads=2, lr=1e-2, ema=0.9,
+        threads=1, given=1.0, loss="cross_entropy",
+    )  # fmt: skip
+    denoiser = FrozenDenoiser(pretrain(config, task), task)
+    draw = torch.Generator().manual_seed(0)
+    clean = task.clean(4000, draw)
+    boards = torch.where(torch.rand(clean.shape, generator=draw) < torch.rand(4000, 1, generator=draw), 3, clean)
+    found, exact = (
+        -one(boards).log_probs.gather(-1, clean.unsqueeze(-1)).squeeze(-1)[boards == 3].mean()
+        for one in (denoiser, TableDenoiser(task.joint, task))
+    )
+    assert exact - 0.01 < found < exact + 0.05
+    assert exact < 0.8 * math.log(3)
+    assert torch.equal(denoiser(boards).log_probs, denoiser(boards).log_probs), "the same noise symbols every time"
+    played = core.rollout(task, denoiser, reference.MaxConfidence(), task.heldout(50))
+    assert not (played.state.tokens == 3).any()
