@@ -161,6 +161,8 @@ def run_evaluate(command: EvaluateCommand) -> None:
     if command.exact:
         exact.check_holes(task, instances)
         reference.require_full_support(reference.get(command.reference))
+        if command.reference == "learned":
+            reference.require_learned(denoiser, task)
     results = evaluate.evaluate(task, denoiser, orders, instances, command.seed, command.batch, progress=True)
     title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
     Console().print(evaluate.table(results, title))
@@ -209,6 +211,7 @@ def run_likelihood(command: LikelihoodCommand) -> None:
             title, f"{mean:.3f} ± {error:.3f}", f"{each:.4f} ± {its_error:.4f}", f"{math.exp(each):.3f}"
         )  # standard errors over sequences
         rows.append({"form": title, "nats": mean, "standard_error": error, "length": task.length, "n": len(clean)})
+        rows[-1] |= {"task": task.name, "denoiser": command.denoiser, "split": command.split, "seed": command.seed}
     Console().print(table)
     if command.json is not None:
         write_json(command.json, rows)

@@ -47,6 +47,7 @@ class LearnerConfig:
     denoiser: str | None = None
     """packaged name, folder or hub id; the default is the environment's"""
     reference: ReferenceName = "softmax_confidence"
+    """the order to stay near, and to start from; ``learned``, the denoiser's own, is for upo"""
     beta: float = 1e-4
     """weight of the divergence from the reference (UPO's value); 0 switches it off"""
     tau: float = 0.05

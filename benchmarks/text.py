@@ -58,7 +58,7 @@ def run(job: Job) -> dict[str, Any]:
         each = [round(float(value), 4) for value in bound.path / task.length]  # of test windows, for differences
         return found | {"exact": bound.exact, "each": each}
 
-    return once(config, measure)
+    return once(config, measure, windows=job.windows)
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
@@ -135,7 +135,9 @@ def main() -> None:
         "settings": SETTINGS,
         "metric": "path bound in nats per character (ar: -log p itself); errors over windows, intervals over seeds",
         "rows": rows,
-        "runs": [{key: value for key, value in result.items() if key != "each"} for result in results],
+        "runs": [
+            {key: value for key, value in result.items() if key not in ("each", "settings")} for result in results
+        ],
         "paired differences over test windows (mean, standard error)": differences,
         "curves": curves,
     }

@@ -17,15 +17,27 @@ import torch
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import write_json
 from pretrain.train import PretrainConfig, pretrain
+from tasks import UnmaskError
 
 
-def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]]) -> dict[str, Any]:
+def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], **how: Any) -> dict[str, Any]:
     """What ``measure`` finds of the model that ``config`` trains, with its ``cpu_seconds`` (of this process, so that
-    runs beside it hardly matter; None of a resumed run). Kept in the run's folder: a finished run is not repeated."""
+    runs beside it hardly matter; None of a resumed run). Kept in the run's folder: a finished run is not repeated.
+
+    Args:
+        how: settings of the measurement.
+
+    Raises:
+        UnmaskError: the folder holds a result of other settings.
+    """
     out = Path(config.out)
     finished = out / "result.json"
+    settings = json.loads(json.dumps({**dataclasses.asdict(config), **how}, default=str))
     if finished.exists():
-        return json.loads(finished.read_text())
+        result = json.loads(finished.read_text())
+        if result.get("settings") != settings:
+            raise UnmaskError(f"{out} holds a result of other settings; name another --runs, or delete the folder")
+        return result
     torch.set_num_threads(1)
     resume = (out / "state.safetensors").exists()
     config = dataclasses.replace(config, threads=1, resume=resume)
@@ -34,7 +46,12 @@ def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]]) 
         started = time.process_time()
         model = pretrain(config)
         seconds = time.process_time() - started
-    result = {"steps": config.steps, "seed": config.seed, "cpu_seconds": None if resume else round(seconds, 1)}
+    result = {
+        "settings": settings,
+        "steps": config.steps,
+        "seed": config.seed,
+        "cpu_seconds": None if resume else round(seconds, 1),
+    }
     result |= measure(model)
     write_json(finished, result)
     return result
@@ -47,6 +64,6 @@ def in_parallel(run: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], proce
 
 
 def half_interval(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of the mean over seeds (Student's t); None for fewer than 3."""
-    quantile = {3: 4.303, 4: 3.182, 5: 2.776}.get(len(values))
+    """Half the 95 % interval of the mean over seeds (Student's t); None of one seed."""
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(len(values))
     return None if quantile is None else quantile * float(torch.tensor(values).std()) / len(values) ** 0.5

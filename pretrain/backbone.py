@@ -43,26 +43,31 @@ class Block(nn.Module):
 
         Args:
             attends: (L, L) bool, which positions (columns) each one (row) may look at.
-            rotation: (L, D / 2H) complex, by how much queries and keys are turned; see :func:`rotations`.
+            rotation: (2, L, D / H), by how much queries and keys are turned; see :func:`rotations`.
         """
         n, length, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D / H)
         if rotation is not None:
-            q, k = (
-                torch.view_as_real(torch.view_as_complex(a.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
-                for a in (q, k)
-            )
+            q, k = (turn(x, rotation) for x in (q, k))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attends)
         x = x + self.out(attended.transpose(1, 2).reshape(n, length, dim))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
 def rotations(length: int, channels: int, device: torch.device) -> Tensor:
-    """(L, channels / 2) complex rotations, so that attention sees distances (Su et al. 2021, arXiv 2104.09864)."""
+    """(2, L, channels) cosines and sines, so that attention sees distances (Su et al. 2021, arXiv 2104.09864): channel
+    j and j + channels / 2 turn together, at position p by p / 10000^(2 j / channels)."""
     frequencies = 10_000.0 ** (-torch.arange(0, channels, 2, device=device) / channels)
-    angles = torch.arange(length, device=device).unsqueeze(1) * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    angles = (torch.arange(length, device=device).unsqueeze(1) * frequencies).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def turn(x: Tensor, rotation: Tensor) -> Tensor:
+    """(..., L, channels) ``x`` turned by ``rotation``, in its own precision."""
+    first, second = x.chunk(2, -1)
+    cos, sin = rotation.to(x.dtype)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class CoordinateEmbedding(nn.Module):
@@ -243,7 +248,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         x = self.symbols(torch.cat([noisy, clean], 1)) + self.positions().repeat(2, 1)  # (N, 2 L, D)
         rotation = self._rotation(noisy.device)
         if rotation is not None:
-            rotation = rotation.repeat(2, 1)
+            rotation = rotation.repeat(1, 2, 1)
         for layer in self.blocks:
             x = layer(x, attends, rotation)
         return self._logits(self.norm(x[:, : self.length]))

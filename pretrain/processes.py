@@ -65,10 +65,9 @@ class Powers:
             terms = weights * q * log_share
             above = terms.logsumexp(1, keepdim=True) - math.log(weights.shape[1]) - log_share
             slope = (terms.softmax(1) * weights).sum(1, keepdim=True) * log_share
-            step = torch.where(slope < 0, above / slope.clamp(max=-1e-300), 0.0)
-            q = q - step
-            if float(step.abs().max()) <= 1e-14 * float(q.max()):
+            if float(above.abs().max()) <= 1e-13:
                 break
+            q = q - torch.where(slope < 0, above / slope.clamp(max=-1e-300), 0.0)
         return (q * log_share).squeeze(1)
 
     def log_probability(self, masked: Tensor, log_t: Tensor) -> Tensor:

@@ -246,6 +246,9 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     require_at_least(
         0, lr=config.lr, warmup=config.warmup, weight_decay=config.weight_decay, grad_clip=config.grad_clip
     )
+    unbounded = [name for name in ("lr", "weight_decay", "order_lr", "c1") if getattr(config, name, 0.0) == math.inf]
+    if unbounded:
+        raise tasks.UnmaskError(f"{unbounded[0]} must be finite")
     if not 0 <= config.ema < 1:
         raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {config.ema}")
     if config.dim % config.heads:

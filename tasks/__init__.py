@@ -1,9 +1,10 @@
 """Tasks: data and truth. See :class:`tasks.Task` for what a task must offer."""
 
 import inspect
-import json
 from collections.abc import Callable
 from functools import partial
+from types import NoneType, UnionType
+from typing import Literal, get_args, get_origin
 
 from tasks.errors import PuzzleFileError, UnknownNameError, UnmaskError
 from tasks.sudoku import Sudoku
@@ -44,28 +45,51 @@ def get(name: str, **options) -> Task:
     After the colon come the task's ``source``, if named, and ``option=value`` pairs, separated by commas.
 
     Raises:
-        UnknownNameError: listing the known names. UnmaskError: an option that the task does not take.
+        UnknownNameError: listing the known names. UnmaskError: an option that the task does not take, or takes in
+            another form.
     """
-    base, _, details = name.partition(":")
+    base, colon, details = name.partition(":")
     if base not in _TASKS:
         raise UnknownNameError("task", base, _TASKS)
-    for place, detail in enumerate(details.split(",") if details else []):
+    known = inspect.signature(_TASKS[base], eval_str=True).parameters
+    for place, detail in enumerate(details.split(",") if colon else []):
         option, given, value = detail.partition("=")
         if not given and place == 0:
-            options["source"] = detail
+            option, value = "source", detail
         elif not given:
             raise UnmaskError(f"task {name!r}: {detail!r} is not of the form option=value")
-        else:
-            try:
-                options[option] = json.loads(value.lower() if value in ("True", "False") else value)
-            except json.JSONDecodeError:
-                options[option] = value
+        if option in options:
+            raise UnmaskError(f"task {name!r}: {option} is given twice")
+        if option in known:
+            value = _converted(name, option, value, known[option].annotation)
+        options[option] = value
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise UnmaskError(f"task {base!r} takes {', '.join(known) or 'no options'}; not {', '.join(unknown)}")
+    task = _TASKS[base](**options)
+    if colon:
+        task.name = name
+    return task
+
+
+def _converted(name: str, option: str, value: str, kind: object) -> object:
+    """``value`` as the type that the task's constructor asks for."""
+    kinds = [part for part in (get_args(kind) if get_origin(kind) is UnionType else (kind,)) if part is not NoneType]
+    literal = [choice for part in kinds if get_origin(part) is Literal for choice in get_args(part)]
     try:
-        inspect.signature(_TASKS[base]).bind(**options)
-    except TypeError:
-        known = [*inspect.signature(_TASKS[base]).parameters]
-        raise UnmaskError(f"task {base!r} takes {', '.join(known) or 'no options'}; not {', '.join(options)}") from None
-    return _TASKS[base](**options)
+        if bool in kinds:
+            return {"true": True, "false": False}[value.lower()]
+        if literal and value not in literal:
+            raise ValueError
+        if str in kinds or literal:
+            if not value:
+                raise ValueError
+            return value
+        return int(value) if int in kinds else float(value)
+    except (KeyError, ValueError):
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+        wanted = " or ".join(literal) or next(names[part] for part in names if part in kinds)
+        raise UnmaskError(f"task {name!r}: {option} must be {wanted}, not {value!r}") from None
 
 
 register("sudoku4", partial(Sudoku, 2, 2))

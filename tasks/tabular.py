@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,26 +42,45 @@ def from_lines(lines: list[list[str]], names: list[str], source: str) -> Table:
     """A column is of numbers where all its entries are finite ones, else of categories.
 
     Raises:
-        TableError: naming the first line that has another number of entries, or no entry in some column.
+        TableError: naming the first line that has another number of entries, or none in some column, or something else
+            in a column that is mostly of numbers; fewer than two columns or twenty rows; a column of categories that
+            hardly repeat.
     """
     if len(lines) < 20 or not names:
         raise TableError(f"{source} has {len(lines)} rows; a table needs a header and at least 20")
+    if len(names) < 2:
+        raise TableError(f"{source} has one column; entries are separated by commas, and a table needs two columns")
     for number, line in enumerate(lines, 2):
         if len(line) != len(names) or not all(entry.strip() for entry in line):
             raise TableError(f"{source}, line {number}: {len(names)} non-empty entries expected, as in the header")
     columns, categories = [], []
-    for column in zip(*lines, strict=True):
+    for name, column in zip(names, zip(*lines, strict=True), strict=True):
+        values = np.array([_number(entry) for entry in column])
+        strange = np.flatnonzero(~np.isfinite(values))
+        if 0 < len(strange) < len(values) / 2:
+            line = int(strange[0])
+            raise TableError(f"{source}, line {line + 2}: {column[line].strip()!r} in {name!r}, a column of numbers")
+        if not len(strange):
+            columns.append(values)
+            categories.append(None)
+            continue
         entries = [entry.strip() for entry in column]
-        try:
-            values = np.array(entries, dtype=np.float64)
-            known = None
-        except ValueError:
-            values, known = np.empty(0), tuple(sorted(set(entries)))
-        if known is None and not np.isfinite(values).all():
-            raise TableError(f"{source}: a column of numbers holds one that is not finite")
-        columns.append(values if known is None else np.array([known.index(entry) for entry in entries], np.float64))
-        categories.append(known)
+        known = {entry: index for index, entry in enumerate(sorted(set(entries)))}
+        if len(known) > len(entries) / 2:
+            raise TableError(
+                f"{source}: {name!r} has {len(known)} different entries in {len(entries)} rows; leave it out"
+            )
+        columns.append(np.array([known[entry] for entry in entries], np.float64))
+        categories.append(tuple(known))
     return Table(tuple(names), np.stack(columns, 1), tuple(categories))
+
+
+def _number(entry: str) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(entry)
+    except ValueError:
+        return math.nan
 
 
 @cache

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,18 +94,21 @@ def from_datasets(name: str, subset: str | None = None) -> Corpus:
     try:
         splits = datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises a dozen types, from wrong names to broken connections
-        raise CorpusError(f"cannot read the dataset {name}: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorpusError(f"cannot read the dataset {name}: {reason}") from None
     if "train" not in splits:
         raise CorpusError(f"the dataset {name} has no split 'train', only {', '.join(splits)}")
-    columns = [column for column, kind in splits["train"].features.items() if getattr(kind, "dtype", None) == "string"]
+    kinds = {column: getattr(kind, "dtype", None) for column, kind in splits["train"].features.items()}
+    columns = [column for column, kind in kinds.items() if kind in ("string", "large_string")]
     if "text" in columns:
         columns = ["text"]
     if len(columns) != 1:
         raise CorpusError(f"the dataset {name} needs a column 'text' or a single column of strings, not {columns}")
-    parts = {split: list(splits[split][columns[0]]) for split in SPLITS if split in splits}
+    parts = {split: [t for t in splits[split][columns[0]] if t is not None] for split in SPLITS if split in splits}
+    twentieth = max(1, len(parts["train"]) // 20)
     for split in SPLITS[1:]:
         if split not in parts:
-            cut = len(parts["train"]) - max(1, len(splits["train"]) // 20)
+            cut = len(parts["train"]) - twentieth
             parts["train"], parts[split] = parts["train"][:cut], parts["train"][cut:]
     return Corpus(*(tuple(parts[split]) for split in SPLITS))
 
@@ -160,7 +164,7 @@ class Text(Infilling):
         source: what to read (:func:`read`), or a corpus.
         level: ``characters`` or ``bpe``: pieces learned from the training text.
         length: symbols per window. hide: share of them that instances hide.
-        rare: characters seen fewer times than this in the training text share one symbol.
+        rare: characters seen fewer times than this in the training text share one symbol, at most 1 % of it.
         pieces: how many symbols ``bpe`` has; at least 256, the bytes.
         packed: windows run from one document into the next; otherwise they stay within one, and documents shorter than
             a window are left out.
@@ -189,45 +193,68 @@ class Text(Infilling):
             raise UnmaskError(f"pieces must be at least 256, the number of bytes, not {pieces}")
         super().__init__((1, length), hide)
         corpus = read(source, subset) if isinstance(source, str) else source
-        if packed:
-            corpus = Corpus(*((BETWEEN.join(documents),) if documents else () for documents in corpus))
         if level == "bpe":
             encoding = _pieces(corpus.train, pieces)
             self.symbols = tuple(encoding.decode([token]) for token in range(encoding.get_vocab_size()))
+
+            def encode(documents: Sequence[str]) -> list[list[int]]:
+                return [found.ids for found in encoding.encode_batch(list(documents))]
         else:
-            self.symbols = _characters(corpus.train, rare)
+            self.symbols = _characters((*corpus.train, *[BETWEEN] * rare * packed), rare)
             number = {symbol: token for token, symbol in enumerate(self.symbols)}
 
-        def encode(text: str) -> Tensor:
-            if level == "bpe":
-                return torch.tensor(encoding.encode(text).ids, dtype=torch.int32)
-            return torch.tensor([number.get(c, number[UNKNOWN]) for c in text], dtype=torch.int32)
+            def encode(documents: Sequence[str]) -> list[list[int]]:
+                return [[number.get(c, number[UNKNOWN]) for c in text] for text in documents]
 
+        between = np.array(encode([BETWEEN])[0] if packed else [], dtype=np.int32)
         self.texts: dict[str, Tensor] = {}  # one line of symbols per split
-        self.starts: dict[str, Tensor] = {}  # where in it a window may begin
+        self._starts: dict[str, Tensor | None] = {}  # where in it a window may begin; None: anywhere
         for split, documents in zip(SPLITS, corpus, strict=True):
-            lines = [encode(text) for text in documents]
-            starts, at = [], 0
-            for line in lines:
-                starts.append(torch.arange(at, at + max(0, len(line) - length + 1)))
-                at += len(line)
-            self.starts[split] = torch.cat(starts) if starts else torch.empty(0)
-            if not len(self.starts[split]):
+            lines = []
+            for first in range(0, len(documents), 1000):  # in parts: encodings take a hundred times the text's memory
+                for line in encode(documents[first : first + 1000]):
+                    lines += [np.array(line, dtype=np.int32), between]
+            whole = np.concatenate(lines[:-1]) if lines else between
+            self.texts[split], self._starts[split] = torch.from_numpy(whole), None
+            if not packed:
+                ends = np.cumsum([len(line) for line in lines])
+                starts = [np.arange(end - len(x), end - length + 1) for x, end in zip(lines, ends, strict=True)]
+                self._starts[split] = torch.from_numpy(np.concatenate([*starts, np.empty(0, dtype=np.int64)]))
+            if self.windows(split) < 1:
                 raise CorpusError(f"the {split} text is shorter than a window of {length} symbols")
-            self.texts[split] = torch.cat(lines)
+        unknown = (
+            float((self.texts["train"] == len(self.symbols) - 1).double().mean()) if level == "characters" else 0.0
+        )
+        if unknown > 0.01:
+            raise CorpusError(
+                f"{unknown:.0%} of the training text are characters seen fewer than {rare} times, which share one "
+                "symbol; give more text or a lower rare"
+            )
+
+    def windows(self, split: str) -> int:
+        """How many windows a split has, overlapping ones included."""
+        starts = self._starts[split]
+        return len(self.texts[split]) - self.length + 1 if starts is None else len(starts)
 
     def _windows(self, split: str, which: Tensor) -> Tensor:
         """(N, L) int64: windows by number (N,), in the order of the text."""
-        starts, text = self.starts[split].to(which.device)[which], self.texts[split].to(which.device)
-        return text[starts.unsqueeze(1) + torch.arange(self.length, device=which.device)].long()
+        starts = self._starts[split]
+        first = which.cpu() if starts is None else starts[which.cpu()]
+        return self.texts[split][first.unsqueeze(1) + torch.arange(self.length)].long().to(which.device)
 
     def clean(self, n: int, generator: torch.Generator) -> Tensor:
-        many = len(self.starts["train"])
+        many = self.windows("train")
         return self._windows("train", torch.randint(many, (n,), generator=generator, device=generator.device))
 
     def heldout_answers(self, n: int | None, split: str) -> Tensor:
-        """``n`` windows (1,000 by default) evenly spread over a split, apart where it is long enough."""
-        return self._windows(split, torch.linspace(0, len(self.starts[split]) - 1, 1000 if n is None else n).long())
+        """``n`` windows (1,000 by default) evenly spread over a split, or as many as do not overlap.
+
+        Windows that stay within documents may overlap a little.
+        """
+        many = self.windows(split)
+        apart = 1 + (many - 1) // self.length
+        n = min(1000 if n is None else n, apart)
+        return self._windows(split, torch.arange(n) * (many - 1) // max(1, n - 1))
 
     def draw(self, tokens: Tensor) -> str:
         return "".join("_" if int(t) == self.mask_id else self.symbols[int(t)] for t in tokens)

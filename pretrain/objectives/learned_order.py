@@ -19,9 +19,9 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
 
     *Times.* What is drawn uniformly is not t but the share s of positions that are masked on average, and t follows for
     each sequence (:meth:`pretrain.processes.Powers.log_time`). In tau = -log t the velocities are the exponents, and
-    d tau = d s / mean_i w_i t^(w_i): the weights w_i / mean_j w_j t^(w_j) stay bounded whatever the exponents. With t
-    itself uniform, a position with a small exponent is revealed at times that are never drawn, training does not see
-    what it costs, and exponents fall to where the bound is worst.
+    d tau = d s / mean_i w_i t^(w_i): whatever the exponents, a position's probability of being masked times its weight
+    w_i / mean_j w_j t^(w_j) is at most L. With t itself uniform, a position with a small exponent is revealed at times
+    that are never drawn, training does not see what it costs, and exponents fall to where the bound is worst.
 
     *The order's gradient.* The estimate's gradient in the trunk and in the revealing exponents is the bound's. The
     masking exponents also decide which masks are drawn. So a second mask z_2 is drawn at the same time, independently
@@ -58,9 +58,6 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
         return noisy == model.mask_id, cross_entropies(log_probs.float(), clean), (exponents * weight).float()
 
     masked, cross_entropy, reverse = draw()
-    if not model.order.learned:
-        loss = integrand(cross_entropy, velocity, reverse, masked).mean() / clean.shape[1]
-        return loss, loss.detach()
     with torch.no_grad():
         bound = integrand(cross_entropy, velocity, reverse, masked).mean() / clean.shape[1]
         others, costs, _ = draw()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tasks
-from pretrain.backbone import Backbone, Block, CoordinateEmbedding, parameter_count, rotations
+from pretrain.backbone import Backbone, Block, CoordinateEmbedding, parameter_count, rotations, turn
 
 
 def tiny(coordinates: list[list[int]], vocab_size: int = 5, seed: int = 0, **sizes: int) -> Backbone:
@@ -116,18 +116,27 @@ def test_rotary_attention_sees_distances_and_not_places() -> None:
     block = Block(16, 2).eval()
     x, rotation = torch.randn(1, 6, 16), rotations(9, 8, torch.device("cpu"))
     with torch.no_grad():
-        here, there = (block(x, rotation=rotation[s : s + 6]) for s in (0, 3))
+        here, there = (block(x, rotation=rotation[:, s : s + 6]) for s in (0, 3))
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(block(x.flip(1), rotation=rotation[:6]).flip(1), here, atol=1e-3)
+        assert not torch.allclose(block(x.flip(1), rotation=rotation[:, :6]).flip(1), here, atol=1e-3)
         assert torch.allclose(block(x.flip(1)).flip(1), block(x), atol=1e-5), "without it, order is invisible"
 
 
 def test_rotation_by_hand() -> None:
-    """Position p turns channel pair j by p / 10000^(2 j / channels)."""
-    found = rotations(4, 6, torch.device("cpu"))
+    """Position p turns channels j and j + 3 of 6 by p / 10000^(2 j / 6)."""
+    x, rotation = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), rotations(4, 6, torch.device("cpu"))
+    found = turn(x, rotation)
     for p, j in itertools.product(range(4), range(3)):
-        angle = p / 10_000 ** (2 * j / 6)
-        assert complex(found[p, j]) == pytest.approx(complex(math.cos(angle), math.sin(angle)), abs=1e-6)
+        angle, a, b = p / 10_000 ** (2 * j / 6), float(x[p, j]), float(x[p, j + 3])
+        assert float(found[p, j]) == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-5)
+        assert float(found[p, j + 3]) == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-5)
+
+
+def test_rotary_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = Backbone(5, [[i] for i in range(6)], 16, 2, 2, rotary=True).eval()
+    tokens = torch.randint(6, (3, 6))
+    assert torch.allclose(model(tokens).logits, model.bfloat16()(tokens).logits.float(), atol=0.1)
 
 
 @pytest.mark.parametrize("block_length", [1, 2, 3])

@@ -122,7 +122,10 @@ def test_packaged_tables(source: str, columns: int, rows: int) -> None:
         ("a,b\n" + "1,2\n" * 19, "has 19 rows"),
         ("a,b\n" + "1,2\n" * 30 + "1\n", "line 32: 2 non-empty entries expected"),
         ("a,b\n" + "1,2\n" * 30 + "1,\n", "line 32: 2 non-empty entries expected"),
-        ("a,b\n" + "1,nan\n" * 30, "one that is not finite"),
+        ("a,b\n" + "1,2\n" * 30 + "1,nan\n" * 3, "line 32: 'nan' in 'b', a column of numbers"),
+        ("a,b\n" + "1,2\n" * 30 + "NA,2\n", "line 32: 'NA' in 'a', a column of numbers"),
+        ("a;b\n" + "1;2\n" * 30, "has one column; entries are separated by commas"),
+        ("a,b\n" + "".join(f"{i},id{i}\n" for i in range(30)), "'b' has 30 different entries in 30 rows"),
     ],
 )
 def test_files_that_are_no_table(tmp_path: Path, content: str | None, message: str) -> None:

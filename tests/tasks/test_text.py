@@ -78,9 +78,9 @@ def test_packed_windows_cross_documents_and_others_do_not() -> None:
 
     assert seen(apart) == {"a", "c"}  # the document of 5 has no window
     assert {"\na", "\nab", "\nbc"} <= seen(packed)
-    assert len(apart.starts["train"]) == 23 + 13
-    assert len(apart.starts["validation"]) == 2
-    assert len(packed.starts["train"]) == 30 + 2 + 5 + 2 + 20 - 7
+    assert apart.windows("train") == 23 + 13
+    assert apart.windows("validation") == 2
+    assert packed.windows("train") == 30 + 2 + 5 + 2 + 20 - 7
     with pytest.raises(CorpusError, match="the test text is shorter than a window of 9 symbols"):
         Text(corpus, length=9, rare=1, packed=False)
 
@@ -123,6 +123,28 @@ def test_a_dataset(tmp_path: Path) -> None:
         (lambda: tasks.get("text:nowhere.txt"), "cannot read nowhere.txt"),
         (lambda: tasks.get("text:length=16,oops"), "'oops' is not of the form option=value"),
         (lambda: tasks.get("text:lenght=16"), "task 'text' takes source, level, length"),
+        (lambda: tasks.get("text:length=abc"), "length must be a whole number, not 'abc'"),
+        (lambda: tasks.get("text:length=1.5"), "length must be a whole number, not '1.5'"),
+        (lambda: tasks.get("text:length=true"), "length must be a whole number, not 'true'"),
+        (lambda: tasks.get("text:hide=x"), "hide must be a number, not 'x'"),
+        (lambda: tasks.get("text:packed=no"), "packed must be true or false, not 'no'"),
+        (lambda: tasks.get("text:level=words"), "level must be characters or bpe, not 'words'"),
+        (lambda: tasks.get("text:length=8,length=9"), "length is given twice"),
+        (lambda: tasks.get("text:length=8", length=9), "length is given twice"),
+        (lambda: tasks.get("text:,length=9"), "source must be a name, not ''"),
+        (lambda: tasks.get("text:"), "source must be a name, not ''"),
+        (lambda: tasks.get("sudoku6:blanks=x"), "blanks must be a whole number, not 'x'"),
+        (lambda: tasks.get("tabular:bins=2.5"), "bins must be a whole number, not '2.5'"),
+        (
+            lambda: Text(
+                Corpus(
+                    ("abcdefgh" * 4,),
+                )
+                * 3,
+                length=8,
+            ),
+            "seen fewer than 20 times",
+        ),
         (lambda: tasks.get("txt:length=16"), "unknown task 'txt'"),
         (lambda: small(hide=0.0), "hide above 0"),
     ],
@@ -130,6 +152,35 @@ def test_a_dataset(tmp_path: Path) -> None:
 def test_mistakes(make, message: str) -> None:
     with pytest.raises(UnmaskError, match=message):
         make()
+
+
+def test_names_carry_options(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(PROSE)
+    task = tasks.get(f"text:{file},length=8,hide=0.25,packed=False")
+    assert (task.length, task.hide) == (8, 0.25)
+    assert task.name == f"text:{file},length=8,hide=0.25,packed=False"
+    assert tasks.get("sudoku6").name == "sudoku6"
+    assert tasks.get("sudoku6:blanks=3").name == "sudoku6:blanks=3"
+
+
+def test_held_out_windows_do_not_overlap() -> None:
+    task = small(rare=1)
+    windows = task.heldout(10**6).answers
+    assert len(windows) == 1 + (240 - 16) // 16
+    assert len(task.heldout(3).answers) == 3
+    drawn = "".join(task.draw(w) for w in task.heldout(10**6, "validation").answers)
+    assert len(drawn) <= 200
+    assert drawn.startswith(PROSE[:16])
+
+
+def test_rows_without_text_are_left_out(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [PROSE if i % 2 else None for i in range(40)]
+    datasets.Dataset.from_dict(
+        {"text": rows}, features=datasets.Features({"text": datasets.Value("large_string")})
+    ).to_parquet(tmp_path / "train.parquet")
+    assert [len(documents) for documents in from_datasets(str(tmp_path))] == [18, 1, 1]
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
