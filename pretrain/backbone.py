@@ -116,6 +116,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         order: what it learns about its order (:mod:`pretrain.orders`).
         vocabularies: how many symbols each position has for itself, as in :class:`tasks.Task`; it predicts no others.
         rotary: attention sees how far apart positions are, as running text needs; dim must be a multiple of 2 heads.
+        fingerprint: of the symbols it was trained on (:attr:`tasks.Task.fingerprint`).
         block_length: positions see their own block of this many and those before; 1 is autoregressive. None: all.
         c1, c2: of the order ``context``; the paper's best.
     """
@@ -131,6 +132,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         predicts: Prediction = "denoiser",
         vocabularies: Sequence[int] | None = None,
         rotary: bool = False,
+        fingerprint: str | None = None,
         order: OrderName = "none",
         block_length: int | None = None,
         c1: float = 0.7,
@@ -155,7 +157,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         if block_length is not None and not 1 <= block_length <= len(coordinates):
             raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
         self.vocab_size, self.length, self.dim = vocab_size, len(coordinates), dim
-        self.noise, self.predicts = noise, predicts
+        self.noise, self.predicts, self.fingerprint = noise, predicts, fingerprint
         self.block_length, self.rotary = block_length, rotary
         own = None  # (L, V) bool, which symbols a position may hold
         if vocabularies is not None:

@@ -280,6 +280,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             config.heads,
             vocabularies=task.vocabularies,
             rotary=line,
+            fingerprint=task.fingerprint,
             **config.order(),
         )
     model = model.to(device)

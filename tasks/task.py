@@ -5,6 +5,8 @@ Everything above this floor (denoisers, environments, agents) knows a task only 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -76,6 +78,11 @@ class Task(ABC):
     @property
     def mask_id(self) -> int:
         return len(self.symbols)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells sets of symbols apart: a denoiser of one means nothing to another, even of the same size."""
+        return hashlib.sha256(json.dumps([self.symbols, self.vocabularies]).encode()).hexdigest()[:16]
 
     @property
     def coordinates(self) -> Tensor:

@@ -50,6 +50,11 @@ class FrozenDenoiser:
 
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
         check_fits(model.vocab_size, model.length, task)
+        if model.fingerprint is not None and model.fingerprint != task.fingerprint:
+            raise IncompatibleDenoiserError(
+                f"this denoiser was trained on other symbols than those of task {task.name}, as many as they are; name "
+                "the task with the source and options of its training"
+            )
         if model.noise == "uniform" and model.predicts != "absorbing":
             raise IncompatibleDenoiserError(
                 f"this denoiser was trained with uniform noise and predicts {model.predicts!r}, which does not know "

@@ -136,13 +136,7 @@ def test_a_dataset(tmp_path: Path) -> None:
         (lambda: tasks.get("sudoku6:blanks=x"), "blanks must be a whole number, not 'x'"),
         (lambda: tasks.get("tabular:bins=2.5"), "bins must be a whole number, not '2.5'"),
         (
-            lambda: Text(
-                Corpus(
-                    ("abcdefgh" * 4,),
-                )
-                * 3,
-                length=8,
-            ),
+            lambda: Text(Corpus(*[("abcdefgh" * 4,)] * 3), length=8),
             "seen fewer than 20 times",
         ),
         (lambda: tasks.get("txt:length=16"), "unknown task 'txt'"),

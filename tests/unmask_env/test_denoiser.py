@@ -9,7 +9,7 @@ import torch
 
 import tasks
 from pretrain.backbone import Backbone
-from pretrain.train import AUDMConfig, pretrain
+from pretrain.train import AUDMConfig, PretrainConfig, pretrain
 from tasks import UnmaskError
 from tests.oracles import enumeration
 from unmask_env import core, reference
@@ -102,6 +102,19 @@ def test_wrong_prediction_unknown_name_and_missing_folder_are_one_clear_line(tmp
     with pytest.raises(UnmaskError, match="the folder does not exist") as missing:
         load_denoiser(tmp_path / "nothing", task)
     assert "\n" not in str(unknown.value) + str(missing.value)
+
+
+def test_as_many_symbols_are_not_the_same_symbols(tmp_path: Path) -> None:
+    """A denoiser of one text does not fit another, although both have as many byte pairs."""
+    one, other = (
+        tasks.Text(tasks.text.Corpus(*[(words * 40,)] * 3), level="bpe", pieces=258, length=8)
+        for words in ("a rose is a rose. ", "the order of time. ")
+    )
+    config = PretrainConfig(task="t", out=str(tmp_path / "run"), steps=1, batch=4, dim=16, layers=1, heads=2)
+    pretrain(config, one)
+    load_denoiser(tmp_path / "run", one)
+    with pytest.raises(IncompatibleDenoiserError, match="trained on other symbols than those of task text"):
+        load_denoiser(tmp_path / "run", other)
 
 
 # ---------------------------------------------------------------------- uniform noise
