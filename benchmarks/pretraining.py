@@ -42,7 +42,7 @@ def measure(batch: int, length: int, vocab_size: int, dim: int, layers: int, rep
     steps: dict[str, Callable[[], None]] = {"plain": plain}
     for name, config in OBJECTIVES.items():
         settings = config(task="", out="")
-        objective = Objective(backbone(**settings.order()), settings)
+        objective = Objective(backbone(**settings.architecture()), settings)
         steps[name] = lambda objective=objective: objective(clean, generator)[0].backward()
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -54,6 +55,13 @@ def require_at_least(least: float, **settings: float) -> None:
     for name, value in settings.items():
         if not value >= least:
             raise UnmaskError(f"{name} must be at least {least}, not {value}")
+
+
+def require_finite(**settings: float) -> None:
+    """Raises :class:`tasks.UnmaskError` naming the first of ``settings`` that is infinite or NaN."""
+    for name, value in settings.items():
+        if not math.isfinite(value):
+            raise UnmaskError(f"{name} must be finite, not {value}")
 
 
 def require_seed(seed: int) -> None:

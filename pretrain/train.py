@@ -24,6 +24,7 @@ from pretrain.run import (
     decayed_groups,
     distributed,
     require_at_least,
+    require_finite,
     require_seed,
     resolve_device,
     set_learning_rate,
@@ -65,27 +66,64 @@ class PretrainConfig:
     log_every: int = 50
     save_every: int = 500
 
-    def order(self) -> dict[str, Any]:
-        """What the :class:`Backbone` is told about its order."""
+    def architecture(self) -> dict[str, Any]:
+        """What the :class:`Backbone` is told beside its size."""
         return {}
+
+    def check(self, task: tasks.Task) -> None:
+        """Raises :class:`tasks.UnmaskError` for settings that are out of range or do not fit ``task``."""
+        positive = ("steps", "batch", "dim", "layers", "heads", "save_every", "log_every")
+        require_at_least(1, **{name: getattr(self, name) for name in positive})
+        numbers = ("lr", "warmup", "weight_decay", "grad_clip")
+        require_at_least(0, **{name: getattr(self, name) for name in numbers})
+        require_finite(lr=self.lr, weight_decay=self.weight_decay)
+        require_seed(self.seed)
+        if not 0 <= self.ema < 1:
+            raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {self.ema}")
+        if self.dim % self.heads:
+            raise tasks.UnmaskError(f"dim must be a multiple of heads; {self.dim} is not one of {self.heads}")
+        if _is_line(task) and self.dim % (2 * self.heads):
+            raise tasks.UnmaskError(f"for {task.name}, dim must be a multiple of 2 heads, so not {self.dim}")
+
+    def objective(
+        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
+    ) -> tuple[Tensor, Tensor]:
+        """Scalars: what to differentiate, and the estimate of the loss in nats per position.
+
+        Args:
+            clean: (N, L) int64. done: share of the steps before this one.
+        """
+        loss = masked_diffusion_loss(model, clean, model.mask_id, generator)
+        return loss, loss.detach()
 
 
 @dataclass(frozen=True)
 class ARConfig(PretrainConfig):
     """Autoregression, left to right."""
 
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"block_length": 1}
+
+    def objective(
+        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
+    ) -> tuple[Tensor, Tensor]:
+        loss = block_loss(model, clean, generator)
+        return loss, loss.detach()
 
 
 @dataclass(frozen=True)
-class BlockConfig(PretrainConfig):
+class BlockConfig(ARConfig):
     """Block diffusion: blocks from left to right, masked diffusion inside each."""
 
     block_length: int = 4
 
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"block_length": self.block_length}
+
+    def check(self, task: tasks.Task) -> None:
+        super().check(task)
+        if not 1 <= self.block_length <= task.length:
+            raise tasks.UnmaskError(f"block_length must be between 1 and {task.length}, not {self.block_length}")
 
 
 @dataclass(frozen=True)
@@ -97,12 +135,26 @@ class LearnedOrderConfig(PretrainConfig):
     order_start: float = 0.0
     """share of the steps that train plain masked diffusion, at its cost, before the order begins to learn"""
 
+    def check(self, task: tasks.Task) -> None:
+        super().check(task)
+        require_at_least(0, order_lr=self.order_lr)
+        require_finite(order_lr=self.order_lr)
+        if not 0 <= self.order_start <= 1:
+            raise tasks.UnmaskError(f"order_start must be between 0 and 1, not {self.order_start}")
+
+    def objective(
+        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
+    ) -> tuple[Tensor, Tensor]:
+        if done < self.order_start:  # all orders are still alike
+            return super().objective(model, clean, generator, done)
+        return learned_order_loss(model, clean, generator)
+
 
 @dataclass(frozen=True)
 class LearnedScheduleConfig(LearnedOrderConfig):
     """Masked diffusion with a learned schedule per position."""
 
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"order": "positions"}
 
 
@@ -110,7 +162,7 @@ class LearnedScheduleConfig(LearnedOrderConfig):
 class GenMD4Config(LearnedOrderConfig):
     """Masked diffusion with a learned schedule per symbol."""
 
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"order": "symbols"}
 
 
@@ -128,8 +180,14 @@ class LoMDMConfig(LearnedOrderConfig):
     c2: float = 0.65
     """how far exponents may spread around c1, below it (the paper's best); 0 is a fixed schedule"""
 
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"order": "context", "c1": self.c1, "c2": self.c2}
+
+    def check(self, task: tasks.Task) -> None:
+        super().check(task)
+        require_finite(c1=self.c1)
+        if not 0 <= self.c2 < self.c1:
+            raise tasks.UnmaskError(f"c1 and c2 must satisfy 0 <= c2 < c1, not c1 = {self.c1}, c2 = {self.c2}")
 
 
 @dataclass(frozen=True)
@@ -138,6 +196,19 @@ class UniformConfig(PretrainConfig):
 
     given: float = 0.5
     """share of the sequences of which a random part is given clean, so that prompts can be completed"""
+    loss: Literal["bound", "coupling", "cross_entropy"] = "bound"
+    """the bound of the prediction, or its cross-entropy"""
+
+    def check(self, task: tasks.Task) -> None:
+        super().check(task)
+        if not 0 <= self.given <= 1:
+            raise tasks.UnmaskError(f"given must be between 0 and 1, not {self.given}")
+
+    def objective(
+        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
+    ) -> tuple[Tensor, Tensor]:
+        loss = uniform_loss(model, clean, generator, self.loss, self.given)
+        return loss, loss.detach()
 
 
 @dataclass(frozen=True)
@@ -145,10 +216,10 @@ class UDMConfig(UniformConfig):
     """Uniform diffusion."""
 
     predicts: Literal["loo", "denoiser"] = "loo"
-    """what the network outputs: leave-one-out, which its own bound wants, or the denoiser, converted for the loss"""
+    """what the network outputs: leave-one-out, which the bound wants, or the denoiser, converted for the loss"""
     loss: Literal["bound", "cross_entropy"] = "bound"
 
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"noise": "uniform", "predicts": self.predicts}
 
 
@@ -158,12 +229,9 @@ class MaxCouplingConfig(UniformConfig):
 
     predicts: Literal["denoiser", "loo"] = "denoiser"
     """what the network outputs: the denoiser, which this bound wants, or leave-one-out, converted for the loss"""
+    loss: Literal["coupling", "cross_entropy"] = "coupling"
 
-    @property
-    def loss(self) -> str:
-        return "coupling"
-
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"noise": "uniform", "predicts": self.predicts}
 
 
@@ -173,7 +241,7 @@ class AUDMConfig(UniformConfig):
 
     loss: Literal["bound", "cross_entropy"] = "bound"
 
-    def order(self) -> dict[str, Any]:
+    def architecture(self) -> dict[str, Any]:
         return {"noise": "uniform", "predicts": "absorbing"}
 
 
@@ -199,21 +267,14 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, clean: Tensor, generator: torch.Generator, ordering: bool = True) -> tuple[Tensor, Tensor]:
-        """Scalars: what to differentiate, and the estimate of the bound in nats per position.
+    def forward(self, clean: Tensor, generator: torch.Generator, done: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As :meth:`PretrainConfig.objective`."""
+        return self.config.objective(self.model, clean, generator, done)
 
-        Args:
-            ordering: train a learned order; without, at its start, all orders are alike: masked diffusion.
-        """
-        if isinstance(self.config, UniformConfig):
-            loss = uniform_loss(self.model, clean, generator, self.config.loss, self.config.given)
-        elif self.model.block_length is not None:
-            loss = block_loss(self.model, clean, generator)
-        elif self.model.order.learned and ordering:
-            return learned_order_loss(self.model, clean, generator)
-        else:
-            loss = masked_diffusion_loss(self.model, clean, self.model.mask_id, generator)
-        return loss, loss.detach()
+
+def _is_line(task: tasks.Task) -> bool:
+    """Of positions, not a board: distances along it mean something."""
+    return task.coordinates.shape[1] == 1
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -238,34 +299,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     """
     task = task or tasks.get(config.task)
     device = resolve_device(config.device, config.threads)
-    require_at_least(
-        1, steps=config.steps, batch=config.batch, dim=config.dim, layers=config.layers, heads=config.heads
-    )
-    require_at_least(1, save_every=config.save_every, log_every=config.log_every)
-    require_seed(config.seed)
-    require_at_least(
-        0, lr=config.lr, warmup=config.warmup, weight_decay=config.weight_decay, grad_clip=config.grad_clip
-    )
-    unbounded = [name for name in ("lr", "weight_decay", "order_lr", "c1") if getattr(config, name, 0.0) == math.inf]
-    if unbounded:
-        raise tasks.UnmaskError(f"{unbounded[0]} must be finite")
-    if not 0 <= config.ema < 1:
-        raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {config.ema}")
-    if config.dim % config.heads:
-        raise tasks.UnmaskError(f"dim must be a multiple of heads; {config.dim} is not one of {config.heads}")
-    line = task.coordinates.shape[1] == 1  # of positions, not a board
-    if line and config.dim % (2 * config.heads):
-        raise tasks.UnmaskError(f"for {task.name}, dim must be a multiple of 2 heads, so not {config.dim}")
-    if isinstance(config, BlockConfig) and not 1 <= config.block_length <= task.length:
-        raise tasks.UnmaskError(f"block_length must be between 1 and {task.length}, not {config.block_length}")
-    if isinstance(config, LearnedOrderConfig):
-        require_at_least(0, order_lr=config.order_lr)
-        if not 0 <= config.order_start <= 1:
-            raise tasks.UnmaskError(f"order_start must be between 0 and 1, not {config.order_start}")
-    if isinstance(config, UniformConfig) and not 0 <= config.given <= 1:
-        raise tasks.UnmaskError(f"given must be between 0 and 1, not {config.given}")
-    if isinstance(config, LoMDMConfig) and not 0 <= config.c2 < config.c1:
-        raise tasks.UnmaskError(f"c1 and c2 must satisfy 0 <= c2 < c1, not c1 = {config.c1}, c2 = {config.c2}")
+    config.check(task)
     rank, world, device = distributed(device)
     if config.batch % world:
         raise tasks.UnmaskError(f"batch {config.batch} does not split over {world} processes")
@@ -279,9 +313,9 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             config.layers,
             config.heads,
             vocabularies=task.vocabularies,
-            rotary=line,
+            rotary=_is_line(task),
             fingerprint=task.fingerprint,
-            **config.order(),
+            **config.architecture(),
         )
     model = model.to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -300,9 +334,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         model.compile()
     objective: nn.Module = Objective(model, config)
     if world > 1:
-        late = (
-            isinstance(config, LearnedOrderConfig) and config.order_start > 0
-        )  # parameters without gradients at first
+        # Before its start an order's parameters have no gradients.
+        late = isinstance(config, LearnedOrderConfig) and config.order_start > 0
         objective = DistributedDataParallel(objective, find_unused_parameters=late)
     precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
 
@@ -313,8 +346,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             generator = step_generator(device, config.seed, step, rank)
             clean = task.clean(config.batch // world, generator)
             with precision:
-                ordering = not isinstance(config, LearnedOrderConfig) or step >= config.order_start * config.steps
-                loss, bound = objective(clean, generator, ordering)
+                loss, bound = objective(clean, generator, step / config.steps)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

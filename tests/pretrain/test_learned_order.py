@@ -314,13 +314,14 @@ def test_the_gradient_of_the_block_loss_is_unbiased():
 
 def test_which_loss_a_model_is_trained_with():
     clean = SEQUENCES.repeat(2, 1)
-    for model, loss in [
-        (backbone(), lambda m: masked_diffusion_loss(m, clean, M, generator(4))),
-        (backbone(1), lambda m: block_loss(m, clean, generator(4))),
-        (backbone(2), lambda m: block_loss(m, clean, generator(4))),
-        (backbone(order="symbols"), lambda m: learned_order_loss(m, clean, generator(4))[0]),
+    for config, model, loss in [
+        (PretrainConfig, backbone(), lambda m: masked_diffusion_loss(m, clean, M, generator(4))),
+        (ARConfig, backbone(1), lambda m: block_loss(m, clean, generator(4))),
+        (BlockConfig, backbone(2), lambda m: block_loss(m, clean, generator(4))),
+        (GenMD4Config, backbone(order="symbols"), lambda m: learned_order_loss(m, clean, generator(4))[0]),
+        (LoMDMConfig, backbone(order="context"), lambda m: learned_order_loss(m, clean, generator(4))[0]),
     ]:
-        value, bound = Objective(model, PretrainConfig(task="", out=""))(clean, generator(4))
+        value, bound = Objective(model, config(task="", out=""))(clean, generator(4))
         assert torch.equal(value, loss(model))
         assert value.requires_grad
         assert not bound.requires_grad
@@ -391,7 +392,7 @@ def test_a_few_steps_lower_the_bound(kind, finished):
     config = small(kind, Path("unused"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        start = Backbone(3, Task().coordinates.tolist(), 16, 1, 2, **config.order())
+        start = Backbone(3, Task().coordinates.tolist(), 16, 1, 2, **config.architecture())
     assert heldout_bound(model) < heldout_bound(start) - 0.1
     assert heldout_bound(model) < math.log(3), "better than knowing nothing"
 
@@ -493,9 +494,12 @@ def test_settings_of_the_order_are_saved(finished):
         ("lomdm", {"c1": 0.5, "c2": 0.5}, "0 <= c2 < c1, not c1 = 0.5, c2 = 0.5"),
         ("lomdm", {"c2": 0.9}, "0 <= c2 < c1, not c1 = 0.7, c2 = 0.9"),
         ("lomdm", {"c2": -0.1}, "0 <= c2 < c1"),
-        ("lomdm", {"c1": math.nan}, "0 <= c2 < c1"),
+        ("lomdm", {"c1": math.nan}, "c1 must be finite, not nan"),
         ("lomdm", {"order_start": 1.1}, "order_start must be between 0 and 1, not 1.1"),
         ("genmd4", {"order_start": -0.1}, "order_start must be between 0 and 1, not -0.1"),
+        ("lomdm", {"order_lr": math.inf}, "order_lr must be finite, not inf"),
+        ("lomdm", {"c1": math.inf}, "c1 must be finite, not inf"),
+        ("masked", {"lr": math.inf}, "lr must be finite, not inf"),
         ("learned-schedule", {"order_lr": -1.0}, "order_lr must be at least 0, not -1.0"),
     ],
 )

@@ -392,7 +392,7 @@ def test_a_few_steps_lower_the_bound(kind, tmp_path):
     clean = task.clean(2000, generator(5))
     found, start = (
         float(bounds.bound(m, clean, generator(6), samples=4).path.mean())
-        for m in (loaded, Backbone(3, task.coordinates.tolist(), 16, 1, 2, **config.order()))
+        for m in (loaded, Backbone(3, task.coordinates.tolist(), 16, 1, 2, **config.architecture()))
     )
     assert found < start
     assert found < 3 * math.log(3) + (0 if kind in ("udm", "audm") else 0.5)  # or than knowing nothing
