@@ -26,12 +26,13 @@ from agents import demo, evaluate, imitation, upo
 from agents.learner import ReferenceName, SB3PPOConfig, TorchRLGRPOConfig, TorchRLPPOConfig
 from agents.policy import PACKAGED_POLICIES
 from pretrain import bounds
-from pretrain.checkpoint import PACKAGED_DENOISERS, packaged, write_json
+from pretrain.backbone import Backbone
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, packaged, write_json
 from pretrain.run import Interrupted, require_at_least, require_seed, resolve_device
 from pretrain.train import OBJECTIVES, PretrainConfig, pretrain
 from tasks import Instances, Sudoku, UnmaskError
 from unmask_env import core, exact, ids, reference, render
-from unmask_env.denoiser import load_denoiser
+from unmask_env.denoiser import check_fits, load_denoiser
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def run_likelihood(command: LikelihoodCommand) -> None:
     require_at_least(1, limit=command.limit, samples=command.samples, batch=command.batch)
     require_file(command.json)
     task = tasks.get(command.task)
-    model = load_denoiser(command.denoiser, task, device).model
+    model = load_model(Backbone, command.denoiser, PACKAGED_DENOISERS, "denoiser").to(device).eval()
+    check_fits(model.vocab_size, model.length, task, model.fingerprint)
     clean = task.heldout(command.limit, command.split).answers.to(device)
     generator = torch.Generator(device).manual_seed(command.seed)
     found = [

@@ -49,12 +49,7 @@ class FrozenDenoiser:
     """
 
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
-        check_fits(model.vocab_size, model.length, task)
-        if model.fingerprint is not None and model.fingerprint != task.fingerprint:
-            raise IncompatibleDenoiserError(
-                f"this denoiser was trained on other symbols than those of task {task.name}, as many as they are; name "
-                "the task with the source and options of its training"
-            )
+        check_fits(model.vocab_size, model.length, task, model.fingerprint)
         if model.noise == "uniform" and model.predicts != "absorbing":
             raise IncompatibleDenoiserError(
                 f"this denoiser was trained with uniform noise and predicts {model.predicts!r}, which does not know "
@@ -122,12 +117,18 @@ class TableDenoiser:
         return Denoised((marginal / marginal.sum(-1, keepdim=True).clamp(min=1e-300)).log().float())
 
 
-def check_fits(vocab_size: int, length: int, task: Task) -> None:
-    """Raises :class:`IncompatibleDenoiserError` unless the sizes are the task's."""
+def check_fits(vocab_size: int, length: int, task: Task, fingerprint: str | None = None) -> None:
+    """Raises :class:`IncompatibleDenoiserError` unless the sizes, and the symbols where they are known, are the
+    task's."""
     if (vocab_size, length) != (task.vocab_size, task.length):
         raise IncompatibleDenoiserError(
             f"task {task.name} has {task.vocab_size} symbols and {task.length} positions; "
             f"this denoiser was trained for {vocab_size} symbols and {length} positions"
+        )
+    if fingerprint not in (None, task.fingerprint):
+        raise IncompatibleDenoiserError(
+            f"this denoiser was trained on other symbols than those of task {task.name}, as many as they are; name the "
+            "task with the source and options of its training"
         )
 
 

@@ -343,6 +343,24 @@ def test_likelihood(unmask, tmp_path: Path) -> None:
     assert "(no bound)" in again.out
 
 
+@pytest.mark.parametrize("kind", ["udm", "maxcoupling", "audm"])
+def test_uniform_denoisers(unmask, tmp_path: Path, kind: str) -> None:
+    """Trained, scored; and under orders only where the model knows which symbols are noise."""
+    out = tmp_path / "run"
+    small = ("--steps", 3, "--batch", 8, "--dim", 16, "--layers", 1, "--heads", 2, "--threads", 1)
+    assert unmask("pretrain", kind, "--task", "sudoku4", "--out", out, *small).code == 0
+    scored = unmask("likelihood", "--task", "sudoku4", "--denoiser", out, "--limit", 20)
+    assert scored.code == 0
+    assert "path bound" in scored.out
+    played = unmask("evaluate", "--task", "sudoku4", "--denoiser", out, "--orders", "margin", "--limit", 5)
+    if kind == "audm":
+        assert played.code == 0
+    else:
+        assert played.code == 2
+        assert "was trained with uniform noise" in played.err
+    assert "masked models" in unmask("likelihood", "--task", "sudoku4", "--denoiser", out, "--truncated").err
+
+
 def test_evaluate_follows_the_seed(unmask, tmp_path: Path) -> None:
     rates = []
     for seed in (1, 1, 2):
