@@ -97,13 +97,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--longer", type=float, default=1.6, help="times LoMDM's run costs masked diffusion's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--others", nargs="*", default=["genmd4", "learned-schedule", "ar", "block"], help="one seed each"
+    )
     parser.add_argument("--windows", type=int, default=2000, help="held-out windows of 64 characters")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/text"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     plan = [(name, seed) for seed in args.seeds for name in ("lomdm", "mdm, longer", "mdm")]
-    plan += [(name, args.seeds[0]) for name in ("genmd4", "learned-schedule", "ar", "block")]
+    plan += [(name, args.seeds[0]) for name in args.others]
     jobs = []
     for name, seed in plan:
         steps = round(args.steps * args.longer) if name == "mdm, longer" else args.steps
