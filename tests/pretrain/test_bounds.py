@@ -75,7 +75,7 @@ class FreeOrder(NoOrder):
 class Tables(nn.Module):
     """Has what the bounds and samplers use of a :class:`Backbone`; its logits are a table of the 27 boards."""
 
-    length, mask_id, block_length = L, M, None
+    length, mask_id, block_length, noise = L, M, None, "mask"
 
     def __init__(self, kind: str = "none", seed: int = 0) -> None:
         super().__init__()
