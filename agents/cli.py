@@ -192,9 +192,7 @@ def run_likelihood(command: LikelihoodCommand) -> None:
         bounds.bound(model, rows, generator, command.samples, command.truncated)
         for rows in track(clean.split(command.batch), "likelihood", transient=True)
     ]
-    forms = {"exact" if found[0].exact else "path bound": "path", "order bound": "order"}
-    if found[0].exact:
-        del forms["order bound"]
+    forms = {"exact": "path"} if found[0].exact else {"path bound": "path", "order bound": "order"}
     if command.truncated:
         forms["cut off at t = 0.001 (no bound)"] = "truncated"
     table = Table(

@@ -110,7 +110,7 @@ def main() -> None:
     jobs = []
     for name, seed in plan:
         steps = round(args.steps * args.longer) if name == "mdm, longer" else args.steps
-        folder = "-".join(c for c in f"{name} {seed}".replace(",", "").split() if c != "=")
+        folder = f"{name}-{seed}".replace(", ", "-")
         jobs.append(Job(name, seed, steps, args.windows, args.runs / folder))
     results = in_parallel(run, jobs, args.jobs)
 

@@ -129,14 +129,14 @@ def _block_bound(model: Backbone, clean: Tensor, generator: torch.Generator, sam
 
 
 def _uniform_bound(model: Backbone, clean: Tensor, generator: torch.Generator, samples: int) -> Bound:
-    n, length = clean.shape
-    model.process.check(clean)
+    (n, length), process = clean.shape, model.process
+    process.check(clean)
     total = torch.zeros(n, dtype=torch.float64, device=clean.device)
     for sample in range(samples):
         t = (sample + 1 - torch.rand(n, 1, generator=generator, device=clean.device)) / samples
         alpha = processes.alpha_of(t.double()).expand(n, length)
-        noise = model.process.noise(n, generator)
-        corrupted = Corrupted(model.process.corrupt(clean, alpha, noise, generator), alpha, noise)
+        noise = process.noise(n, generator)
+        corrupted = Corrupted(process.corrupt(clean, alpha, noise, generator), alpha, noise)
         total = total + loss_at(model, clean, corrupted, "bound").sum(1) / samples
-    total = total + prior_divergence(model.process, processes.LEAST, n).sum(1)
+    total = total + prior_divergence(process, processes.LEAST, n).sum(1)
     return Bound(total, total)

@@ -51,8 +51,8 @@ def uniform_loss(
     Raises:
         UnmaskError: a symbol of ``clean`` that noise can never be.
     """
-    n, length = clean.shape
-    model.process.check(clean)
+    (n, length), process = clean.shape, model.process
+    process.check(clean)
     t = processes.low_discrepancy_times(n, generator)
 
     def random(*shape: int) -> Tensor:
@@ -61,8 +61,8 @@ def uniform_loss(
     hides = torch.where(random(n, 1) < given, random(n, 1), 1.0)  # share of positions that are not given
     free = random(n, length) < hides
     alpha = torch.where(free, alpha_of(t.double()).unsqueeze(1), 1.0)
-    noise = model.process.noise(n, generator)
-    corrupted = Corrupted(model.process.corrupt(clean, alpha, noise, generator), alpha, noise)
+    noise = process.noise(n, generator)
+    corrupted = Corrupted(process.corrupt(clean, alpha, noise, generator), alpha, noise)
     return loss_at(model, clean, corrupted, loss).sum() / free.sum().clamp(min=1)
 
 
