@@ -224,15 +224,12 @@ class UDMConfig(UniformConfig):
 
 
 @dataclass(frozen=True)
-class MaxCouplingConfig(UniformConfig):
+class MaxCouplingConfig(UDMConfig):
     """Uniform diffusion, coupled maximally: the bound of changing as rarely as possible."""
 
     predicts: Literal["denoiser", "loo"] = "denoiser"
     """what the network outputs: the denoiser, which this bound wants, or leave-one-out, converted for the loss"""
     loss: Literal["coupling", "cross_entropy"] = "coupling"
-
-    def architecture(self) -> dict[str, Any]:
-        return {"noise": "uniform", "predicts": self.predicts}
 
 
 @dataclass(frozen=True)
