@@ -11,7 +11,7 @@ from pretrain import bounds
 from pretrain.backbone import Backbone
 from pretrain.orders import PositionOrder
 from pretrain.processes import blocks_of
-from pretrain.samplers import nucleus, sample
+from pretrain.samplers import Remasking, nucleus, sample
 from tasks import UnmaskError
 from tests.pretrain.test_bounds import BOARDS, SEQUENCES, Exact, L, M, V, backbone, counted, generator, index
 from tests.pretrain.test_processes import chi_square, plackett_luce_probability
@@ -379,3 +379,89 @@ def test_settings_that_are_not_allowed(settings, message):
     with pytest.raises(UnmaskError, match=message) as caught:
         sample(backbone(), **{"prompts": prompts(2), "generator": generator()} | settings)
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------- remasking (ReMDM)
+def remasking_law(model: Backbone, steps: int, remasking: Remasking) -> Tensor:
+    """As step_law, with visible symbols masked again: sigma by hand from the paper's equations."""
+    p, _ = predictions(model)
+    transitions = []
+    for now, then, active in remasking.visible(steps):
+        most = min(1.0, (1 - then) / now) if now > 0 else 0.0
+        sigma = remasking.eta * most if remasking.strategy == "rescale" else min(remasking.eta, most)
+        sigma = sigma if active else 0.0
+        stays = (1 - then - sigma * now) / (1 - now)
+        transition = torch.ones(27, 27, dtype=torch.float64)
+        for i in range(L):
+            before, after = BOARDS[:, i].unsqueeze(1), BOARDS[:, i].unsqueeze(0)
+            fills = (1 - stays) * p[:, i][:, BOARDS[:, i].clamp(max=V - 1)]
+            from_mask = torch.where(after == M, torch.full_like(fills, stays), fills)
+            from_symbol = torch.where(after == M, sigma, (before == after).double() * (1 - sigma))
+            transition = transition * torch.where(before == M, from_mask, from_symbol)
+        transitions.append(transition)
+    return law(transitions, EMPTY)
+
+
+@pytest.mark.parametrize(
+    "remasking", [Remasking("cap", 0.3), Remasking("rescale", 0.7), Remasking("loop", 0.4)], ids=lambda r: r.strategy
+)
+def test_remasking_draws_from_the_sum_over_its_steps(remasking):
+    model = backbone()
+    exact = remasking_law(model, 20, remasking)
+    assert float(exact.sum()) == pytest.approx(1)
+    assert (exact - step_law(model, 20)).abs().sum() > 0.01, "it is another law than without"
+    drawn = sample(model, prompts(40_000), generator(1), "ancestral", steps=20, remasking=remasking)
+    chi_square(frequencies(drawn.tokens), exact)
+    assert 0 < drawn.nfe <= 20
+
+
+@pytest.mark.parametrize("strategy", ["cap", "rescale"])
+def test_no_remasking_is_ancestral_sampling(strategy):
+    model = backbone()
+    none = remasking_law(model, 5, Remasking(strategy, 0.0))
+    torch.testing.assert_close(none, step_law(model, 5))
+
+
+@pytest.mark.parametrize("remasking", [Remasking("cap", 0.2), Remasking("rescale", 0.9), Remasking("loop", 0.5)])
+def test_remasking_keeps_as_many_positions_visible(remasking):
+    """Share of visible positions at the start of each step: alpha_t, whatever sigma is."""
+    model, n, steps = backbone(), 20_000, 10
+    seen: list[Tensor] = []
+    inner = model.forward
+    model.forward = lambda tokens: (seen.append(tokens), inner(tokens))[1]
+    sample(model, prompts(n), generator(3), "ancestral", steps=steps, remasking=remasking)
+    for tokens, (now, _, _) in zip(seen, remasking.visible(steps), strict=True):
+        share = float((tokens != M).double().mean())
+        assert share == pytest.approx(now, abs=5 * (now * (1 - now) / (n * L)) ** 0.5 + 1e-9)
+
+
+def test_remasking_loops_at_nine_tenths():
+    profile = Remasking("loop", 0.1).visible(100)
+    assert [round(now, 6) for now, _, _ in profile[:3]] == [0.0, 0.02, 0.04]
+    assert {(round(now, 6), round(then, 6)) for now, then, active in profile if active} == {(0.9, 0.9)}
+    assert sum(active for _, _, active in profile) == 50
+    assert profile[-1][1] == 1, "exactly: nothing stays masked"
+
+
+def test_remasking_by_confidence_remasks_the_least_confident_most():
+    model, n = backbone(), 20_000
+    drawn = sample(model, prompts(n), generator(4), "ancestral", steps=20, remasking=Remasking("conf"))
+    assert frequencies(drawn.tokens).sum() == n
+    assert (frequencies(drawn.tokens) / n - step_law(model, 20)).abs().sum() > 0.01
+
+
+def test_remasking_leaves_prompts_and_refuses_what_it_cannot_do():
+    model = backbone()
+    start = prompts(500, [1, M, M])
+    drawn = sample(model, start, generator(), "ancestral", steps=8, remasking=Remasking("cap", 1.0))
+    assert bool((drawn.tokens[:, 0] == 1).all())
+    again = sample(model, start, generator(), "ancestral", steps=8, remasking=Remasking("cap", 1.0))
+    assert torch.equal(drawn.tokens, again.tokens)
+    with pytest.raises(UnmaskError, match="ancestral sampling from a model without a learned order"):
+        sample(model, start, generator(), "event", remasking=Remasking())
+    with pytest.raises(UnmaskError, match="without a learned order"):
+        sample(backbone(order="context"), start, generator(), "ancestral", remasking=Remasking())
+    with pytest.raises(UnmaskError, match="strategy must be one of cap, rescale, loop, conf"):
+        Remasking("capped")
+    with pytest.raises(UnmaskError, match="eta must be between 0 and 1"):
+        Remasking("cap", 1.5)

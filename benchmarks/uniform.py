@@ -1,0 +1,212 @@
+"""Uniform against masked diffusion on 6x6 Sudoku: solve rates by number of forwards, with and without corrections.
+
+    python benchmarks/uniform.py --jobs 2 --out benchmarks/results/uniform-sudoku6.json
+
+One network and one training recipe for every model. A corrector's settings and the temperature are chosen on validation
+puzzles by the first seed's model, with the same care for every row; test puzzles are then completed by every seed's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from trained import half_interval, in_parallel, once
+
+import tasks
+from pretrain.backbone import PACKAGED_DENOISERS, Backbone, parameter_count
+from pretrain.checkpoint import load_model, write_json
+from pretrain.samplers import Remasking, Samples, sample
+from pretrain.train import OBJECTIVES
+from pretrain.uniform_samplers import Corrector, sample_uniform
+
+SETTINGS = {"task": "sudoku6", "batch": 128, "dim": 48, "layers": 3, "lr": 3e-3}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mdm": ("mdm", {}),
+    "udm-denoiser": ("udm", {"predicts": "denoiser"}),
+    "udm-loo": ("udm", {"predicts": "loo"}),
+    "audm": ("audm", {}),
+}
+ROWS = {"mdm": "mdm", "udm-denoiser": "udm-denoiser", "udm-loo": "udm-loo", "audm": "audm", "reaudm": "audm"}
+PAIRS = [("udm-loo", "udm-denoiser"), ("audm", "mdm"), ("reaudm", "mdm"), ("udm-loo", "mdm")]
+TEMPERATURES = (1.0, 0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class Training:
+    model: str
+    seed: int
+    steps: int
+    out: Path
+
+
+def train(job: Training) -> dict[str, Any]:
+    kind, options = MODELS[job.model]
+    config = OBJECTIVES[kind](**SETTINGS, **options, steps=job.steps, seed=job.seed, out=str(job.out))
+    return once(config, lambda model: {"model": job.model, "parameters": parameter_count(model)})
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How one model completes puzzles: ``row`` of the table, by ``nfe`` forwards."""
+
+    row: str
+    folder: Path
+    nfe: int
+    split: str
+    puzzles: int
+    seed: int = 0
+    temperature: float = 1.0
+    correction: Corrector | Remasking | None = None
+
+    def label(self) -> str:
+        made = self.correction
+        if made is None:
+            return "none"
+        if isinstance(made, Remasking):
+            return f"remasking {made.strategy}" + ("" if made.strategy == "conf" else f" {made.eta}")
+        return f"{made.steps} x {made.positions} {made.selection}"
+
+
+def corrections(row: str) -> Iterator[Corrector | Remasking]:
+    """What the corrected version of a row chooses from."""
+    if row == "mdm":
+        yield from (Remasking("cap", eta) for eta in (0.02, 0.04, 0.1, 0.2))
+        yield from (Remasking("rescale", eta) for eta in (0.05, 0.2, 0.5))
+        yield from (Remasking("loop", eta) for eta in (0.02, 0.1))
+        yield Remasking("conf")
+        return
+    selections = ("random",) if ROWS[row] == "audm" else ("random", "margin")
+    for selection, steps, positions in itertools.product(selections, (1, 2), (1, 4, 12)):
+        yield Corrector(steps, selection, positions)
+
+
+def complete(job: Completion) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    model = load_model(Backbone, job.folder, PACKAGED_DENOISERS, "denoiser").eval()
+    task = tasks.get(SETTINGS["task"])
+    puzzles = task.heldout(job.puzzles, job.split)
+    generator = torch.Generator().manual_seed(1000 + job.seed)
+    started = time.process_time()
+    found = _sample(model, puzzles.tokens, generator, job)
+    metrics = task.metrics(found.tokens, puzzles)
+    return {
+        "seconds": round(time.process_time() - started, 2),
+        "nfe": found.nfe,
+        "solved": round(float(metrics["solved"].mean()), 4),
+        "cell_accuracy": round(float(metrics["cell_accuracy"].mean()), 4),
+        "each": metrics["solved"].bool().tolist(),
+    }
+
+
+def _sample(model: Backbone, prompts: Tensor, generator: torch.Generator, job: Completion) -> Samples:
+    if model.noise == "mask":
+        shaped = {"temperature": job.temperature, "remasking": job.correction}
+        return sample(model, prompts, generator, "ancestral", steps=job.nfe, **shaped)
+    method = job.row if ROWS[job.row] == "audm" else "ancestral"
+    shaped = {"temperature": job.temperature, "corrector": job.correction}
+    return sample_uniform(model, prompts, generator, job.nfe, method, **shaped)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--nfe", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--puzzles", type=int, default=2000, help="test puzzles")
+    parser.add_argument("--validation", type=int, default=500, help="puzzles to choose settings by")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/uniform"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    def folder(model: str, seed: int) -> Path:
+        return args.runs / f"{model}-{seed}"
+
+    training = [Training(m, seed, args.steps, folder(m, seed)) for seed in args.seeds for m in MODELS]
+    trained = in_parallel(train, training, args.jobs)
+
+    # What to choose from: every temperature for itself, then every corrector at every temperature.
+    first = args.seeds[0]
+    choices: dict[tuple[str, int, str], list[Completion]] = {}
+    for row, nfe in itertools.product(ROWS, args.nfe):
+        plain = Completion(row, folder(ROWS[row], first), nfe, "validation", args.validation)
+        corrected = [replace(plain, correction=each) for each in corrections(row)]
+        choices[row, nfe, "temperature 1"] = [plain]
+        choices[row, nfe, "temperature 1, corrected"] = corrected
+        choices[row, nfe, "tuned"] = [replace(plain, temperature=t) for t in TEMPERATURES]
+        choices[row, nfe, "tuned, corrected"] = [replace(job, temperature=t) for t in TEMPERATURES for job in corrected]
+    every = list(dict.fromkeys(itertools.chain(*choices.values())))
+    validated = dict(zip(every, in_parallel(complete, every, args.jobs), strict=True))
+
+    def better(job: Completion) -> tuple[float, float]:
+        return validated[job]["solved"], validated[job]["cell_accuracy"]
+
+    chosen = {key: max(jobs, key=better) for key, jobs in choices.items()}
+    tests = [
+        replace(job, folder=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
+        for job in chosen.values()
+        for seed in args.seeds
+    ]
+    results = dict(zip(tests, in_parallel(complete, tests, args.jobs), strict=True))
+
+    def tested(key: tuple[str, int, str], seed: int) -> dict[str, Any]:
+        job = chosen[key]
+        found = replace(job, folder=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
+        return results[found]
+
+    rows = []
+    table = Table("", "", *(f"{nfe} forwards" for nfe in args.nfe), title="solved %, half of the 95 % interval")
+    for row, way in itertools.product(ROWS, dict.fromkeys(key[2] for key in choices)):
+        cells = []
+        for nfe in args.nfe:
+            own = [tested((row, nfe, way), seed) for seed in args.seeds]
+            solved, cell = ([result[name] for result in own] for name in ("solved", "cell_accuracy"))
+            job = chosen[row, nfe, way]
+            rows.append(
+                {"row": row, "way": way, "nfe": nfe, "made": own[0]["nfe"], "temperature": job.temperature}
+                | {"correction": job.label(), "solved": sum(solved) / len(solved), "each": solved}
+                | {"half_interval": half_interval(solved), "cell_accuracy": sum(cell) / len(cell)}
+            )
+            half = rows[-1]["half_interval"]
+            cells.append(f"{100 * rows[-1]['solved']:.1f}" + ("" if half is None else f" ± {100 * half:.1f}"))
+        table.add_row(row, way, *cells)
+    differences = []
+    for (ours, theirs), nfe, way in itertools.product(PAIRS, args.nfe, dict.fromkeys(key[2] for key in choices)):
+        paired = []
+        for seed in args.seeds:
+            a, b = (torch.tensor(tested((row, nfe, way), seed)["each"]).double() for row in (ours, theirs))
+            paired.append((a - b).mean().item())
+        differences.append({"ours": ours, "theirs": theirs, "nfe": nfe, "way": way, "each": paired})
+        differences[-1] |= {"mean": sum(paired) / len(paired), "half_interval": half_interval(paired)}
+    Console().print(table)
+    report = {
+        "command": "python benchmarks/uniform.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "settings": SETTINGS,
+        "metric": "share of minimal test puzzles solved; intervals over seeds (Student's t)",
+        "rows": rows,
+        "differences": differences,
+        "validation": [
+            {"row": job.row, "nfe": job.nfe, "temperature": job.temperature, "correction": job.label()}
+            | {name: result[name] for name in ("solved", "cell_accuracy", "seconds")}
+            for job, result in validated.items()
+        ],
+        "runs": [{key: value for key, value in result.items() if key != "settings"} for result in trained],
+    }
+    write_json(args.out, report)
+
+
+if __name__ == "__main__":
+    main()
