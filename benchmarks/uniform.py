@@ -25,8 +25,8 @@ from torch import Tensor
 from trained import half_interval, in_parallel, once
 
 import tasks
-from pretrain.backbone import PACKAGED_DENOISERS, Backbone, parameter_count
-from pretrain.checkpoint import load_model, write_json
+from pretrain.backbone import Backbone, parameter_count
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, write_json
 from pretrain.samplers import Remasking, Samples, sample
 from pretrain.train import OBJECTIVES
 from pretrain.uniform_samplers import Corrector, sample_uniform
