@@ -29,6 +29,7 @@ from pretrain.checkpoint import write_json
 from pretrain.train import OBJECTIVES
 
 SETTINGS = {"task": "text", "batch": 16, "dim": 64, "layers": 3, "lr": 3e-3, "ema": 0.998, "log_every": 25}
+OPTIONS = {"udm": {"given": 0.0}, "audm": {"given": 0.0}}  # nothing is given here, so none of the steps go to prompts
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Job:
 
 def run(job: Job) -> dict[str, Any]:
     kind = job.name.partition(",")[0]
-    config = OBJECTIVES[kind](**SETTINGS, steps=job.steps, seed=job.seed, out=str(job.out))
+    config = OBJECTIVES[kind](**SETTINGS, **OPTIONS.get(kind, {}), steps=job.steps, seed=job.seed, out=str(job.out))
     task = tasks.get(config.task)
 
     def measure(model: Backbone) -> dict[str, Any]:
@@ -97,9 +98,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--longer", type=float, default=1.6, help="times LoMDM's run costs masked diffusion's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--others", nargs="*", default=["genmd4", "learned-schedule", "ar", "block"], help="one seed each"
-    )
+    others = ["genmd4", "learned-schedule", "ar", "block", "udm", "audm"]
+    parser.add_argument("--others", nargs="*", default=others, help="one seed each")
     parser.add_argument("--windows", type=int, default=2000, help="held-out windows of 64 characters")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/text"))

