@@ -119,9 +119,6 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "settings": SETTINGS | {"nfe": NFE, "samples": args.samples},
         "points": points,
-        "bounds": [
-            {key: run[key] for key in ("name", "parameters", "test_path", "test_path_error")} for run in trained
-        ],
     }
     write_json(args.out, report)
     draw(points, args.out.with_suffix(".png"))
