@@ -7,6 +7,7 @@ from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin
 
 from tasks.errors import PuzzleFileError, UnknownNameError, UnmaskError
+from tasks.lines import Lines
 from tasks.sudoku import Sudoku
 from tasks.tabular import Tabular
 from tasks.task import Infilling, Instances, Task
@@ -15,6 +16,7 @@ from tasks.text import Text
 __all__ = [
     "Infilling",
     "Instances",
+    "Lines",
     "PuzzleFileError",
     "Sudoku",
     "Tabular",
@@ -24,6 +26,7 @@ __all__ = [
     "UnmaskError",
     "get",
     "names",
+    "read_options",
     "register",
 ]
 
@@ -51,28 +54,42 @@ def get(name: str, **options) -> Task:
     base, colon, details = name.partition(":")
     if base not in _TASKS:
         raise UnknownNameError("task", base, _TASKS)
-    known = inspect.signature(_TASKS[base], eval_str=True).parameters
-    for place, detail in enumerate(details.split(",") if colon else []):
-        option, given, value = detail.partition("=")
-        if not given and place == 0:
-            option, value = "source", detail
-        elif not given:
-            raise UnmaskError(f"task {name!r}: {detail!r} is not of the form option=value")
-        if option in options:
-            raise UnmaskError(f"task {name!r}: {option} is given twice")
-        if option in known:
-            value = _converted(name, option, value, known[option].annotation)
-        options[option] = value
-    unknown = sorted(options.keys() - known.keys())
-    if unknown:
-        raise UnmaskError(f"task {base!r} takes {', '.join(known) or 'no options'}; not {', '.join(unknown)}")
-    task = _TASKS[base](**options)
+    task = _TASKS[base](**read_options(f"task {name!r}", details if colon else None, _TASKS[base], options))
     if colon:
         task.name = name
     return task
 
 
-def _converted(name: str, option: str, value: str, kind: object) -> object:
+def read_options(
+    what: str, text: str | None, factory: Callable[..., object], given: dict[str, object] | None = None
+) -> dict[str, object]:
+    """Keyword arguments of ``factory`` from ``text``: its ``source``, if named, and ``option=value`` pairs, separated by
+    commas; each as the type that the factory's annotations ask for.
+
+    Args:
+        what: what it is part of, for messages. given: options from elsewhere.
+
+    Raises:
+        UnmaskError: an option that the factory does not take, or takes in another form.
+    """
+    known = inspect.signature(factory, eval_str=True).parameters
+    options = dict(given or {})
+    for place, detail in enumerate(text.split(",") if text is not None else []):
+        option, equals, value = detail.partition("=")
+        if not equals and place == 0:
+            option, value = "source", detail
+        elif not equals:
+            raise UnmaskError(f"{what}: {detail!r} is not of the form option=value")
+        if option in options:
+            raise UnmaskError(f"{what}: {option} is given twice")
+        options[option] = _converted(what, option, value, known[option].annotation) if option in known else value
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise UnmaskError(f"{what} takes {', '.join(known) or 'no options'}; not {', '.join(unknown)}")
+    return options
+
+
+def _converted(what: str, option: str, value: str, kind: object) -> object:
     """``value`` as the type that the task's constructor asks for."""
     kinds = [part for part in (get_args(kind) if get_origin(kind) is UnionType else (kind,)) if part is not NoneType]
     literal = [choice for part in kinds if get_origin(part) is Literal for choice in get_args(part)]
@@ -89,11 +106,12 @@ def _converted(name: str, option: str, value: str, kind: object) -> object:
     except (KeyError, ValueError):
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
         wanted = " or ".join(literal) or next(names[part] for part in names if part in kinds)
-        raise UnmaskError(f"task {name!r}: {option} must be {wanted}, not {value!r}") from None
+        raise UnmaskError(f"{what}: {option} must be {wanted}, not {value!r}") from None
 
 
 register("sudoku4", partial(Sudoku, 2, 2))
 register("sudoku6", partial(Sudoku, 2, 3))
 register("sudoku9", partial(Sudoku, 3, 3))
 register("text", Text)
+register("lines", Lines)
 register("tabular", Tabular)

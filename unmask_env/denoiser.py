@@ -11,8 +11,10 @@ from torch import Tensor
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.processes import LEAST
-from tasks import Task, UnmaskError
+from tasks import Task, UnmaskError, read_options
 from unmask_env.core import Denoised
+
+HUGGING_FACE = "hf:"  # before the names of models of transformers
 
 
 class IncompatibleDenoiserError(UnmaskError):
@@ -135,9 +137,19 @@ def check_fits(vocab_size: int, length: int, task: Task, fingerprint: str | None
 def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: torch.device | str = "cpu") -> Denoiser:
     """A denoiser by packaged name, folder or hub id; a backbone is wrapped; a denoiser is returned as it is.
 
+    ``hf:`` and a folder or hub id is a model of ``transformers``, with the options of
+    :class:`unmask_env.huggingface.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``.
+
     Raises:
         CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
     """
+    if isinstance(source, str) and source.startswith(HUGGING_FACE):
+        from unmask_env.huggingface import HFDenoiser  # it builds on this file
+
+        options = read_options(f"denoiser {source!r}", source.removeprefix(HUGGING_FACE), HFDenoiser)
+        if options.keys() & {"task", "device"} or "source" not in options:
+            raise UnmaskError(f"denoiser {source!r} must be hf:SOURCE, followed by options; not task or device")
+        return HFDenoiser(**options, task=task, device=device)
     if isinstance(source, str | Path):
         source = load_model(Backbone, source, PACKAGED_DENOISERS, "denoiser")
     if isinstance(source, Backbone):

@@ -122,7 +122,7 @@ def test_a_dataset(tmp_path: Path) -> None:
         (lambda: small(level="bpe", pieces=255), "pieces must be at least 256"),
         (lambda: tasks.get("text:nowhere.txt"), "cannot read nowhere.txt"),
         (lambda: tasks.get("text:length=16,oops"), "'oops' is not of the form option=value"),
-        (lambda: tasks.get("text:lenght=16"), "task 'text' takes source, level, length"),
+        (lambda: tasks.get("text:lenght=16"), "task 'text:lenght=16' takes source, level, length"),
         (lambda: tasks.get("text:length=abc"), "length must be a whole number, not 'abc'"),
         (lambda: tasks.get("text:length=1.5"), "length must be a whole number, not '1.5'"),
         (lambda: tasks.get("text:length=true"), "length must be a whole number, not 'true'"),

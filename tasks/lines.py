@@ -1,0 +1,139 @@
+"""Sequences of different lengths, one per line, in the tokens of a pretrained model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tasks.errors import UnmaskError
+from tasks.task import SPLITS, Infilling, Instances
+
+ANSWER = "\t"  # divides a line into what is given and what is asked for
+
+
+class Lines(Infilling):
+    """Lines of a text file, each padded to one length, as masked language models of ``transformers`` read them.
+
+    An instance hides tokens at random, never special ones. In a line with a tab, what stands before it is given and
+    tokens are hidden after it alone; the tab itself is not read. The reward is the share of them that comes back right.
+
+    Args:
+        source: a UTF-8 file, of which the last tenth of the lines is for validation and test in equal parts; or lines.
+        tokenizer: a folder or a hub id of a tokenizer of ``transformers``, or one of its fast tokenizers.
+        length: positions; the default is the longest line's. hide: share of the tokens that may be hidden.
+        side: where padding goes.
+
+    Attributes:
+        pad_id: the token of positions that are padding; they are never hidden.
+
+    Raises:
+        UnmaskError: what cannot be read, a line longer than ``length`` or with nothing to hide, too few lines, a
+            tokenizer without a mask token or a padding token.
+    """
+
+    name = "lines"
+
+    def __init__(
+        self,
+        source: str | Sequence[str],
+        tokenizer: str | Any,
+        length: int | None = None,
+        hide: float = 0.5,
+        side: Literal["right", "left"] = "right",
+    ) -> None:
+        if side not in ("right", "left"):
+            raise UnmaskError(f"side must be right or left, not {side!r}")
+        self.tokenizer = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        if self.tokenizer.pad_token_id is None:
+            raise UnmaskError("the tokenizer has no padding token; set its pad_token")
+        self.pad_id: int = self.tokenizer.pad_token_id
+        self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
+        lines = _read(source) if isinstance(source, str) else list(source)
+        if len(lines) < len(SPLITS):
+            raise UnmaskError(f"at least {len(SPLITS)} lines are needed, one for each split, not {len(lines)}")
+        found = [self._encode(number, line) for number, line in enumerate(lines, 1)]
+        longest = max(range(len(found)), key=lambda i: len(found[i][0]))
+        length = len(found[longest][0]) if length is None else length
+        super().__init__((1, length), hide)
+        if len(found[longest][0]) > length:
+            raise UnmaskError(
+                f"line {longest + 1} has {len(found[longest][0])} tokens, more than the length of {length}"
+            )
+        held = max(1, len(lines) // 20)
+        cuts = (0, len(lines) - 2 * held, len(lines) - held, len(lines))
+        self._lines: dict[str, tuple[Tensor, Tensor]] = {}  # (N, L) tokens, and which of them may be hidden
+        for split, start, end in zip(SPLITS, cuts, cuts[1:], strict=False):
+            tokens = torch.full((end - start, length), self.pad_id)
+            hideable = torch.zeros(end - start, length, dtype=torch.bool)
+            for row, (ids, may) in enumerate(found[start:end]):
+                at = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
+                tokens[row, at], hideable[row, at] = torch.tensor(ids), torch.tensor(may)
+            self._lines[split] = tokens, hideable
+
+    def _encode(self, number: int, line: str) -> tuple[list[int], list[bool]]:
+        given, tab, asked = line.partition(ANSWER)
+        found = self.tokenizer(given + asked, return_special_tokens_mask=True, return_offsets_mapping=True)
+        start = len(given) if tab else 0
+        may = [
+            not special and end > start
+            for special, (_, end) in zip(found["special_tokens_mask"], found["offset_mapping"], strict=True)
+        ]
+        if not any(may):
+            raise UnmaskError(f"line {number} has nothing to hide")
+        return found["input_ids"], may
+
+    def _hide(self, lines: tuple[Tensor, Tensor], generator: torch.Generator) -> Instances:
+        answers, hideable = lines
+        draws = torch.rand(answers.shape, generator=generator, device=generator.device)
+        rank = draws.masked_fill(~hideable, torch.inf).argsort(1).argsort(1)
+        many = (self.hide * hideable.sum(1, keepdim=True)).round().clamp(min=1)
+        return Instances(torch.where((rank < many) & hideable, self.mask_id, answers), answers)
+
+    def _rows(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        tokens, hideable = self._lines["train"]
+        rows = torch.randint(len(tokens), (n,), generator=generator, device=generator.device).cpu()
+        return tokens[rows].to(generator.device), hideable[rows].to(generator.device)
+
+    def clean(self, n: int, generator: torch.Generator) -> Tensor:
+        return self._rows(n, generator)[0]
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        return self._hide(self._rows(n, generator), generator)
+
+    def heldout_answers(self, n: int | None, split: str) -> Tensor:
+        return self._lines[split][0][:n]
+
+    def heldout(self, n: int | None = None, split: str = "test") -> Instances:
+        tokens, hideable = self._lines[split]
+        return self._hide((tokens[:n], hideable[:n]), torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
+
+    def draw(self, tokens: Tensor) -> str:
+        kept = [int(token) for token in tokens if int(token) != self.pad_id]
+        return " ".join("_" if token == self.mask_id else self.symbols[token] for token in kept)
+
+
+def _read(source: str) -> list[str]:
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnmaskError(f"cannot read {source} as UTF-8 text ({error.__class__.__name__})") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UnmaskError(f"{source} is empty")
+    return lines
+
+
+def _tokenizer(source: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UnmaskError("tokenizers of models take the extra text; run: pip install 'unmask[text]'") from None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many types for what it cannot read
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnmaskError(f"cannot read the tokenizer {source}: {reason}") from None
