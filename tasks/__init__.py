@@ -63,8 +63,8 @@ def get(name: str, **options) -> Task:
 def read_options(
     what: str, text: str | None, factory: Callable[..., object], given: dict[str, object] | None = None
 ) -> dict[str, object]:
-    """Keyword arguments of ``factory`` from ``text``: its ``source``, if named, and ``option=value`` pairs, separated by
-    commas; each as the type that the factory's annotations ask for.
+    """Keyword arguments of ``factory`` from ``text``: its ``source``, if named, and ``option=value`` pairs, separated
+    by commas; each as the type that the factory's annotations ask for.
 
     Args:
         what: what it is part of, for messages. given: options from elsewhere.

@@ -165,7 +165,7 @@ def _load(source: str, dtype: str, trust_remote_code: bool) -> Any:
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("bias"))
     if missing:
         raise IncompatibleDenoiserError(
-            f"{source} lacks weights of a masked language model, {missing[0]} for example: its head was not saved or is "
-            "of another kind"
+            f"{source} lacks weights of a masked language model, {missing[0]} for example: its head was not saved, or "
+            "is of another kind"
         )
     return model

@@ -206,11 +206,11 @@ def test_by_name_in_an_environment(tmp_path):
         task=f"lines:{tmp_path / 'lines.txt'},tokenizer={path},length=12",
         denoiser=f"hf:{path}",
     )
-    observation, info = env.reset(seed=0)
+    _, info = env.reset(seed=0)
     done = False
     while not done:
         action = int(info["action_mask"].argmax())
-        observation, reward, done, _, info = env.step(action)
+        _, reward, done, _, info = env.step(action)
     assert 0 <= reward <= 1
 
 
@@ -224,7 +224,7 @@ def test_prompts_are_given_and_answers_hidden():
 def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
     path, words = build("bert", tmp_path / "bert"), tokenizer()
     task = Lines(LINES, words)
-    with pytest.raises(IncompatibleDenoiserError, match="positions, the context of .* 24"):
+    with pytest.raises(IncompatibleDenoiserError, match=r"positions, the context of .* 24"):
         HFDenoiser(path, Lines(LINES, words, length=40))
     torch.manual_seed(0)
     bare = transformers.BertModel(transformers.BertConfig(**SMALL))
@@ -242,7 +242,7 @@ def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
         HFDenoiser(str(tmp_path / "nothing"), task)
     with pytest.raises(UnmaskError, match="dtype must be"):
         HFDenoiser(path, task, dtype="int8")
-    with pytest.raises(UnmaskError, match="takes source, .*not speed"):
+    with pytest.raises(UnmaskError, match=r"takes source, .*not speed"):
         load_denoiser(f"hf:{path},speed=2", task)
     with pytest.raises(UnmaskError, match="must be hf:SOURCE"):
         load_denoiser("hf:dtype=float32", task)
