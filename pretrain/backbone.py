@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain import orders
 from pretrain.orders import OrderName
-from pretrain.processes import Prediction, Uniform, blocks_of
+from pretrain.processes import Prediction, Uniform, blocks_of, tilt
 
 
 class Output(NamedTuple):
@@ -119,6 +119,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         fingerprint: of the symbols it was trained on (:attr:`tasks.Task.fingerprint`).
         block_length: positions see their own block of this many and those before; 1 is autoregressive. None: all.
         c1, c2: of the order ``context``; the paper's best.
+        prompt_length: how many first positions are always given; it has learned to predict those behind them alone.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         block_length: int | None = None,
         c1: float = 0.7,
         c2: float = 0.65,
+        prompt_length: int = 0,
     ) -> None:
         super().__init__()
         kinds = ("denoiser",) if noise == "mask" else get_args(Prediction)
@@ -158,7 +160,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
         self.vocab_size, self.length, self.dim = vocab_size, len(coordinates), dim
         self.noise, self.predicts, self.fingerprint = noise, predicts, fingerprint
-        self.block_length, self.rotary = block_length, rotary
+        self.block_length, self.rotary, self.prompt_length = block_length, rotary, prompt_length
         own = None  # (L, V) bool, which symbols a position may hold
         if vocabularies is not None:
             if sum(vocabularies) != vocab_size or len(vocabularies) != len(coordinates) or min(vocabularies) < 1:
@@ -226,11 +228,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         hidden = self.trunk(tokens, alpha, is_noise)
         logits = self._logits(hidden)
         if self.predicts == "absorbing":
-            # A symbol that is its position's noise symbol may still be the clean one, by 1 / (1 - alpha) the likelier:
-            # a tilt of what the other positions say (derived; tests/pretrain/test_uniform.py). Without it the bound of
-            # a network that is not yet trained is infinite.
-            tilt = torch.where(is_noise, -torch.log1p(-alpha.expand(tokens.shape).clamp(max=1 - 1e-6)), 0.0)
-            logits = logits.scatter_add(-1, tokens.unsqueeze(-1), tilt.to(logits).unsqueeze(-1))
+            # Without the tilt the bound of a network that is not yet trained is infinite.
+            own = torch.where(is_noise, tilt(alpha.expand(tokens.shape)), 0.0)
+            logits = logits.scatter_add(-1, tokens.unsqueeze(-1), own.to(logits).unsqueeze(-1))
         return Output(logits, hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:

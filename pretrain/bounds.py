@@ -57,7 +57,7 @@ def bound(
 
     The number of masked positions is stratified over the samples. Autoregressive models take one forward. With uniform
     noise both bounds are the same: the plug-in bound, or the absorbing one, with times stratified over the samples,
-    plus the divergence of the prior.
+    plus the divergence of the prior. Of models with prompts it is of what is behind, given the prompt.
 
     Raises:
         UnmaskError: ``truncated`` of a model with blocks or with uniform noise.
@@ -73,17 +73,19 @@ def bound(
     n, length = clean.shape
     hidden = model.trunk(clean) if model.order.reads_clean else None
     weights = model.order.exponents(clean, hidden).double().expand(n, length)
+    first = torch.where(torch.arange(length, device=clean.device) < model.prompt_length, torch.inf, weights)
+    behind = length - model.prompt_length
     paths, by_order, cut = [], [], []
     for sample in range(samples):
         uniform = torch.rand(n, generator=generator, device=clean.device)
-        revealed = ((sample + uniform) * length / samples).long().clamp(max=length - 1)  # how many are visible
-        masked = processes.plackett_luce(weights, generator) >= revealed.unsqueeze(1)
+        revealed = ((sample + uniform) * behind / samples).long().clamp(max=behind - 1)  # how many are visible
+        masked = processes.plackett_luce(first, generator) >= (model.prompt_length + revealed).unsqueeze(1)
         cross_entropy, exponents = _predict(model, clean, masked)
-        paths.append(length * integrand(cross_entropy, weights, exponents, masked) / (weights * masked).sum(1))
+        paths.append(behind * integrand(cross_entropy, weights, exponents, masked) / (weights * masked).sum(1))
         share = torch.where(masked, weights / (weights * masked).sum(1, keepdim=True), 1.0)
         own = torch.where(masked, exponents / (exponents * masked).sum(1, keepdim=True), 1.0)
         terms = share * (cross_entropy + share.log() - own.log())
-        by_order.append(length * torch.where(masked, terms, 0.0).sum(1))
+        by_order.append(behind * torch.where(masked, terms, 0.0).sum(1))
         if truncated:
             cut.append(_at_time(model, clean, Powers(weights), generator))
     return Bound(
@@ -103,6 +105,7 @@ def _at_time(
     """(N,) one-sample estimate of the integral over t in [epsilon, 1]."""
     t = epsilon + (1 - epsilon) * torch.rand(len(clean), generator=generator, device=clean.device).double()
     masked = torch.rand(clean.shape, generator=generator, device=clean.device) < schedule.masked_probability(t)
+    masked &= torch.arange(clean.shape[1], device=clean.device) >= model.prompt_length
     cross_entropy, exponents = _predict(model, clean, masked)
     return (1 - epsilon) * integrand(cross_entropy, schedule.velocity(t), exponents / t.unsqueeze(1), masked)
 

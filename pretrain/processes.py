@@ -163,6 +163,12 @@ def alpha_of(t: Tensor) -> Tensor:
     return 1 - (1 - LEAST) * t
 
 
+def tilt(alpha: Tensor) -> Tensor:
+    """-log(1 - alpha): by how much the logit of an undecided position's own symbol u exceeds what the other positions
+    say, since x = u may also be the clean symbol (derived; tests/pretrain/test_uniform.py)."""
+    return -torch.log1p(-alpha.clamp(max=1 - 1e-6))
+
+
 class Uniform:
     """Symbols give way to uniform noise: q_t(j | x_0) = alpha 1{j = x_0} + (1 - alpha) / K (Gourevitch et al. 2026,
     arXiv 2605.22765, and the code released with it).
@@ -186,9 +192,13 @@ class Uniform:
             raise UnmaskError("every position needs at least 2 symbols for noise to be drawn from")
         self.alphabet = alphabet
         self.size = alphabet.sum(1)  # (L,) K
+        self._symbols = alphabet.int().argsort(dim=1, descending=True, stable=True)  # each position's own come first
 
     def check(self, clean: Tensor) -> None:
         """Raises :class:`tasks.UnmaskError` if a symbol of ``clean`` (N, L) is not in its position's alphabet."""
+        symbols = self.alphabet.shape[1]
+        if bool(((clean < 0) | (clean >= symbols)).any()):
+            raise UnmaskError(f"symbols must be between 0 and {symbols - 1}")
         known = self.alphabet[torch.arange(clean.shape[1], device=clean.device), clean]
         if not bool(known.all()):
             row, at = (~known).nonzero()[0].tolist()
@@ -199,7 +209,9 @@ class Uniform:
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """(n, L) symbols, each uniform over its position's alphabet."""
-        return gumbel_like(self.alphabet.expand(n, -1, -1), generator).argmax(-1)
+        draws = torch.rand((n, len(self.size)), generator=generator, device=self.size.device)
+        which = (draws * self.size).long().clamp(max=self.size - 1)  # rounding may reach the size itself
+        return self._symbols.gather(1, which.T).T
 
     def corrupt(self, clean: Tensor, alpha: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
         """(N, L) x_t: each symbol stays with probability ``alpha``, else becomes ``noise`` (which may be the same)."""

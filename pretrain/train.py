@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,8 @@ class PretrainConfig:
             raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {self.ema}")
         if self.dim % self.heads:
             raise tasks.UnmaskError(f"dim must be a multiple of heads; {self.dim} is not one of {self.heads}")
+        if task.prompt_length and type(self) is not PretrainConfig:
+            raise tasks.UnmaskError(f"{task.name} has prompts, behind which only mdm can be trained")
         if _is_line(task) and self.dim % (2 * self.heads):
             raise tasks.UnmaskError(f"for {task.name}, dim must be a multiple of 2 heads, so not {self.dim}")
 
@@ -93,7 +95,7 @@ class PretrainConfig:
         Args:
             clean: (N, L) int64. done: share of the steps before this one.
         """
-        loss = masked_diffusion_loss(model, clean, model.mask_id, generator)
+        loss = masked_diffusion_loss(model, clean, model.mask_id, generator, model.prompt_length)
         return loss, loss.detach()
 
 
@@ -203,6 +205,11 @@ class UniformConfig(PretrainConfig):
         super().check(task)
         if not 0 <= self.given <= 1:
             raise tasks.UnmaskError(f"given must be between 0 and 1, not {self.given}")
+        kinds = get_type_hints(type(self))
+        for name in {"loss", "predicts"} & kinds.keys():
+            if getattr(self, name) not in get_args(kinds[name]):
+                allowed = " or ".join(get_args(kinds[name]))
+                raise tasks.UnmaskError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
 
     def objective(
         self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
@@ -312,6 +319,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             vocabularies=task.vocabularies,
             rotary=_is_line(task),
             fingerprint=task.fingerprint,
+            prompt_length=task.prompt_length,
             **config.architecture(),
         )
     model = model.to(device)

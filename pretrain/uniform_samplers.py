@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain import processes
 from pretrain.backbone import Output
 from pretrain.objectives.uniform import ALMOST
-from pretrain.processes import Prediction, Uniform
+from pretrain.processes import Prediction, Uniform, tilt
 from pretrain.samplers import Samples, nucleus
 from tasks import UnmaskError
 
@@ -56,7 +56,8 @@ class State:
 
     def level(self, alpha: float) -> Tensor:
         """(N, L) float64 how likely each symbol is clean: those that are given certainly are."""
-        return torch.where(self.free, alpha, 1.0).double()
+        ones = torch.ones(self.tokens.shape, dtype=torch.float64, device=self.tokens.device)
+        return torch.where(self.free, alpha * ones, ones)
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,16 @@ def sample_uniform(
     *ancestral* draws x_s from the bridge of the leave-one-out prediction, the exact reverse step of each position.
     *coupling* takes a symbol of the denoiser with probability (alpha_s - alpha_t) / (1 - alpha_t) and else stays. A
     model that predicts ``absorbing`` has *audm*, the same for undecided positions alone, and *reaudm*, which bridges
-    from a drawn x_0 and draws the noise symbols anew, so that decided positions may be revised. All but *coupling* keep
-    the law of x_t (of (x_t, u)), up to the error of treating positions independently within a step.
+    from a drawn x_0 and draws the noise symbols anew, so that decided positions may be revised. All keep the law of x_t
+    (of (x_t, u)), up to the error of treating positions independently within a step.
 
     Args:
         prompts: (N, L) int64; holes hold ``model.mask_id``.
         method: the default is ancestral, or audm of an absorbing model.
         kappa: of *ancestral*: a symbol takes that step with this probability, and else x_s is drawn anew from the
             denoiser's x_0 alone (psi-samplers; Deschenaux et al. 2026, arXiv 2602.21185).
-        temperature, top_p: of the leave-one-out prediction (*ancestral*), or of the model's posterior.
+        temperature, top_p: of what the other positions say of each, in predictor and corrector steps alike: tempering a
+            prediction that also knows the present symbol would hold on to noise.
 
     Raises:
         UnmaskError: settings that are not allowed or do not belong to the model, prompts of another length.
@@ -158,29 +160,44 @@ def sample_uniform(
     made = 0
     for step, (now, then) in enumerate(itertools.pairwise(levels)):
         kind: Prediction = "loo" if method == "ancestral" else "denoiser" if method == "coupling" else "absorbing"
-        prediction = _shaped(predict(model, state, now, kind), temperature, top_p)
+        prediction = predict(model, state, now, kind, temperature, top_p)
         made += 1
         if method == "ancestral":
             state = _ancestral(model.process, state, prediction, now, then, kappa, generator)
         else:
             state = _from_posterior(model.process, state, prediction, now, then, method, generator)
         for _ in range(corrector.steps if corrector is not None and step < corrected else 0):
-            state = correct(model, state, then, corrector, generator)
+            state = correct(model, state, then, corrector, generator, temperature, top_p)
             made += 2 if corrector.metropolis else 1
     return Samples(state.tokens, made)
 
 
-def predict(model: Predictor, state: State, alpha: float, kind: Prediction) -> Tensor:
+def predict(
+    model: Predictor, state: State, alpha: float, kind: Prediction, temperature: float = 1.0, top_p: float = 1.0
+) -> Tensor:
     """(N, L, V) the model's prediction of the wanted kind; one forward.
+
+    Args:
+        temperature, top_p: of what it says of a symbol from the others' alone: of leave-one-out, or of an absorbing
+            prediction without the tilt towards the position's own noise symbol.
 
     Raises:
         UnmaskError: the model's own kind cannot be converted to it.
     """
-    level = state.level(alpha)
+    level, process = state.level(alpha), model.process
     log_probs = model(state.tokens, level, state.is_noise).logits.double().log_softmax(-1)
+    changed = (temperature, top_p) != (1.0, 1.0)
     if model.predicts == "absorbing":  # what is decided is certain
+        if changed:
+            own = torch.where(F.one_hot(state.tokens, log_probs.shape[-1]).bool(), tilt(level).unsqueeze(-1), 0.0)
+            log_probs = (_shaped((log_probs - own).log_softmax(-1), temperature, top_p) + own).log_softmax(-1)
         log_probs = torch.where(state.is_noise.unsqueeze(-1), log_probs, _certain(state.tokens, log_probs))
-    return model.process.convert(log_probs, state.tokens, level.clamp(max=ALMOST), model.predicts, kind)
+        return process.convert(log_probs, state.tokens, level, model.predicts, kind)
+    level = level.clamp(max=ALMOST)
+    if not changed:
+        return process.convert(log_probs, state.tokens, level, model.predicts, kind)
+    loo = _shaped(process.convert(log_probs, state.tokens, level, model.predicts, "loo"), temperature, top_p)
+    return process.convert(loo, state.tokens, level, "loo", kind)
 
 
 def _ancestral(
@@ -227,14 +244,22 @@ def noise_given(process: Uniform, tokens: Tensor, clean: Tensor, alpha: float, g
 
 
 @torch.no_grad()
-def correct(model: Predictor, state: State, alpha: float, corrector: Corrector, generator: torch.Generator) -> State:
-    """One corrector step at noise level ``alpha`` below 1.
+def correct(
+    model: Predictor,
+    state: State,
+    alpha: float,
+    corrector: Corrector,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> State:
+    """One corrector step at noise level ``alpha`` below 1; ``temperature`` and ``top_p`` as in :func:`predict`.
 
     Of an absorbing model, a random position's (x, u) is drawn anew through its x_0, which is as exact.
     """
     process, level = model.process, state.level(alpha)
     if model.predicts == "absorbing":
-        clean = _draw(predict(model, state, alpha, "absorbing"), generator)
+        clean = _draw(predict(model, state, alpha, "absorbing", temperature, top_p), generator)
         fresh = process.noise(len(clean), generator)
         tokens = process.corrupt(clean, level, fresh, generator)
         chances = torch.zeros_like(level).masked_fill(~state.free, -torch.inf)
@@ -242,13 +267,15 @@ def correct(model: Predictor, state: State, alpha: float, corrector: Corrector, 
         return replace(
             state.moved(torch.where(chosen, tokens, state.tokens)), noise=torch.where(chosen, fresh, state.noise)
         )
-    conditional = process.conditional(predict(model, state, alpha, "loo"), level.clamp(max=ALMOST))
+    loo = predict(model, state, alpha, "loo", temperature, top_p)
+    conditional = process.conditional(loo, level.clamp(max=ALMOST))
     before = corrector.log_chances(conditional, state.tokens, state.free)
     chosen = _first(before, corrector.positions, generator)
     changed = state.moved(torch.where(chosen, _draw(conditional, generator), state.tokens))
     if not corrector.metropolis:
         return changed
-    again = process.conditional(predict(model, changed, alpha, "loo"), level.clamp(max=ALMOST))
+    loo = predict(model, changed, alpha, "loo", temperature, top_p)
+    again = process.conditional(loo, level.clamp(max=ALMOST))
     after = corrector.log_chances(again, changed.tokens, state.free)
     accept = torch.where(chosen, after - before, 0.0).sum(1).exp()  # (N,)
     accepted = torch.rand(accept.shape, generator=generator, device=accept.device) < accept
@@ -261,6 +288,9 @@ def sensitivity(model: Predictor, state: State, alpha: float, generator: torch.G
     position moves when its symbol is replaced by another one; 0 for an exact one (arXiv 2605.22765, appendix H).
 
     ``trials`` forwards and one. It needs no labels.
+
+    Raises:
+        UnmaskError: an absorbing model, which has no such prediction.
     """
     process, rows = model.process, torch.arange(len(state.tokens), device=state.tokens.device)
     before = predict(model, state, alpha, "loo").exp()
@@ -327,6 +357,10 @@ def _checked(
         raise UnmaskError("kappa is of ancestral sampling")
     if absorbing and corrector is not None and (corrector.selection != "random" or corrector.metropolis):
         raise UnmaskError("the corrector of an absorbing model chooses positions at random")
-    if prompts.ndim != 2 or prompts.shape[1] != model.length:
-        raise UnmaskError(f"prompts must be (N, {model.length}), not {tuple(prompts.shape)}")
+    if prompts.ndim != 2 or prompts.shape[1] != model.length or prompts.is_floating_point():
+        raise UnmaskError(
+            f"prompts must be (N, {model.length}) integers, not {tuple(prompts.shape)} of {prompts.dtype}"
+        )
+    possible = model.process.alphabet.int().argmax(1)
+    model.process.check(torch.where(prompts == model.mask_id, possible, prompts))
     return method

@@ -6,14 +6,17 @@ from functools import partial
 from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin
 
+from tasks.countdown import Countdown
 from tasks.errors import PuzzleFileError, UnknownNameError, UnmaskError
 from tasks.lines import Lines
 from tasks.sudoku import Sudoku
 from tasks.tabular import Tabular
 from tasks.task import Infilling, Instances, Task
 from tasks.text import Text
+from tasks.zebra import Zebra
 
 __all__ = [
+    "Countdown",
     "Infilling",
     "Instances",
     "Lines",
@@ -24,6 +27,7 @@ __all__ = [
     "Text",
     "UnknownNameError",
     "UnmaskError",
+    "Zebra",
     "get",
     "names",
     "read_options",
@@ -114,4 +118,6 @@ register("sudoku6", partial(Sudoku, 2, 3))
 register("sudoku9", partial(Sudoku, 3, 3))
 register("text", Text)
 register("lines", Lines)
+register("zebra", Zebra)
+register("countdown", Countdown)
 register("tabular", Tabular)

@@ -58,6 +58,7 @@ class Task(ABC):
         box: (height, width) of the boxes that the drawing frames, or None.
         vocabularies: how many symbols each position has for itself, (L,): the first takes the first ``vocabularies[0]``
             symbols, the second those after them, and so on. None: all positions share all symbols.
+        prompt_length: how many positions, from the first on, every instance gives. Denoisers learn what is behind them.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task(ABC):
     shape: tuple[int, int]
     box: tuple[int, int] | None = None
     vocabularies: tuple[int, ...] | None = None
+    prompt_length: int = 0
 
     # ------------------------------------------------------------------ sizes
     @property

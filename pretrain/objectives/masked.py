@@ -35,8 +35,10 @@ def cross_entropies(log_probs: Tensor, clean: Tensor) -> Tensor:
     return F.nll_loss(log_probs.transpose(1, 2), clean, reduction="none")
 
 
-def masked_diffusion_loss(model: nn.Module, clean: Tensor, mask_id: int, generator: torch.Generator) -> Tensor:
-    """One-sample estimate, per position, of the bound on -log p(x) in nats.
+def masked_diffusion_loss(
+    model: nn.Module, clean: Tensor, mask_id: int, generator: torch.Generator, prompt_length: int = 0
+) -> Tensor:
+    """One-sample estimate, per position behind the prompt, of the bound on -log p(x) in nats, given the prompt.
 
     E_t (1/t) * sum over masked l of -log p(x_l | x_t), with t uniform: the negative ELBO of masked diffusion with
     the linear schedule (Sahoo et al. 2024, arXiv 2406.07524, eq. 11; Shi et al. 2024, arXiv 2406.04329, eq. 4), which
@@ -44,12 +46,13 @@ def masked_diffusion_loss(model: nn.Module, clean: Tensor, mask_id: int, generat
 
     Args:
         model: maps (N, L) tokens to an output with ``logits`` (N, L, V).
-        clean: (N, L) int64 complete sequences.
+        clean: (N, L) int64 complete sequences. prompt_length: first positions that are given and never masked.
 
     Returns:
-        Scalar float32: the bound divided by L, averaged over the batch.
+        Scalar float32: the bound divided by the number of positions behind the prompt, averaged over the batch.
     """
     t = processes.low_discrepancy_times(clean.shape[0], generator).unsqueeze(1)
-    noisy = processes.mask(clean, t, mask_id, generator)
+    behind = torch.arange(clean.shape[1], device=clean.device) >= prompt_length
+    noisy = processes.mask(clean, t * behind, mask_id, generator)
     cross_entropy = cross_entropies(model(noisy).logits.float().log_softmax(-1), clean)
-    return integrand(cross_entropy, 1 / t, 1 / t, noisy == mask_id).mean() / clean.shape[1]
+    return integrand(cross_entropy, 1 / t, 1 / t, noisy == mask_id).mean() / (clean.shape[1] - prompt_length)

@@ -11,7 +11,7 @@ Shapes: N sequences, L positions, V symbols. ``slope`` is d alpha / dt, below 0.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 from pretrain import processes
 from pretrain.backbone import Backbone
 from pretrain.processes import LEAST, Uniform, alpha_of
+from tasks import UnmaskError
 
 Loss = Literal["bound", "coupling", "cross_entropy"]
 ALMOST = 1 - 1e-9  # the noise level of given positions in formulas that take a logarithm of 1 - alpha
@@ -67,7 +68,14 @@ def uniform_loss(
 
 
 def loss_at(model: Backbone, clean: Tensor, corrupted: Corrupted, loss: Loss) -> Tensor:
-    """(N, L) float64 the loss at each position, 0 where it is given."""
+    """(N, L) float64 the loss at each position, 0 where it is given.
+
+    Raises:
+        UnmaskError: a loss that there is not, or not of what the model predicts.
+    """
+    allowed = ("bound", "cross_entropy") if model.predicts == "absorbing" else get_args(Loss)
+    if loss not in allowed:
+        raise UnmaskError(f"a model that predicts {model.predicts!r} has the losses {', '.join(allowed)}; not {loss!r}")
     tokens, alpha, noise = corrupted
     is_noise = (tokens == noise) & corrupted.free
     log_probs = model(tokens, alpha, is_noise).logits.double().log_softmax(-1)

@@ -16,7 +16,7 @@ from torch.distributions import Exponential, kl_divergence
 
 from pretrain import bounds
 from pretrain.backbone import Backbone, Output
-from pretrain.objectives.masked import integrand
+from pretrain.objectives.masked import integrand, masked_diffusion_loss
 from pretrain.orders import ContextOrder, NoOrder, PositionOrder, SymbolOrder
 from pretrain.processes import Powers, Windows, blocks_of
 
@@ -75,7 +75,7 @@ class FreeOrder(NoOrder):
 class Tables(nn.Module):
     """Has what the bounds and samplers use of a :class:`Backbone`; its logits are a table of the 27 boards."""
 
-    length, mask_id, block_length, noise = L, M, None, "mask"
+    length, mask_id, block_length, noise, prompt_length = L, M, None, "mask", 0
 
     def __init__(self, kind: str = "none", seed: int = 0) -> None:
         super().__init__()
@@ -509,3 +509,31 @@ def test_estimates_of_a_backbone_are_unbiased(kind):
         found = bounds.bound(model, SEQUENCES.repeat(copies, 1), generator(5), samples=3)
         agrees(found.path.view(copies, 8), exact.path_bound(), visible=0.1)
         agrees(found.order.view(copies, 8), exact.order_bound(), visible=0.1)
+
+
+# ---------------------------------------------------------------------- prompts
+def after_the_first(model: Backbone) -> Tensor:
+    """(8,) the bound on -log p(x2, x3 | x1) by hand: the mean over both orders of the sum of cross-entropies."""
+
+    def cross_entropy(at: int, hidden: list[int]) -> Tensor:
+        board = SEQUENCES.clone()
+        board[:, hidden] = M
+        log_probs = model(board).logits.double().log_softmax(-1)
+        return -log_probs[:, at].gather(1, SEQUENCES[:, at : at + 1]).squeeze(1)
+
+    orders = [cross_entropy(1, [1, 2]) + cross_entropy(2, [2]), cross_entropy(2, [1, 2]) + cross_entropy(1, [1])]
+    return torch.stack(orders).mean(0)
+
+
+@torch.no_grad()
+def test_prompts_are_given_and_what_is_behind_them_is_bounded():
+    model, copies = backbone(prompt_length=1), 2000
+    exact = after_the_first(model)
+    found = bounds.bound(model, SEQUENCES.repeat(copies, 1), generator(6), samples=3, truncated=True)
+    agrees(found.path.view(copies, 8), exact, visible=0.1)
+    agrees(found.order.view(copies, 8), exact, visible=0.1)
+    agrees(found.truncated.view(copies, 8), exact, visible=0.1)
+    draws = [
+        2 * float(masked_diffusion_loss(model, SEQUENCES, M, generator(seed), prompt_length=1)) for seed in range(3000)
+    ]
+    agrees(torch.tensor(draws).double().unsqueeze(1), exact.mean().unsqueeze(0), visible=0.1)

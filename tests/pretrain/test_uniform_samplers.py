@@ -141,12 +141,38 @@ def test_the_two_time_law_of_a_step_given_the_clean_symbol(method):
         assert (changes == pytest.approx(least, abs=NOISE)) == (method != "reaudm"), "as rarely as it can"
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.5])
-def test_psi_samplers_keep_the_law(kappa):
-    joint = JOINTS["3^2"]
-    tokens = sample_uniform(Table(joint, "loo"), holes(joint, 20_000), generator(), nfe=40, kappa=kappa).tokens
-    # Redrawing both positions at once forgets how they belong together; here they depend on each other a little.
-    assert tv(law(tokens, joint), joint.p0) < 0.1
+@pytest.mark.parametrize("kappa", [0.0, 0.3])
+def test_the_law_of_psi_samples(kappa):
+    """A position follows the bridge with probability kappa, and is else drawn from x_0 ~ d, renoised, alone."""
+    joint = JOINTS["4^2"]
+    p = torch.full((joint.S,), 1 / joint.S, dtype=torch.float64)
+    plain = p
+    for now, then in itertools.pairwise(levels(12)):
+        follows, anew = bridge(joint, joint.loo(now), now, then), joint.denoiser(now) @ joint.site(then)
+        moves = [kappa * follows + (1 - kappa) * anew, follows]
+        p, plain = (
+            q @ torch.stack([each[:, at][:, joint.X[:, at]] for at in range(joint.L)]).prod(0)
+            for q, each in zip((p, plain), moves, strict=True)
+        )
+    prompts = holes(joint, 4 * MANY)  # half the noise
+    tokens = sample_uniform(Table(joint, "loo"), prompts, generator(), nfe=12, kappa=kappa).tokens
+    assert tv(p, plain) > 1.5 * NOISE, "kappa matters"
+    assert tv(law(tokens, joint), p) < 0.5 * NOISE
+
+
+def test_the_law_of_coupling_samples():
+    """Each position takes a symbol of the denoiser with probability (alpha_s - alpha_t) / (1 - alpha_t)."""
+    joint = JOINTS["4^2"]
+    p = torch.full((joint.S,), 1 / joint.S, dtype=torch.float64)
+    for now, then in itertools.pairwise(levels(4)):
+        moved = (then - now) / (1 - now)
+        stays = torch.nn.functional.one_hot(joint.X, joint.K).double()
+        each = moved * joint.denoiser(now) + (1 - moved) * stays
+        p = p @ torch.stack([each[:, at][:, joint.X[:, at]] for at in range(joint.L)]).prod(0)
+    model, prompts = Table(joint, "denoiser"), holes(joint)
+    assert tv(law(sample_uniform(model, prompts, generator(), 4, "coupling").tokens, joint), p) < NOISE
+    finely = sample_uniform(model, prompts[:20_000], generator(), 40, "coupling").tokens
+    assert tv(law(finely, joint), joint.p0) < 2 * NOISE + 0.01, "it goes to the data as steps grow"
 
 
 # ---------------------------------------------------------------------- correctors
@@ -234,6 +260,32 @@ def test_tempering_the_denoiser_also_holds_on_to_the_present_symbol():
     close(tempered, (loo / temperature + extra * present).log_softmax(-1), 1e-9)
     close(_shaped(loo, 0.5, 1.0), (loo / 0.5).log_softmax(-1))
     assert (_shaped(loo, 0.0, 1.0).exp().max(-1).values == 1).all()
+
+
+ONE = Enumerated(4, 1)
+ONE.p0 = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+WAYS = [
+    ("loo", "ancestral", None),
+    ("loo", "ancestral", Corrector(steps=1)),
+    ("denoiser", "coupling", None),
+    ("absorbing", "audm", None),
+    ("absorbing", "reaudm", None),
+    ("absorbing", "reaudm", Corrector(steps=1)),
+]
+
+
+@pytest.mark.parametrize(("predicts", "method", "corrector"), WAYS)
+def test_every_sampler_tempers_what_the_others_say(predicts, method, corrector):
+    """Of one position, whose law is p: p^(1/T) renormalised, the nucleus, and at 0 the most likely symbol alone."""
+    model, prompts = Table(ONE, predicts), holes(ONE, 30_000)
+
+    def found(**shape: float) -> Tensor:
+        return law(sample_uniform(model, prompts, generator(), 32, method, corrector, **shape).tokens, ONE)
+
+    assert tv(found(), ONE.p0) < NOISE
+    assert tv(found(temperature=0.5), ONE.p0**2 / (ONE.p0**2).sum()) < NOISE
+    assert found(temperature=0.0).tolist() == [1, 0, 0, 0]
+    assert tv(found(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=torch.float64)) < NOISE
 
 
 def test_sensitivity_is_zero_for_leave_one_out_and_not_for_a_denoiser_taken_for_it():
@@ -327,8 +379,16 @@ def test_correctors_that_are_not_allowed(settings, message):
         Corrector(**settings)
 
 
-def test_prompts_of_another_length():
-    with pytest.raises(UnmaskError, match=r"prompts must be \(N, 6\), not \(2, 5\)"):
+def test_prompts_that_cannot_be_completed():
+    with pytest.raises(UnmaskError, match=r"integers, not \(2, 6\) of torch.float32"):
+        sample_uniform(backbone(), torch.full((2, 6), 5.0), generator())
+    with pytest.raises(UnmaskError, match="symbols must be between 0 and 4"):
+        sample_uniform(backbone(), torch.full((2, 6), 6), generator())
+    torch.manual_seed(0)
+    columns = Backbone(4, [[0], [1]], 16, 1, 2, noise="uniform", predicts="loo", vocabularies=[2, 2])
+    with pytest.raises(UnmaskError, match="misses symbol 0 at position 1"):
+        sample_uniform(columns, torch.tensor([[4, 0]]), generator())
+    with pytest.raises(UnmaskError, match=r"prompts must be \(N, 6\) integers, not \(2, 5\)"):
         sample_uniform(backbone(), torch.full((2, 5), 5), generator())
 
 

@@ -28,6 +28,8 @@ def test_distinct_by_hand():
     assert distinct(tokens, 4) == 1
     with pytest.raises(UnmaskError, match="n must be between 1 and 4, not 5"):
         distinct(tokens, 5)
+    with pytest.raises(UnmaskError, match="at least one"):
+        distinct(tokens[:0])
 
 
 @pytest.fixture(scope="module")

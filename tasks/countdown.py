@@ -1,0 +1,212 @@
+"""Countdown: reach a target from all of the given numbers, each used once, with + - * and exact /.
+
+A sequence reads ``12,07,45|086`` and then the steps, ``45-7=38,38+...``, padded with spaces. Numbers and target are
+given; an instance hides all of the steps. Most puzzles have several answers: what counts is whether the arithmetic is
+right, uses every number once and ends at the target, which is checked step by step and never by running the text.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from tasks.errors import UnmaskError
+from tasks.task import SPLITS, Instances, Task
+
+SYMBOLS = (*"0123456789+-*/=,| ",)
+LARGEST = 999  # of what a step may give
+LONGEST = 200  # characters of an answer that are worth reading
+STEP = re.compile(r"(\d{1,6})([-+*/])(\d{1,6})=(\d{1,6})")
+
+
+def check_steps(answer: str, numbers: Sequence[int], target: int) -> bool:
+    """Whether ``answer``, steps like ``45-7=38,38+12=50``, is right: every step true, on numbers that are there, each
+    used once, none left over, the last result the target. Spaces around it do not matter."""
+    if len(answer) > LONGEST:
+        return False
+    there, result = Counter(numbers), None
+    for step in answer.strip().split(","):
+        parts = _true_parts(step)
+        if parts is None:
+            return False
+        a, b, result = parts
+        for used in (a, b):
+            if there[used] < 1:
+                return False
+            there[used] -= 1
+        there[result] += 1
+    return result == target and sum(there.values()) == 1
+
+
+def check_expression(answer: str, numbers: Sequence[int], target: int) -> bool:
+    """Whether ``answer``, one expression like ``(45-7)*2``, uses every number once and equals the target.
+
+    Only + - * / and parentheses around whole numbers of at most six digits count; anything else is wrong, not run.
+    """
+    if len(answer) > LONGEST or re.search(r"\d{7}", answer) or not re.fullmatch(r"[-+*/() \d]+", answer):
+        return False
+    try:
+        tree = ast.parse(answer.strip(), mode="eval").body
+        used: list[int] = []
+        return _value(tree, used) == target and Counter(used) == Counter(numbers)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return False
+
+
+def _value(node: ast.expr, used: list[int]) -> Fraction:
+    names = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in names:
+        value = _apply(names[type(node.op)], _value(node.left, used), _value(node.right, used))
+        if value is not None:
+            return value
+    raise ValueError("not arithmetic")
+
+
+def _true_parts(step: str) -> tuple[int, int, int] | None:
+    """Both numbers and the result of a step that is true; None of any other text."""
+    found = STEP.fullmatch(step)
+    if found is None:
+        return None
+    a, b, result = int(found[1]), int(found[3]), int(found[4])
+    return (a, b, result) if _apply(found[2], Fraction(a), Fraction(b)) == result else None
+
+
+def _apply(operation: str, a: Fraction, b: Fraction) -> Fraction | None:
+    if operation == "/":
+        return a / b if b else None
+    return a + b if operation == "+" else a - b if operation == "-" else a * b
+
+
+class Countdown(Task):
+    """Write down the steps that reach the target. Training puzzles are drawn anew each time.
+
+    Held-out puzzles are those whose numbers, sorted, fall into a tenth of all combinations by a fixed rule; training
+    never draws them.
+
+    Args:
+        numbers: 3 or 4. largest: of the numbers given. target_low, target_high: which targets are asked for.
+
+    Raises:
+        UnmaskError: sizes that are not allowed.
+    """
+
+    def __init__(self, numbers: int = 3, largest: int = 99, target_low: int = 10, target_high: int = 100) -> None:
+        if numbers not in (3, 4):
+            raise UnmaskError(f"numbers must be 3 or 4, not {numbers}")
+        if not 10 <= largest <= 99 or not 1 <= target_low <= target_high <= LARGEST:
+            raise UnmaskError(
+                f"largest must be between 10 and 99, and the targets between 1 and {LARGEST} with target_low the "
+                f"lower one, not {largest}, {target_low} and {target_high}"
+            )
+        self.name, self.numbers, self.largest = f"countdown{numbers}", numbers, largest
+        self.targets = (target_low, target_high)
+        self.symbols = SYMBOLS
+        self.prompt_length = 3 * numbers + 3
+        self.shape = (1, self.prompt_length + 12 * (numbers - 1) - 1)
+
+    # ------------------------------------------------------------------ data
+    def _draw(self, n: int, heldout: bool, generator: torch.Generator) -> list[tuple[list[int], int, str]]:
+        """``n`` puzzles of the held-out or the training kind: numbers, target, one answer."""
+        found: list[tuple[list[int], int, str]] = []
+        while len(found) < n:
+            many = (60 if heldout else 8) * (n - len(found)) + 64
+            given = torch.randint(1, self.largest + 1, (many, self.numbers), generator=generator, device="cpu")
+            kept = (_key(given) % 10 == 0) == heldout
+            values, text = [given[:, i] for i in range(self.numbers)], []
+            # Numbers come in random order, so taking the first two each time, and putting the result anywhere, is
+            # every way of combining them.
+            for _ in range(self.numbers - 1):
+                a, b = torch.maximum(values[0], values[1]), torch.minimum(values[0], values[1])
+                operation = torch.randint(4, (many,), generator=generator)
+                results = torch.stack([a + b, a - b, a * b, a // b.clamp(min=1)])
+                result = results.gather(0, operation.unsqueeze(0)).squeeze(0)
+                kept &= (result >= 1) & (result <= LARGEST) & ((operation != 3) | (a % b.clamp(min=1) == 0))
+                text.append((a, operation, b, result))
+                values = [result, *values[2:]]
+                if len(values) > 2:
+                    place = torch.rand(len(values), many, generator=generator).argsort(0)
+                    values = list(torch.stack(values).gather(0, place))
+            kept &= (values[0] >= self.targets[0]) & (values[0] <= self.targets[1])
+            for row in kept.nonzero().flatten().tolist():
+                steps = ",".join(f"{a[row]}{'+-*/'[o[row]]}{b[row]}={r[row]}" for a, o, b, r in text)
+                found.append((given[row].tolist(), int(values[0][row]), steps))
+        return found[:n]
+
+    def encode(self, puzzles: Sequence[tuple[Sequence[int], int, str]]) -> Instances:
+        """Puzzles of (numbers, target, answer) as instances.
+
+        Raises:
+            UnmaskError: numbers or answers that do not fit.
+        """
+        rows = []
+        for given, target, answer in puzzles:
+            if len(given) != self.numbers or not all(1 <= g <= 99 for g in given) or not 1 <= target <= LARGEST:
+                raise UnmaskError(f"not {self.numbers} numbers to 99 and a target to {LARGEST}: {given}, {target}")
+            text = ",".join(f"{g:02d}" for g in given) + f"|{target:03d}" + answer
+            if len(text) > self.length or set(text) - set(SYMBOLS):
+                raise UnmaskError(f"the answer {answer!r} is too long, or has other symbols than {''.join(SYMBOLS)!r}")
+            rows.append([SYMBOLS.index(symbol) for symbol in text.ljust(self.length)])
+        answers = torch.tensor(rows, dtype=torch.int64).view(len(rows), self.length)
+        hidden = torch.arange(self.length) >= self.prompt_length
+        return Instances(torch.where(hidden, self.mask_id, answers), answers)
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        source = generator
+        if generator.device.type != "cpu":  # drawn on the CPU: it is text
+            seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+            source = torch.Generator().manual_seed(int(seed))
+        return self.encode(self._draw(n, False, source)).to(generator.device)
+
+    def heldout(self, n: int | None = None, split: str = "test") -> Instances:
+        if split not in SPLITS:
+            raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        n = 1000 if n is None else n
+        if n < 1:
+            raise UnmaskError(f"n must be at least 1, not {n}")
+        generator = torch.Generator().manual_seed(2**31 + SPLITS.index(split))
+        return self.encode(self._draw(n, split != "train", generator))
+
+    # ------------------------------------------------------------------ truth
+    def text(self, tokens: Tensor) -> str:
+        return "".join(self.symbol(int(token)) for token in tokens)
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        """1 where the steps are right."""
+        solved = []
+        for row, given in zip(tokens.cpu(), instances.answers.cpu(), strict=True):
+            prompt = self.text(given[: self.prompt_length])
+            numbers, target = prompt.split("|")
+            answer = self.text(row[self.prompt_length :])
+            solved.append(check_steps(answer, [int(number) for number in numbers.split(",")], int(target)))
+        return torch.tensor(solved, dtype=torch.float32, device=tokens.device)
+
+    def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+        """``solved``, and ``true_steps``: the share of the steps whose arithmetic is right."""
+        shares = []
+        for row in tokens.cpu():
+            steps = self.text(row[self.prompt_length :]).strip().split(",")
+            shares.append(sum(_true_parts(step) is not None for step in steps) / len(steps))
+        true_steps = torch.tensor(shares, dtype=torch.float32, device=tokens.device)
+        return {"solved": self.reward(tokens, instances), "true_steps": true_steps}
+
+    # ------------------------------------------------------------------ for people
+    def draw(self, tokens: Tensor) -> str:
+        return self.text(tokens)
+
+
+def _key(given: Tensor) -> Tensor:
+    """(N,) a number per combination of numbers, whatever their order, well spread modulo 10."""
+    ordered = given.sort(1).values
+    key = torch.zeros(len(given), dtype=torch.int64)
+    for column in ordered.unbind(1):
+        key = (key * 1_000_003 + column * 7919) % 2_147_483_647
+    return (key >> 7) ^ key
