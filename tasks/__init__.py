@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin
 from tasks.countdown import Countdown
 from tasks.errors import PuzzleFileError, UnknownNameError, UnmaskError
 from tasks.lines import Lines
+from tasks.math_word import MathWord
 from tasks.sudoku import Sudoku
 from tasks.tabular import Tabular
 from tasks.task import Infilling, Instances, Task
@@ -20,6 +21,7 @@ __all__ = [
     "Infilling",
     "Instances",
     "Lines",
+    "MathWord",
     "PuzzleFileError",
     "Sudoku",
     "Tabular",
@@ -120,4 +122,5 @@ register("text", Text)
 register("lines", Lines)
 register("zebra", Zebra)
 register("countdown", Countdown)
+register("math", MathWord)
 register("tabular", Tabular)

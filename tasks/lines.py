@@ -47,9 +47,7 @@ class Lines(Infilling):
     ) -> None:
         if side not in ("right", "left"):
             raise UnmaskError(f"side must be right or left, not {side!r}")
-        self.tokenizer = _tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        if self.tokenizer.pad_token_id is None:
-            raise UnmaskError("the tokenizer has no padding token; set its pad_token")
+        self.tokenizer = load_tokenizer(tokenizer)
         self.pad_id: int = self.tokenizer.pad_token_id
         self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
         lines = _read(source) if isinstance(source, str) else list(source)
@@ -127,13 +125,22 @@ def _read(source: str) -> list[str]:
     return lines
 
 
-def _tokenizer(source: str) -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise UnmaskError("tokenizers of models take the extra text; run: pip install 'unmask[text]'") from None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers raises many types for what it cannot read
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnmaskError(f"cannot read the tokenizer {source}: {reason}") from None
+def load_tokenizer(source: str | Any) -> Any:
+    """A tokenizer of ``transformers`` by folder or hub id; one that is loaded already is returned as it is.
+
+    Raises:
+        UnmaskError: the library is missing, it cannot be read, or it has no padding token.
+    """
+    if isinstance(source, str):
+        try:
+            import transformers
+        except ImportError:
+            raise UnmaskError("tokenizers of models take the extra text; run: pip install 'unmask[text]'") from None
+        try:
+            source = transformers.AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # transformers raises many types for what it cannot read
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnmaskError(f"cannot read the tokenizer {source}: {reason}") from None
+    if source.pad_token_id is None:
+        raise UnmaskError("the tokenizer has no padding token; set its pad_token")
+    return source

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +74,23 @@ def from_files(paths: Iterable[str | Path]) -> Corpus:
     return Corpus(*(tuple(parts[split]) for split in SPLITS))
 
 
+def load_datasets(name: str, subset: str | None = None) -> Any:
+    """The splits of a dataset of the Hugging Face hub, or of a local folder, by the library ``datasets``.
+
+    Raises:
+        CorpusError: the library is not installed, or the dataset cannot be read.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError("reading datasets takes the library datasets; run: pip install datasets") from None
+    try:
+        return datasets.load_dataset(name, subset)
+    except Exception as error:  # the library raises a dozen types, from wrong names to broken connections
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorpusError(f"cannot read the dataset {name}: {reason}") from None
+
+
 @cache
 def from_datasets(name: str, subset: str | None = None) -> Corpus:
     """A dataset of the Hugging Face hub, or a local folder of one, by the library ``datasets``.
@@ -87,15 +104,7 @@ def from_datasets(name: str, subset: str | None = None) -> Corpus:
     Raises:
         CorpusError: the library is not installed, or the dataset cannot be read or has no such column.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise CorpusError("reading datasets takes the library datasets; run: pip install datasets") from None
-    try:
-        splits = datasets.load_dataset(name, subset)
-    except Exception as error:  # the library raises a dozen types, from wrong names to broken connections
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CorpusError(f"cannot read the dataset {name}: {reason}") from None
+    splits = load_datasets(name, subset)
     if "train" not in splits:
         raise CorpusError(f"the dataset {name} has no split 'train', only {', '.join(splits)}")
     kinds = {column: getattr(kind, "dtype", None) for column, kind in splits["train"].features.items()}

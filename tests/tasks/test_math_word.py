@@ -1,0 +1,144 @@
+"""Word problems: formats, what counts as right, prompts and answer regions."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import tasks
+from tasks import MathWord, UnmaskError
+from tasks.math_word import SAMPLE, is_right, read_problem
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("math_verify")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE())
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<end>", "<mask>"]
+    plain.train_from_iterator(
+        SAMPLE.read_text().splitlines(),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+        ),
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="<end>", mask_token="<mask>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("12 * 8 = 96 and 96 - 75 = 21", "21", True),
+        ("so it is 22", "21", False),
+        ("21 rolls, not 22. #### 21", "21", True),
+        ("#### 1,250", "1250", True),
+        ("it is $\\frac{6}{8}$", "\\frac{3}{4}", True),
+        ("\\boxed{0.75}", "\\frac{3}{4}", True),
+        ("$x^2-x-6$", "x^2 - x - 6", True),
+        ("$\\pi 9$", "9\\pi", True),
+        ("", "5", False),
+        ("no idea", "5", False),
+    ],
+)
+def test_answers_by_hand(text, answer, right):
+    assert is_right(text, answer) == right
+
+
+@pytest.mark.parametrize(
+    "text", ["__import__('os')", "9**9**9", "9^{9^{9}}", "2^99999", "9999!", "5" * 5000, "\\frac{" * 50, "((((", "\x00"]
+)
+def test_malicious_answers_are_wrong_and_quick(text):
+    is_right("1", "2")  # the first call loads grammars
+    started = time.perf_counter()
+    assert not is_right(text, "387420489")
+    assert time.perf_counter() - started < 0.5
+
+
+def test_the_samples_own_solutions_are_right(tokenizer):
+    """Their arithmetic too: every step that is written out."""
+    problems = [read_problem(json.loads(line)) for line in SAMPLE.read_text().splitlines()]
+    assert len(problems) == len({p.question for p in problems}) == 30
+    for problem in problems:
+        assert is_right(problem.solution, problem.answer), problem
+    task = MathWord("sample", tokenizer, answer_length=64)
+    for split in tasks.task.SPLITS:
+        instances = task.heldout(split=split)
+        assert task.reward(instances.answers, instances).mean() == 1, split
+    assert len(task.heldout(split="train")) == 24
+
+
+def test_prompts_are_given_and_the_answer_region_is_hidden(tokenizer):
+    task = MathWord("sample", tokenizer, answer_length=20)
+    instances = task.sample(8, torch.Generator().manual_seed(0))
+    hidden = instances.tokens == task.mask_id
+    assert torch.equal(hidden, (torch.arange(task.length) >= task.prompt_length).expand(8, -1))
+    assert task.draw(instances.tokens[0]).endswith("\nAnswer:" + "_" * 20)
+    wrong = instances.answers.clone()
+    wrong[:, task.prompt_length :] = torch.tensor(tokenizer.encode(" 12345")[:1] * 20)
+    assert task.metrics(wrong, instances)["solved"].sum() == 0
+    for row in instances.tokens:
+        padding = row[: task.prompt_length] == task.pad_id
+        assert not padding[int(padding.sum()) :].any(), "padding is on the left alone"
+
+
+def test_a_chat_template_is_used(tokenizer):
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[model]"
+    task = MathWord("sample", chat, answer_length=3)
+    text = task.draw(task.heldout(1).tokens[0])
+    assert text.startswith("[user] ")
+    assert text.endswith("[model]___")
+
+
+def test_files_and_datasets(tokenizer, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(20)))
+    task = tasks.MathWord(str(path), tokenizer, 5)
+    assert [len(task.heldout(split=split)) for split in tasks.task.SPLITS] == [16, 2, 2]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text(json.dumps({"problem": "1 + 1?", "solution": "2", "answer": "2"}))
+    only = tasks.MathWord(f"hf:{folder}", tokenizer, 5)
+    assert len(only.heldout()) == 1
+    with pytest.raises(UnmaskError, match="has no train problems, only test"):
+        only.sample(1, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has 0 problems; at least 3"),
+        (b"\xff\xfe", "as UTF-8 text"),
+        (b"{", "line 1: not JSON"),
+        (b"[1]", "line 1: not a record"),
+        (b'{"text": "a"}', "problem 1: a problem needs 'question' or 'problem'"),
+        (b'{"question": "a", "answer": "b ####"}', "ends in '####' without"),
+    ],
+)
+def test_bad_files(tokenizer, tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(UnmaskError, match=message):
+        MathWord(str(tmp_path / "bad.jsonl"), tokenizer)
+
+
+def test_wrong_settings(tokenizer):
+    with pytest.raises(UnmaskError, match="name the model's tokenizer"):
+        tasks.get("math")
+    with pytest.raises(UnmaskError, match="answer_length must be at least 1"):
+        MathWord("sample", tokenizer, 0)
+    with pytest.raises(UnmaskError, match="cannot read the tokenizer"):
+        tasks.get("math:sample,tokenizer=/nowhere/at/all")
+    with pytest.raises(UnmaskError, match="cannot read the dataset"):
+        MathWord("hf:/nowhere/at/all", tokenizer)
+    with pytest.raises(UnmaskError, match="has 3 test problems; cannot take 4"):
+        MathWord("sample", tokenizer).heldout(4)
