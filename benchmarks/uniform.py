@@ -38,10 +38,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # puzzles give cells, so all 
     "mdm": ("mdm", {}),
     "udm-denoiser": ("udm", {"predicts": "denoiser", "given": 1.0}),
     "udm-loo": ("udm", {"predicts": "loo", "given": 1.0}),
+    "udm-denoiser-ce": ("udm", {"predicts": "denoiser", "loss": "cross_entropy", "given": 1.0}),
+    "udm-loo-ce": ("udm", {"predicts": "loo", "loss": "cross_entropy", "given": 1.0}),
     "audm": ("audm", {"given": 1.0}),
 }
-ROWS = {"mdm": "mdm", "udm-denoiser": "udm-denoiser", "udm-loo": "udm-loo", "audm": "audm", "reaudm": "audm"}
-PAIRS = [("udm-loo", "udm-denoiser"), ("audm", "mdm"), ("reaudm", "mdm"), ("udm-loo", "mdm")]
+ROWS = {model: model for model in MODELS} | {"reaudm": "audm"}
+PAIRS = [("udm-loo", "udm-denoiser"), ("udm-loo-ce", "udm-denoiser-ce"), ("audm", "mdm"), ("reaudm", "mdm")]
 TEMPERATURES = (1.0, 0.5, 0.0)
 
 
