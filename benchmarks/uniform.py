@@ -3,8 +3,8 @@
     python benchmarks/uniform.py --jobs 2 --out benchmarks/results/uniform-sudoku6.json
 
 One network and one training recipe for every model, and samplers that follow no order but chance: the masked model
-reveals one random position per forward where there are forwards enough. A corrector's settings (10 for mdm, 12 for
-udm, 6 for audm and reaudm, whose corrector is blind) and the temperature are chosen on validation puzzles by the first
+reveals one random position per forward where there are forwards enough. A corrector's settings (10 for mdm, 8 for
+udm, 6 for audm and reaudm) and the temperature are chosen on validation puzzles by the first
 seed's model, by cell accuracy; test puzzles are then completed by every seed's.
 """
 
@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # puzzles give cells, so all 
 }
 ROWS = {model: model for model in MODELS} | {"reaudm": "audm"}
 PAIRS = [("udm-loo", "udm-denoiser"), ("udm-loo-ce", "udm-denoiser-ce"), ("audm", "mdm"), ("reaudm", "mdm")]
-TEMPERATURES = (1.0, 0.5, 0.0)
+TEMPERATURES = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Training:
     model: str
     seed: int
     steps: int
-    out: Path
+    out: str
 
 
 def train(job: Training) -> dict[str, Any]:
     kind, options = MODELS[job.model]
-    config = OBJECTIVES[kind](**SETTINGS, **options, steps=job.steps, seed=job.seed, out=str(job.out))
+    config = OBJECTIVES[kind](**SETTINGS, **options, steps=job.steps, seed=job.seed, out=job.out)
     return once(config, lambda model: {"model": job.model, "parameters": parameter_count(model)})
 
 
@@ -66,7 +66,7 @@ class Completion:
     """How one model completes puzzles: ``row`` of the table, by ``nfe`` forwards."""
 
     row: str
-    folder: Path
+    denoiser: str
     nfe: int
     split: str
     puzzles: int
@@ -92,14 +92,15 @@ def corrections(row: str) -> Iterator[Corrector | Remasking]:
         yield from (Remasking("loop", eta) for eta in (0.02, 0.1))
         yield Remasking("conf")
         return
-    selections = ("random",) if ROWS[row] == "audm" else ("random", "margin")
-    for selection, steps, positions in itertools.product(selections, (1, 2), (1, 4, 12)):
-        yield Corrector(steps, selection, positions)
+    for steps, positions in itertools.product((1, 2), (1, 4, 12)):
+        yield Corrector(steps, "random", positions)
+    if ROWS[row] != "audm":  # whose corrector is blind
+        yield from (Corrector(1, "margin", positions) for positions in (1, 4))
 
 
 def complete(job: Completion) -> dict[str, Any]:
     torch.set_num_threads(1)
-    model = load_model(Backbone, job.folder, PACKAGED_DENOISERS, "denoiser").eval()
+    model = load_model(Backbone, job.denoiser, PACKAGED_DENOISERS, "denoiser").eval()
     task = tasks.get(SETTINGS["task"], **({} if job.blanks is None else {"blanks": job.blanks}))
     puzzles = task.heldout(job.puzzles, job.split)
     generator = torch.Generator().manual_seed(1000 + job.seed)
@@ -131,23 +132,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--nfe", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--blanks", type=int, help="fill minimal puzzles up until so many are left")
-    parser.add_argument("--puzzles", type=int, default=2000, help="test puzzles")
-    parser.add_argument("--validation", type=int, default=500, help="puzzles to choose settings by")
+    parser.add_argument("--puzzles", type=int, default=1000, help="test puzzles")
+    parser.add_argument("--validation", type=int, default=200, help="puzzles to choose settings by")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--denoiser", help="complete with this absorbing model alone, instead of training any")
     parser.add_argument("--runs", type=Path, default=Path("runs/uniform"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    def folder(model: str, seed: int) -> Path:
-        return args.runs / f"{model}-{seed}"
+    def folder(model: str, seed: int) -> str:
+        return args.denoiser or str(args.runs / f"{model}-{seed}")
 
+    names = [row for row, model in ROWS.items() if model == "audm" or not args.denoiser]
     training = [Training(m, seed, args.steps, folder(m, seed)) for seed in args.seeds for m in MODELS]
-    trained = in_parallel(train, training, args.jobs)
+    trained = [] if args.denoiser else in_parallel(train, training, args.jobs)
 
     # What to choose from: every temperature for itself, then every corrector at every temperature.
     first = args.seeds[0]
     choices: dict[tuple[str, int, str], list[Completion]] = {}
-    for row, nfe in itertools.product(ROWS, args.nfe):
+    for row, nfe in itertools.product(names, args.nfe):
         plain = Completion(row, folder(ROWS[row], first), nfe, "validation", args.validation, blanks=args.blanks)
         corrected = [replace(plain, correction=each) for each in corrections(row)]
         choices[row, nfe, "temperature 1"] = [plain]
@@ -162,7 +165,7 @@ def main() -> None:
 
     chosen = {key: max(jobs, key=better) for key, jobs in choices.items()}
     tests = [
-        replace(job, folder=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
+        replace(job, denoiser=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
         for job in dict.fromkeys(chosen.values())
         for seed in args.seeds
     ]
@@ -170,13 +173,13 @@ def main() -> None:
 
     def tested(key: tuple[str, int, str], seed: int) -> dict[str, Any]:
         job = chosen[key]
-        found = replace(job, folder=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
+        found = replace(job, denoiser=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
         return results[found]
 
     rows = []
     title = "solved % (cell accuracy %), half of the 95 % interval"
     table = Table("", "", *(f"{nfe} forwards" for nfe in args.nfe), title=title)
-    for row, way in itertools.product(ROWS, dict.fromkeys(key[2] for key in choices)):
+    for row, way in itertools.product(names, dict.fromkeys(key[2] for key in choices)):
         cells = []
         for nfe in args.nfe:
             own = [tested((row, nfe, way), seed) for seed in args.seeds]
@@ -193,7 +196,8 @@ def main() -> None:
             cells.append(f"{solved} ({100 * rows[-1]['cell_accuracy']:.1f})")
         table.add_row(row, way, *cells)
     differences = []
-    for (ours, theirs), nfe, way in itertools.product(PAIRS, args.nfe, dict.fromkeys(key[2] for key in choices)):
+    pairs = [] if args.denoiser else PAIRS
+    for (ours, theirs), nfe, way in itertools.product(pairs, args.nfe, dict.fromkeys(key[2] for key in choices)):
         differences.append({"ours": ours, "theirs": theirs, "nfe": nfe, "way": way})
         for metric in ("solved", "cell_accuracy"):
             a, b = ([tested((row, nfe, way), seed)[metric] for seed in args.seeds] for row in (ours, theirs))
