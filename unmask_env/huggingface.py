@@ -145,6 +145,7 @@ def _load(source: str, dtype: str, trust_remote_code: bool) -> Any:
         raise UnmaskError("models of transformers take the extra text; run: pip install 'unmask[text]'") from None
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     transformers.utils.logging.disable_progress_bar()  # many lines for seconds of reading
+    transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         own_code = getattr(config, "auto_map", None) or {}
