@@ -43,7 +43,7 @@ ROWS = {
     "audm": "audm",
     "reaudm": "audm",
 }
-TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1)
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 NFE = 64
 
 
