@@ -57,6 +57,7 @@ class CausalLM:
             raise UnmaskError(
                 "language models take the library transformers; run: pip install 'unmask[text]'"
             ) from None
+        transformers.utils.logging.disable_progress_bar()
         where: dict[str, str] = {}
         if source == SMOLLM2:
             try:

@@ -73,10 +73,10 @@ def test_expressions_by_hand(answer, numbers, target, right):
     ],
 )
 def test_malicious_answers_score_nothing_at_once(answer):
-    started = time.perf_counter()
+    started = time.process_time()
     assert not check_expression(answer, [9, 9, 9], 6)
     assert not check_steps(answer, [9, 9, 9], 6)
-    assert time.perf_counter() - started < 0.01
+    assert time.process_time() - started < 0.01
 
 
 @pytest.mark.parametrize("numbers", [3, 4])

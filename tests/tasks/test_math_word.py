@@ -57,9 +57,9 @@ def test_answers_by_hand(text, answer, right):
 )
 def test_malicious_answers_are_wrong_and_quick(text):
     is_right("1", "2")  # the first call loads grammars
-    started = time.perf_counter()
+    started = time.process_time()
     assert not is_right(text, "387420489")
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_the_samples_own_solutions_are_right(tokenizer):
