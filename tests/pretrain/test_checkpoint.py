@@ -118,7 +118,11 @@ def test_a_saved_model_is_what_the_hub_mixin_reads(folder):
 @pytest.mark.parametrize("name", packaged(PACKAGED_DENOISERS))
 def test_packaged_denoisers_load_by_name(name):
     model = load(name)
-    logits = model(torch.full((1, model.length), model.mask_id)).logits
+    if model.noise == "mask":
+        logits = model(torch.full((1, model.length), model.mask_id)).logits
+    else:
+        noise = model.process.noise(1, torch.Generator().manual_seed(0))
+        logits = model(noise, torch.tensor([[0.5]]), torch.ones_like(noise, dtype=torch.bool)).logits
     assert logits.shape == (1, model.length, model.vocab_size)
     assert torch.isfinite(logits).all()
 
