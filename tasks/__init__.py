@@ -54,13 +54,19 @@ def get(name: str, **options) -> Task:
     After the colon come the task's ``source``, if named, and ``option=value`` pairs, separated by commas.
 
     Raises:
-        UnknownNameError: listing the known names. UnmaskError: an option that the task does not take, or takes in
-            another form.
+        UnknownNameError: listing the known names. UnmaskError: an option that the task does not take, takes in another
+            form, or cannot do without.
     """
     base, colon, details = name.partition(":")
     if base not in _TASKS:
         raise UnknownNameError("task", base, _TASKS)
-    task = _TASKS[base](**read_options(f"task {name!r}", details if colon else None, _TASKS[base], options))
+    options = read_options(f"task {name!r}", details if colon else None, _TASKS[base], options)
+    asked = inspect.signature(_TASKS[base]).parameters.values()
+    needed = [p.name for p in asked if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    missing = [option for option in needed if option not in options]
+    if missing:
+        raise UnmaskError(f"task {name!r} needs {' and '.join(missing)}, as in {base}:SOURCE,option=value")
+    task = _TASKS[base](**options)
     if colon:
         task.name = name
     return task

@@ -7,6 +7,7 @@ import gymnasium
 import pytest
 import torch
 
+import tasks
 from agents.evaluate import evaluate
 from tasks import Lines, UnmaskError
 from unmask_env import core, reference
@@ -258,6 +259,8 @@ def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
         Lines(LINES, words, length=6)
     with pytest.raises(UnmaskError, match="line 2 has nothing to hide"):
         Lines(["a", "b\t", "c", "d"], words)
+    with pytest.raises(UnmaskError, match="task 'lines' needs source and tokenizer"):
+        tasks.get("lines")
     with pytest.raises(UnmaskError, match="at least 3 lines"):
         Lines(["a", "b"], words)
     for content, message in ((b"", "is empty"), (b"\xff\xfe a", "UTF-8")):
