@@ -26,6 +26,10 @@ class InvalidActionError(UnmaskError):
     """An action outside the open positions, where the environment was told to raise."""
 
 
+class IncompatibleDenoiserError(UnmaskError):
+    """A denoiser that cannot serve the task: its vocabulary or length is another, or it fills no holes."""
+
+
 class Denoised(NamedTuple):
     """One denoiser forward: ``log_probs`` (N, L, V) float32 at every position; ``hidden`` (N, L, D), where it gives
     some; ``exponents`` (N, L), where it has learned an order: the larger, the sooner a position is revealed.

@@ -12,13 +12,10 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.processes import LEAST
 from tasks import Task, UnmaskError, read_options
-from unmask_env.core import Denoised
+from unmask_env.core import Denoised, IncompatibleDenoiserError
+from unmask_env.huggingface import HFDenoiser
 
 HUGGING_FACE = "hf:"  # before the names of models of transformers
-
-
-class IncompatibleDenoiserError(UnmaskError):
-    """A denoiser whose vocabulary or length is not the task's."""
 
 
 class Denoiser(Protocol):
@@ -144,8 +141,6 @@ def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: 
         CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
     """
     if isinstance(source, str) and source.startswith(HUGGING_FACE):
-        from unmask_env.huggingface import HFDenoiser  # it builds on this file
-
         options = read_options(f"denoiser {source!r}", source.removeprefix(HUGGING_FACE), HFDenoiser)
         if options.keys() & {"task", "device"} or "source" not in options:
             raise UnmaskError(f"denoiser {source!r} must be hf:SOURCE, followed by options; not task or device")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from tasks import Task, UnmaskError
-from unmask_env.core import Denoised
-from unmask_env.denoiser import IncompatibleDenoiserError
+from unmask_env.core import Denoised, IncompatibleDenoiserError
 
 DType = Literal["float32", "bfloat16", "float16"]
 
