@@ -156,8 +156,7 @@ class Countdown(Task):
                 raise UnmaskError(f"the answer {answer!r} is too long, or has other symbols than {''.join(SYMBOLS)!r}")
             rows.append([SYMBOLS.index(symbol) for symbol in text.ljust(self.length)])
         answers = torch.tensor(rows, dtype=torch.int64).view(len(rows), self.length)
-        hidden = torch.arange(self.length) >= self.prompt_length
-        return Instances(torch.where(hidden, self.mask_id, answers), answers)
+        return self.behind_prompt(answers)
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:
         source = generator

@@ -16,3 +16,8 @@ class UnknownNameError(UnmaskError):
 
 class PuzzleFileError(UnmaskError):
     """A puzzle file that cannot be used; the message carries the file's name and the line number."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

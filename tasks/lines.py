@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError
+from tasks.errors import UnmaskError, first_line
 from tasks.task import SPLITS, Infilling, Instances
 
 ANSWER = "\t"  # divides a line into what is given and what is asked for
@@ -139,8 +139,7 @@ def load_tokenizer(source: str | Any) -> Any:
         try:
             source = transformers.AutoTokenizer.from_pretrained(source)
         except Exception as error:  # transformers raises many types for what it cannot read
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UnmaskError(f"cannot read the tokenizer {source}: {reason}") from None
+            raise UnmaskError(f"cannot read the tokenizer {source}: {first_line(error)}") from None
     if source.pad_token_id is None:
         raise UnmaskError("the tokenizer has no padding token; set its pad_token")
     return source

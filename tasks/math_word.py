@@ -18,6 +18,7 @@ from torch import Tensor
 from tasks.errors import UnmaskError
 from tasks.lines import load_tokenizer
 from tasks.task import SPLITS, Instances, Task
+from tasks.text import load_datasets
 
 SAMPLE = Path(__file__).parent / "data" / "math_sample.jsonl"
 LONGEST = 4000  # characters of an answer that are read
@@ -136,20 +137,16 @@ class MathWord(Task):
             raise UnmaskError(f"{self.name} has no {split} problems, only {', '.join(self._answers)}")
         return self._answers[split]
 
-    def _hidden(self, answers: Tensor) -> Instances:
-        behind = torch.arange(self.length, device=answers.device) >= self.prompt_length
-        return Instances(torch.where(behind, self.mask_id, answers), answers)
-
     def sample(self, n: int, generator: torch.Generator) -> Instances:
         known = self._split("train")
         rows = torch.randint(len(known), (n,), generator=generator, device=generator.device).cpu()
-        return self._hidden(known[rows].to(generator.device))
+        return self.behind_prompt(known[rows].to(generator.device))
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
         known = self._split(split)
         if n is not None and not 1 <= n <= len(known):
             raise UnmaskError(f"{self.name} has {len(known)} {split} problems; cannot take {n}")
-        return self._hidden(known[:n])
+        return self.behind_prompt(known[:n])
 
     # ------------------------------------------------------------------ truth
     def written(self, tokens: Tensor) -> str:
@@ -184,8 +181,6 @@ class MathWord(Task):
 
 def _read(source: str, subset: str | None) -> dict[str, list[Problem]]:
     if source.startswith("hf:"):
-        from tasks.text import load_datasets
-
         records: dict[str, Sequence[dict[str, Any]]] = load_datasets(source.removeprefix("hf:"), subset)
         found = {split: _problems(records[split], source) for split in SPLITS if split in records}
         if not found:

@@ -112,6 +112,11 @@ class Task(ABC):
         seed = 2**31 + SPLITS.index(split)
         return self.sample(1000 if n is None else n, torch.Generator().manual_seed(seed))
 
+    def behind_prompt(self, answers: Tensor) -> Instances:
+        """Instances of complete sequences (N, L): the prompt is given, everything behind it hidden."""
+        hidden = torch.arange(self.length, device=answers.device) >= self.prompt_length
+        return Instances(torch.where(hidden, self.mask_id, answers), answers)
+
     @abstractmethod
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
         """(N,) float32 reward in [0, 1] of the finished sequences ``tokens`` (N, L)."""

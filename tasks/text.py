@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError
+from tasks.errors import UnmaskError, first_line
 from tasks.task import SPLITS, Infilling
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for characters too rare to have a symbol
@@ -87,8 +87,7 @@ def load_datasets(name: str, subset: str | None = None) -> Any:
     try:
         return datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises a dozen types, from wrong names to broken connections
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CorpusError(f"cannot read the dataset {name}: {reason}") from None
+        raise CorpusError(f"cannot read the dataset {name}: {first_line(error)}") from None
 
 
 @cache

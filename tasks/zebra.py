@@ -101,9 +101,7 @@ class Zebra(Task):
         columns = torch.where(turned, size - 1 - columns, columns)  # (N, H)
         values = named.gather(2, columns.unsqueeze(1).expand(-1, size, -1)) + (row_of * size).unsqueeze(-1)
         table = torch.zeros_like(values).scatter(1, row_of.unsqueeze(-1).expand(-1, -1, size), values)
-        answers = torch.cat([tokens, table.flatten(1)], 1)
-        puzzle = torch.cat([tokens, torch.full_like(values.flatten(1), self.mask_id)], 1)
-        return Instances(puzzle, answers)
+        return self.behind_prompt(torch.cat([tokens, table.flatten(1)], 1))
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:
         clues = self._files["train"]

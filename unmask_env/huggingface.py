@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tasks import Task, UnmaskError
+from tasks.errors import first_line
 from unmask_env.core import Denoised, IncompatibleDenoiserError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -154,7 +155,7 @@ def _load(source: str, dtype: str, trust_remote_code: bool) -> Any:
             source, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
     except Exception as error:  # transformers raises many types for what it cannot read
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it brings its own code, which runs only with trust_remote_code=True; is its source to be trusted?"
         elif "Unrecognized configuration class" in str(error):
