@@ -133,7 +133,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
 
     def beliefs(self, observation: Observation) -> list[Tensor]:
         """Per reading (N, L, V) log-probabilities: the policy's own view of the board, the last one its belief."""
-        is_open = observation.open.unsqueeze(-1)
+        is_open = (observation.tokens == self.vocab_size).unsqueeze(-1)  # undecided, whether or not it may be chosen
         fixed = self.positions()  # (L, D)
         if self.see_tokens:
             fixed = fixed + self.symbols(observation.tokens.clamp(max=self.vocab_size - 1)) * ~is_open

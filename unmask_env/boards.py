@@ -7,7 +7,7 @@ the row's seed and actions only, not on how many rows play beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pretrain.backbone import Backbone
 from tasks import Instances, Task, UnmaskError
-from unmask_env import core, reference, registration
-from unmask_env.core import Denoised, Observation, OnIllegal, State, Transition
+from unmask_env import core, parallel, reference, registration
+from unmask_env.core import Denoised, Observation, Rules, State, Transition
 from unmask_env.denoiser import Denoiser, load_denoiser
+from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference
 
 TOP = 8  # most likely symbols per position that an observation shows
@@ -30,32 +31,33 @@ _FILLING = 0x5DEECE66D  # sets the seeds of the filling streams apart from those
 
 Key = Literal["tokens", "action_mask", "top_tokens", "top_log_probs", "log_reference"]
 View = dict[Key, Tensor]
-"""What an agent is shown: ``tokens`` (N, L) int64; ``action_mask`` (N, L) bool; ``top_tokens`` (N, L, K) int64 and
-``top_log_probs`` (N, L, K), the K = min(8, V) most likely symbols; ``log_reference`` (N, L) log g(i|s)."""
+"""What an agent is shown: ``tokens`` (N, L) int64; ``action_mask`` (N, A) bool, which entries an action may contain:
+A = L, or 2 L where positions may be opened again; ``top_tokens`` (N, L, K) int64 and ``top_log_probs`` (N, L, K), the
+K = min(8, V) most likely symbols; ``log_reference`` (N, A): log g(i|s), or of sets that entry i is in one."""
 
 
-def show(tokens: Tensor, open: Tensor, denoised: Denoised, log_reference: Tensor) -> View:
+def show(observation: Observation, log_reference: Tensor) -> View:
     """The view of N boards. Symbols of equal probability are listed in no fixed order."""
-    log_probs = denoised.log_probs
+    log_probs = observation.denoised.log_probs
     k = min(TOP, log_probs.shape[-1])
     # Sorting everything is the faster way to the top of a small vocabulary.
     values, indices = log_probs.sort(-1, descending=True) if log_probs.shape[-1] <= 2 * k else log_probs.topk(k, -1)
     return {
-        "tokens": tokens,
-        "action_mask": open,
+        "tokens": observation.tokens,
+        "action_mask": observation.choices,
         "top_tokens": indices[..., :k],
         "top_log_probs": values[..., :k].clamp(min=FLOOR, max=0.0),
         "log_reference": log_reference.clamp(min=LOG_ZERO),
     }
 
 
-def blank(tokens: Tensor, open: Tensor, top: int) -> View:
+def blank(tokens: Tensor, choices: Tensor, top: int) -> View:
     """The view of boards on which the denoiser was not run: its parts are zeros, the reference's -inf."""
     zeros = tokens.new_zeros((*tokens.shape, top))
-    none = torch.full(tokens.shape, LOG_ZERO, device=tokens.device)
+    none = torch.full(choices.shape, LOG_ZERO, device=tokens.device)
     return {
         "tokens": tokens,
-        "action_mask": open,
+        "action_mask": choices,
         "top_tokens": zeros,
         "top_log_probs": zeros.float(),
         "log_reference": none,
@@ -78,7 +80,9 @@ def read(view: View, vocab_size: int) -> Observation:
     else:
         # Blank boards name one symbol K times: the others must not be left to chance.
         log_probs = torch.full((n, length, vocab_size), FLOOR, device=values.device).scatter(-1, top, values)
-    return Observation(view["tokens"].long(), view["action_mask"].bool(), Denoised(log_probs))
+    choices = view["action_mask"].bool()
+    reopenable = choices[:, length:] if choices.shape[1] > length else None
+    return Observation(view["tokens"].long(), choices[:, :length], Denoised(log_probs), reopenable)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,20 @@ class Look:
     view: View
     symbols: Tensor
 
+    @property
+    def confidence(self) -> Tensor:
+        """(N, L) log-probability of each position's most likely symbol."""
+        return self.view["top_log_probs"][..., 0]
+
+
+def log_reference_of(log_reference: np.ndarray | Tensor, action: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """(N,) log g(action | s) from a view's ``log_reference`` (N, A): at the position (N,), or of the set (N, A)."""
+    if isinstance(log_reference, np.ndarray):
+        return log_reference_of(torch.from_numpy(log_reference), torch.as_tensor(action)).numpy()
+    if action.ndim == 1:
+        return log_reference.gather(1, action.long().unsqueeze(1)).squeeze(1)
+    return parallel.independent_log_prob(log_reference, log_reference > LOG_ZERO, action)
+
 
 def require_possible(log_reference: np.ndarray | Tensor) -> None:
     """Raises :class:`tasks.UnmaskError` where an action has log g(a|s) = -inf: the KL would be infinite."""
@@ -100,6 +118,26 @@ def require_possible(log_reference: np.ndarray | Tensor) -> None:
             "an action has probability 0 under the reference (a closed position, or one that it excludes), so the KL "
             "is infinite; mask the policy's actions, and take a reference that allows every open position"
         )
+
+
+def _reference(order: str | Reference | SetReference | None, rules: Rules) -> Reference | SetReference:
+    """The reference policy that ``order`` means where ``rules`` hold; None is the default one.
+
+    Raises:
+        UnmaskError: one that sees the answers, or one of single positions for sets, or the reverse.
+    """
+    sets = rules.actions != "single"
+    if order is None:
+        order = "soft_threshold" if sets else "softmax_confidence"
+    if isinstance(order, str):
+        found = parallel.get(order) if sets else reference.get(order)
+    else:
+        found = order
+    if isinstance(found, reference.Oracle):
+        raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
+    if hasattr(found, "log_inclusion") != sets:
+        raise UnmaskError(f"{type(found).__name__} is no reference for actions {rules.actions!r}")
+    return found
 
 
 class Boards:
@@ -115,8 +153,8 @@ class Boards:
         env_id: str | None,
         task: str | Task | None,
         denoiser: str | Path | Backbone | Denoiser | None,
-        order: str | Reference,
-        on_illegal: OnIllegal,
+        order: str | Reference | SetReference | None,
+        rules: Rules,
         temperature: float,
         device: torch.device | str,
     ) -> None:
@@ -128,20 +166,18 @@ class Boards:
         if task is None or denoiser is None:
             missing = "task" if task is None else "denoiser"
             raise UnmaskError(f"this environment needs a {missing}; give {missing}=... or register the id with one")
-        if on_illegal not in ("noop", "terminate", "raise"):
-            raise UnmaskError(f"on_illegal must be noop, terminate or raise, not {on_illegal!r}")
         if not temperature >= 0:
             raise UnmaskError(f"temperature must be 0 (greedy filling) or more, not {temperature}")
-        self.reference = reference.get(order) if isinstance(order, str) else order
-        if isinstance(self.reference, reference.Oracle):
-            raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
+        self.reference = _reference(order, rules)
         self.n, self.device = n, torch.device(device)
         self.task = registration.resolve_task(task)
         self.denoiser = load_denoiser(denoiser, self.task, device)
         if self.denoiser.device.type != self.device.type:
             raise UnmaskError(f"the denoiser is on {self.denoiser.device} and the environment on {self.device}")
-        self.on_illegal, self.temperature = on_illegal, temperature
-        self.max_steps = 2 * self.task.length  # an illegal no-op must not loop for ever
+        self.temperature = temperature
+        # Without a budget, an illegal no-op or opening again must not loop for ever.
+        self.rules = replace(rules, nfe_budget=rules.nfe_budget or 2 * self.task.length)
+        self.entries = self.task.length * (2 if rules.actions == "set+remask" else 1)
         self.top = min(TOP, self.task.vocab_size)
         self._instances: list[torch.Generator] | None = None
         self._fillings: list[torch.Generator] = [torch.Generator() for _ in range(n)]
@@ -203,10 +239,19 @@ class Boards:
         index = torch.as_tensor(rows, device=self.device)
         return core.reset_rows(state, index, instances.to(self.device), self.task.mask_id)
 
+    def choices(self, state: State) -> Tensor:
+        """(N, A) bool: the entries that an action may contain."""
+        open, reopenable = core.choices(self.task, state, self.rules)
+        return open if reopenable is None else torch.cat([open, reopenable], 1)
+
     @torch.no_grad()  # a learned order may be the reference
-    def _see(self, tokens: Tensor, open: Tensor) -> tuple[Denoised, View]:
-        denoised = self.denoiser(tokens)
-        return denoised, show(tokens, open, denoised, self.reference.log_prob(Observation(tokens, open, denoised)))
+    def _see(self, tokens: Tensor, choices: Tensor) -> tuple[Denoised, View]:
+        denoised, length = self.denoiser(tokens), self.task.length
+        reopenable = choices[:, length:] if self.rules.actions == "set+remask" else None
+        observation = Observation(tokens, choices[:, :length], denoised, reopenable)
+        sets = self.rules.actions != "single"
+        log_reference = (self.reference.log_inclusion if sets else self.reference.log_prob)(observation)
+        return denoised, show(observation, log_reference)
 
     def _symbols(self, log_probs: Tensor, drawing: Sequence[int]) -> Tensor:
         if self.temperature == 0:
@@ -218,12 +263,18 @@ class Boards:
 
     def look(self, state: State, drawing: Sequence[int] | None = None) -> Look:
         """One forward for all rows. ``drawing``: the rows whose filling streams advance, by default all."""
-        denoised, view = self._see(state.tokens, state.open)
+        denoised, view = self._see(state.tokens, self.choices(state))
         return Look(view, self._symbols(denoised.log_probs, range(self.n) if drawing is None else drawing))
 
-    def step(self, state: State, symbols: Tensor, action: Tensor) -> Transition:
-        """Apply one action (N,) per row."""
-        return core.step(self.task, state, symbols, action, on_illegal=self.on_illegal, max_steps=self.max_steps)
+    def step(self, state: State, look: Look, action: Tensor) -> Transition:
+        """Apply one action per row to the boards that ``look`` was taken of."""
+        return core.step(self.task, state, look.symbols, action, self.rules, look.confidence)
+
+    def legal(self, state: State) -> Tensor:
+        """An action per row that no rule forbids, where one can act at all: an open position, or the empty set."""
+        if self.rules.actions == "single":
+            return self.choices(state).int().argmax(1)
+        return torch.zeros(self.n, self.entries, dtype=torch.long, device=self.device)
 
     def go_on(self, transition: Transition) -> tuple[State, Look, Tensor, View]:
         """Begin anew the rows that ended, and look at all boards, in one forward.
@@ -236,12 +287,12 @@ class Boards:
         left = transition.state
         rows = (transition.terminated | transition.truncated).nonzero().flatten()
         state = self.begin(left, rows.tolist())
-        last = blank(left.tokens[rows], left.open[rows], self.top)
+        last = blank(left.tokens[rows], self.choices(left)[rows], self.top)
         cut = transition.truncated[rows].nonzero().flatten()
         if not len(cut):
             return state, self.look(state), rows, last
-        tokens, open = last["tokens"][cut], last["action_mask"][cut]
-        denoised, view = self._see(torch.cat([state.tokens, tokens]), torch.cat([state.open, open]))
+        tokens, choices = last["tokens"][cut], last["action_mask"][cut]
+        denoised, view = self._see(torch.cat([state.tokens, tokens]), torch.cat([self.choices(state), choices]))
         last = {key: value.index_copy(0, cut, view[key][self.n :]) for key, value in last.items()}
         symbols = self._symbols(denoised.log_probs[: self.n], range(self.n))
         return state, Look({key: value[: self.n] for key, value in view.items()}, symbols), rows, last

@@ -1,17 +1,18 @@
 """The Markov decision process, in torch alone: states, observations, transitions, rollouts.
 
 Time runs from the instance with holes to the complete sequence. In a state, ``open`` marks the undecided positions.
-An action names one open position; the frozen denoiser fills it; a finished sequence is rewarded. Nothing here knows
-Gymnasium, tensordict or which heuristic or network chooses.
+An action names one open position, or a set of them; the frozen denoiser fills them; a finished sequence is rewarded.
+Nothing here knows Gymnasium, tensordict or which heuristic or network chooses.
 
-Shapes: N rows (independent boards), L positions, V symbols, D hidden channels.
+Shapes: N rows (independent boards), L positions, V symbols, D hidden channels; A entries of a set: L, or 2 L where
+positions may also be opened again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,47 @@ from torch import Tensor
 from pretrain.processes import gumbel
 from tasks import Instances, Task, UnmaskError
 
+Actions = Literal["single", "set", "set+remask"]
 OnIllegal = Literal["noop", "terminate", "raise"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an action may do, and when an episode is cut off.
+
+    Attributes:
+        actions: ``single``: an action is (N,) int64, one open position per row. ``set``: (N, L) bool, the positions to
+            close in one forward. ``set+remask``: (N, 2 L) bool, the positions to close and, behind those, the closed
+            ones to open again; what an instance gives stays closed. **A set that closes nothing closes the open
+            position that the denoiser is surest of**, so every forward decides something.
+        on_illegal: an illegal action (a position that may not be chosen, or more re-openings than are left) changes
+            nothing and costs its forward (``noop``), ends the episode with reward 0 (``terminate``), or raises.
+        nfe_budget: episodes that are still open after this many forwards are truncated; None: never.
+        block_length: positions behind the task's prompt are filled block by block of this many (LLaDA's
+            semi-autoregressive decoding, arXiv 2502.09992); within a block the order is free. None: one block.
+        remask_budget: positions that an episode may open again; None: any number.
+
+    Raises:
+        UnmaskError: a setting that is not allowed.
+    """
+
+    actions: Actions = "single"
+    on_illegal: OnIllegal = "noop"
+    nfe_budget: int | None = None
+    block_length: int | None = None
+    remask_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.actions not in get_args(Actions):
+            raise UnmaskError(f"actions must be one of {', '.join(get_args(Actions))}, not {self.actions!r}")
+        if self.on_illegal not in get_args(OnIllegal):
+            raise UnmaskError(f"on_illegal must be noop, terminate or raise, not {self.on_illegal!r}")
+        for name, least in (("nfe_budget", 1), ("block_length", 1), ("remask_budget", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UnmaskError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.remask_budget is not None and self.actions != "set+remask":
+            raise UnmaskError(f"remask_budget is for actions 'set+remask', not {self.actions!r}")
 
 
 class InvalidActionError(UnmaskError):
@@ -50,18 +91,26 @@ class Observation:
     """All that an order may look at. The answers are not here.
 
     Attributes:
-        tokens: (N, L) int64.
-        open: (N, L) bool, the positions that may be chosen.
+        tokens: (N, L) int64; V where a position is undecided.
+        open: (N, L) bool, the positions that may be closed now: the undecided ones, or those of the current block.
         denoised: the denoiser's output for ``tokens``.
+        reopenable: (N, L) bool, the positions that may be opened again; None where the rules have none.
     """
 
     tokens: Tensor
     open: Tensor
     denoised: Denoised
+    reopenable: Tensor | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> Observation:
         denoised = Denoised.join([self.denoised], lambda part: part[0][rows])
-        return Observation(self.tokens[rows], self.open[rows], denoised)
+        reopenable = None if self.reopenable is None else self.reopenable[rows]
+        return Observation(self.tokens[rows], self.open[rows], denoised, reopenable)
+
+    @property
+    def choices(self) -> Tensor:
+        """(N, A) bool: the entries that an action may contain."""
+        return self.open if self.reopenable is None else torch.cat([self.open, self.reopenable], 1)
 
 
 @dataclass(frozen=True)
@@ -71,13 +120,15 @@ class State:
     Attributes:
         tokens: (N, L) int64. open: (N, L) bool.
         instances: the problems, with their answers, that the rows came from.
-        steps: (N,) int64, actions taken so far in the episode.
+        steps: (N,) int64, actions taken so far in the episode: its denoiser forwards (NFE).
+        reopened: (N,) int64, positions opened again so far in the episode.
     """
 
     tokens: Tensor
     open: Tensor
     instances: Instances
     steps: Tensor
+    reopened: Tensor
 
 
 class Transition(NamedTuple):
@@ -91,18 +142,30 @@ class Transition(NamedTuple):
 
 
 class Order(Protocol):
-    """Anything that chooses positions: reference policies and learned policies alike."""
+    """Anything that chooses one position at a time: reference policies and learned policies alike."""
 
     def log_prob(self, observation: Observation) -> Tensor:
         """(N, L) log-probabilities: they sum to one over the open positions and are -inf elsewhere."""
         ...
 
 
+class SetOrder(Protocol):
+    """Anything that chooses sets of positions."""
+
+    def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
+        """(N, A) bool: a set per row; without a generator the order's most likely choice."""
+        ...
+
+    def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
+        """(N,) log-probabilities of the sets ``action`` (N, A)."""
+        ...
+
+
 def begin(instances: Instances, mask_id: int) -> State:
     """The first state of each instance: its holes are open."""
-    n = len(instances)
     hole = instances.tokens == mask_id
-    return State(instances.tokens, hole, instances, torch.zeros(n, dtype=torch.long, device=hole.device))
+    zeros = torch.zeros(len(instances), dtype=torch.long, device=hole.device)
+    return State(instances.tokens, hole, instances, zeros, zeros)
 
 
 def reset_rows(state: State, rows: Tensor, instances: Instances, mask_id: int) -> State:
@@ -119,7 +182,25 @@ def reset_rows(state: State, rows: Tensor, instances: Instances, mask_id: int) -
         put(state.open, fresh.open),
         Instances(put(state.instances.tokens, instances.tokens), put(state.instances.answers, instances.answers)),
         put(state.steps, fresh.steps),
+        put(state.reopened, fresh.reopened),
     )
+
+
+def choices(task: Task, state: State, rules: Rules) -> tuple[Tensor, Tensor | None]:
+    """(N, L) bool, the positions that may be closed now, and those that may be opened again, if the rules have such."""
+    within = torch.ones_like(state.open)
+    if rules.block_length is not None:
+        index = torch.arange(task.length, device=state.open.device) - task.prompt_length
+        block = index.clamp(min=0) // rules.block_length  # (L,)
+        current = block.expand_as(state.open).masked_fill(~state.open, task.length).min(1, keepdim=True).values
+        within = block == current
+    open = state.open & within
+    if rules.actions != "set+remask":
+        return open, None
+    may = torch.ones_like(open) if rules.remask_budget is None else (state.reopened < rules.remask_budget).unsqueeze(1)
+    # A finished board has no current block, and nothing to open again.
+    undone = state.open.any(1, keepdim=True)
+    return open, ~state.open & (state.instances.tokens == task.mask_id) & within & may & undone
 
 
 def fill(log_probs: Tensor, temperature: float = 0.0, uniform: Tensor | None = None) -> Tensor:
@@ -142,45 +223,80 @@ def step(
     state: State,
     symbols: Tensor,
     action: Tensor,
-    *,
-    on_illegal: OnIllegal = "noop",
-    max_steps: int | None = None,
+    rules: Rules = Rules(),
+    confidence: Tensor | None = None,
 ) -> Transition:
-    """Fill position ``action[i]`` of row i with its symbol; reward rows that became complete.
+    """Close the positions of ``action`` with their symbols, open again those that it says; reward complete rows.
 
-    An illegal action (a closed position, or out of range) changes nothing and counts as a step (``noop``), ends the
-    episode with reward 0 (``terminate``), or raises. Rows that are already complete stay as they are.
+    Rows that are already complete stay as they are.
 
     Args:
         symbols: (N, L) what each position would become, from :func:`fill`.
-        action: (N,) int64 positions.
-        max_steps: truncate episodes that are still open after this many actions.
+        action: (N,) int64 or (N, A) bool, see :class:`Rules`.
+        confidence: (N, L), how sure the denoiser is of each position, in any monotone form; for sets alone.
 
     Raises:
-        InvalidActionError: an illegal action under ``on_illegal="raise"``.
+        InvalidActionError: an illegal action under ``on_illegal="raise"``, or one of the wrong shape.
     """
     n, length = state.tokens.shape
     done_before = ~state.open.any(1)
-    in_range = (action >= 0) & (action < length)
-    position = action.clamp(0, length - 1).unsqueeze(1)  # (N, 1)
-    legal = in_range & state.open.gather(1, position).squeeze(1)
+    open, reopenable = choices(task, state, rules)
+    reopen = torch.zeros_like(open)
+    if rules.actions == "single":
+        in_range = (action >= 0) & (action < length)
+        close = torch.zeros_like(open).scatter(1, action.clamp(0, length - 1).unsqueeze(1), True)
+        legal = in_range & (close & open).any(1)
+    else:
+        entries = length if reopenable is None else 2 * length
+        if action.shape != (n, entries) or confidence is None:
+            raise InvalidActionError(f"actions must be sets of shape ({n}, {entries}), not {tuple(action.shape)}")
+        action = action.bool()
+        close = action[:, :length]
+        legal = ~(close & ~open).any(1)
+        surest = confidence.masked_fill(~open, -torch.inf).argmax(1, keepdim=True)
+        nothing = ~close.any(1, keepdim=True)
+        close = torch.where(nothing, torch.zeros_like(close).scatter(1, surest, True) & open, close)
+        if reopenable is not None:
+            reopen = action[:, length:]
+            legal &= ~(reopen & ~reopenable).any(1)
+            if rules.remask_budget is not None:
+                legal &= state.reopened + reopen.sum(1) <= rules.remask_budget
     illegal = ~legal & ~done_before
-    if on_illegal == "raise" and bool(illegal.any()):
-        row = int(illegal.nonzero()[0])
-        choices = state.open[row].nonzero().flatten().tolist()
-        raise InvalidActionError(f"row {row}: position {int(action[row])} is not open; open are {choices}")
-    chosen = torch.zeros_like(state.open).scatter(1, position, legal.unsqueeze(1))
-    tokens = torch.where(chosen, symbols, state.tokens)
-    still_open = state.open & ~chosen
+    if rules.on_illegal == "raise" and bool(illegal.any()):
+        raise InvalidActionError(_why_illegal(int(illegal.nonzero()[0]), action, open, reopenable, state, rules))
+    acts = (legal & ~done_before).unsqueeze(1)
+    close, reopen = close & acts, reopen & acts
+    tokens = torch.where(close, symbols, state.tokens).masked_fill(reopen, task.mask_id)
+    still_open = (state.open & ~close) | reopen
     steps = state.steps + (~done_before).long()
 
     complete = ~still_open.any(1) & ~done_before
-    terminated = complete | (illegal if on_illegal == "terminate" else torch.zeros_like(illegal))
-    truncated = torch.zeros_like(terminated) if max_steps is None else (steps >= max_steps) & ~terminated & ~done_before
+    terminated = complete | (illegal if rules.on_illegal == "terminate" else torch.zeros_like(illegal))
+    truncated = torch.zeros_like(terminated)
+    if rules.nfe_budget is not None:
+        truncated = (steps >= rules.nfe_budget) & ~terminated & ~done_before
     reward = torch.zeros(n, device=tokens.device)
     if bool(complete.any()):
         reward = torch.where(complete, task.reward(tokens, state.instances), reward)
-    return Transition(State(tokens, still_open, state.instances, steps), reward, terminated, truncated, illegal)
+    following = State(tokens, still_open, state.instances, steps, state.reopened + reopen.sum(1))
+    return Transition(following, reward, terminated, truncated, illegal)
+
+
+def _why_illegal(row: int, action: Tensor, open: Tensor, reopenable: Tensor | None, state: State, rules: Rules) -> str:
+    """One line on why row ``row`` of ``action`` is illegal."""
+    allowed = open[row].nonzero().flatten().tolist()
+    if rules.actions == "single":
+        return f"row {row}: position {int(action[row])} is not open; open are {allowed}"
+    length = open.shape[1]
+    wrong = (action[row, :length] & ~open[row]).nonzero().flatten().tolist()
+    if wrong:
+        return f"row {row}: positions {wrong} are not open; open are {allowed}"
+    again = action[row, length:]
+    wrong = [] if reopenable is None else (again & ~reopenable[row]).nonzero().flatten().tolist()
+    if wrong:
+        return f"row {row}: positions {wrong} cannot be opened again: given, not closed, or no budget left"
+    left = (rules.remask_budget or 0) - int(state.reopened[row])
+    return f"row {row}: {int(again.sum())} positions to open again, where the budget leaves {left}"
 
 
 def masked_log_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -212,7 +328,7 @@ def choose(log_prob: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class Step(NamedTuple):
-    """One recorded step of a rollout: the observation, where it acted, which rows were alive, log pi(action)."""
+    """One recorded step of a rollout: the observation, the action taken, which rows were alive, log pi(action)."""
 
     observation: Observation
     action: Tensor
@@ -233,9 +349,10 @@ class Rollout(NamedTuple):
 def rollout(
     task: Task,
     denoiser: Callable[[Tensor], Denoised],
-    order: Order,
+    order: Order | SetOrder,
     instances: Instances,
     *,
+    rules: Rules = Rules(),
     order_generator: torch.Generator | None = None,
     temperature: float = 0.0,
     fill_generator: torch.Generator | None = None,
@@ -243,12 +360,13 @@ def rollout(
 ) -> Rollout:
     """Fill every hole of ``instances``, one denoiser forward per step for all rows together.
 
-    Rows with fewer holes finish earlier and idle until the batch is done.
+    Rows that end earlier idle until the batch is done. Rows whose budget ran out keep their holes.
 
     Args:
-        order: chooses positions; an order that needs the answers (``with_answers``) is given them here.
-        order_generator: sample positions from the order; without it the most likely position is taken, ties by
-            lowest index.
+        order: chooses positions, or sets where ``rules`` say so; an order that needs the answers (``with_answers``) is
+            given them here.
+        rules: without an ``nfe_budget``, episodes end after 2 L forwards.
+        order_generator: sample from the order; without it the most likely position is taken, ties by lowest index.
         temperature, fill_generator: as in :func:`fill`; both or neither, greedy by default.
         record: keep the observations and actions (for training).
     """
@@ -256,20 +374,28 @@ def rollout(
         raise UnmaskError("sampled filling needs both a temperature above 0 and a fill_generator")
     if hasattr(order, "with_answers"):
         order = order.with_answers(instances.answers)
+    rules = replace(rules, nfe_budget=rules.nfe_budget or 2 * task.length)
     state = begin(instances, task.mask_id)
     reward = torch.zeros(len(instances), device=state.tokens.device)
     steps: list[Step] = []
-    for _ in range(int(state.open.sum(1).max())):
-        observation = Observation(state.tokens, state.open, denoiser(state.tokens))
-        log_prob = order.log_prob(observation)
-        action = choose(log_prob, order_generator)
+    while bool(state.open.any()):
+        open, reopenable = choices(task, state, rules)
+        observation = Observation(state.tokens, open, denoiser(state.tokens), reopenable)
+        if rules.actions == "single":
+            log_prob = order.log_prob(observation)
+            action = choose(log_prob, order_generator)
+        else:
+            action = order.sample(observation, order_generator)
         if record:
-            taken = log_prob.gather(1, action.unsqueeze(1)).squeeze(1)
+            single = rules.actions == "single"
+            taken = log_prob.gather(1, action.unsqueeze(1))[:, 0] if single else order.log_prob_of(observation, action)
             steps.append(Step(observation, action, state.open.any(1), taken))
         uniform = None
         if fill_generator is not None:
             uniform = torch.rand(state.tokens.shape, generator=fill_generator, device=state.tokens.device)
-        symbols = fill(observation.denoised.log_probs, temperature, uniform)
-        state, gained, *_ = step(task, state, symbols, action)
+        log_probs = observation.denoised.log_probs
+        symbols = fill(log_probs, temperature, uniform)
+        state, gained, terminated, truncated, _ = step(task, state, symbols, action, rules, log_probs.max(-1).values)
+        state = replace(state, open=state.open & ~(terminated | truncated).unsqueeze(1))
         reward += gained
     return Rollout(state, reward, state.steps, steps)

@@ -15,8 +15,9 @@ from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
 from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, blank
-from unmask_env.core import OnIllegal
+from unmask_env.core import Actions, OnIllegal, Rules
 from unmask_env.denoiser import Denoiser
+from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference
 
 
@@ -34,22 +35,34 @@ def arrays(view: View) -> dict[str, np.ndarray]:
     return shown | {"tokens": shown["tokens"].copy(), "action_mask": shown["action_mask"].astype(np.int8)}
 
 
-def spaces_of(boards: Boards) -> tuple[spaces.Dict, spaces.Discrete]:
+def for_sampling(boards: Boards, action_mask: np.ndarray) -> np.ndarray:
+    """``action_mask`` as ``action_space.sample(mask=...)`` takes it: in sets, 2 means that an entry may be in or out."""
+    return action_mask.copy() if boards.rules.actions == "single" else 2 * action_mask
+
+
+def maskable(boards: Boards, choices: np.ndarray) -> np.ndarray:
+    """(N, A) bool choices as sb3-contrib takes them: of sets (N, 2 A), per entry whether it may be out, and in."""
+    if boards.rules.actions == "single":
+        return choices
+    return np.stack([np.ones_like(choices), choices], -1).reshape(len(choices), -1)
+
+
+def spaces_of(boards: Boards) -> tuple[spaces.Dict, spaces.Discrete | spaces.MultiBinary]:
     """(observation space, action space) of one board."""
-    length, vocab, top = boards.task.length, boards.task.vocab_size, boards.top
+    length, vocab, top, entries = boards.task.length, boards.task.vocab_size, boards.top, boards.entries
     observation = spaces.Dict(
         {
             "tokens": spaces.Box(0, vocab, (length,), np.int64),
-            "action_mask": spaces.MultiBinary(length),
+            "action_mask": spaces.MultiBinary(entries),
             "top_tokens": spaces.Box(0, vocab - 1, (length, top), np.int64),
             "top_log_probs": spaces.Box(FLOOR, 0.0, (length, top), np.float32),
-            "log_reference": spaces.Box(LOG_ZERO, 0.0, (length,), np.float32),
+            "log_reference": spaces.Box(LOG_ZERO, 0.0, (entries,), np.float32),
         }
     )
-    return observation, spaces.Discrete(length)
+    return observation, spaces.Discrete(length) if boards.rules.actions == "single" else spaces.MultiBinary(entries)
 
 
-class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
+class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     """
     ## Description
     A sequence with holes is completed by a frozen, pretrained masked-diffusion denoiser. The agent decides *which hole
@@ -58,6 +71,10 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
     ## Action Space
     ``Discrete(L)``: the position to fill. Legal are the open positions, offered three ways: ``obs["action_mask"]``,
     ``info["action_mask"]`` (int8, for ``action_space.sample(mask=...)``) and ``env.action_masks()`` (bool).
+    With ``actions="set"`` it is ``MultiBinary(L)``, the positions to fill in one forward, and with
+    ``actions="set+remask"`` ``MultiBinary(2 L)``: those, and behind them the filled positions to empty again. A set
+    that fills nothing fills the open position that the denoiser is surest of. Masks then have an entry per bit;
+    ``info["action_mask"]`` has 2 where a bit is free, and ``env.action_masks()`` two per bit, as MaskablePPO takes them.
     An illegal action is a no-op that counts as a step, ends the episode with reward 0, or raises
     (``on_illegal="noop" | "terminate" | "raise"``); ``info["illegal"]`` tells.
 
@@ -65,8 +82,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
     ``Dict`` with, for L positions and K = min(8, V) symbols:
     ``tokens`` (L,) int64, V is a hole; ``action_mask`` (L,) int8; ``top_tokens`` (L, K) int64 the denoiser's most
     likely symbols; ``top_log_probs`` (L, K) float32 their log-probabilities, clipped to [-20, 0]; ``log_reference``
-    (L,) float32 the reference policy's log g(i|s), -1e4 for -inf. On a complete board the denoiser is not run: its two
-    parts are zeros and the reference's is -1e4.
+    (L,) float32 the reference policy's log g(i|s), -1e4 for -inf; of sets, the log-probability that each bit is 1. On a
+    complete board the denoiser is not run: its two parts are zeros and the reference's is -1e4.
 
     ## Rewards
     0 until the board is complete, then ``task.reward`` in [0, 1].
@@ -75,8 +92,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
     A training instance of the task, or ``reset(options={"instances": Instances})``.
 
     ## Episode End
-    Terminated when every position is filled. Truncated after 2 L steps (only illegal no-ops get there). A step after
-    the end raises ``gymnasium.error.ResetNeeded``.
+    Terminated when every position is filled. Truncated after ``nfe_budget`` steps, by default 2 L (only illegal no-ops
+    and emptying positions again get there). A step after the end raises ``gymnasium.error.ResetNeeded``.
 
     ## Information
     ``action_mask``, ``log_reference``, ``nfe`` (denoiser forwards that led to an action of this episode), ``illegal``;
@@ -84,8 +101,9 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
 
     ## Arguments
     ``task`` and ``denoiser`` (default: the registered ones); ``reference``: the policy g to regularise towards, by
-    name or object (default ``"softmax_confidence"``); ``on_illegal``; ``temperature`` of the filling, 0 is greedy;
-    ``device``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``.
+    name or object (default ``"softmax_confidence"``, of sets ``"soft_threshold"``); ``actions``, ``on_illegal``,
+    ``nfe_budget``, ``block_length`` and ``remask_budget``: see :class:`unmask_env.core.Rules`; ``temperature`` of the
+    filling, 0 is greedy; ``device``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``.
 
     ## Version History
     v0: first release.
@@ -98,8 +116,12 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         env_id: str | None = None,
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
-        reference: str | Reference = "softmax_confidence",
+        reference: str | Reference | SetReference | None = None,
+        actions: Actions = "single",
         on_illegal: OnIllegal = "noop",
+        nfe_budget: int | None = None,
+        block_length: int | None = None,
+        remask_budget: int | None = None,
         temperature: float = 0.0,
         device: str = "cpu",
         render_mode: str | None = None,
@@ -107,7 +129,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         self.render_mode = render_mode
-        self.boards = Boards(1, env_id, task, denoiser, reference, on_illegal, temperature, device)
+        rules = Rules(actions, on_illegal, nfe_budget, block_length, remask_budget)
+        self.boards = Boards(1, env_id, task, denoiser, reference, rules, temperature, device)
         self.task = self.boards.task
         self.state = self.boards.empty()
         self._look: Look | None = None  # None before the first reset and after an episode's end
@@ -124,16 +147,17 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         observation = self._observation(self._look.view)
         return observation, self._info(observation)
 
-    def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.int64 | int | np.ndarray
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         if self._look is None:
             raise ResetNeeded("there is no episode in play; call reset() first")
-        transition = self.boards.step(
-            self.state, self._look.symbols, as_tensor([int(action)], device=self.boards.device)
-        )
+        index = as_tensor(np.asarray(action, dtype=np.int64), device=self.boards.device).unsqueeze(0)
+        transition = self.boards.step(self.state, self._look, index)
         self.state = transition.state
         terminated, truncated = bool(transition.terminated), bool(transition.truncated)
         if terminated:
-            view, self._look = blank(self.state.tokens, self.state.open, self.boards.top), None
+            view, self._look = blank(self.state.tokens, self.boards.choices(self.state), self.boards.top), None
         else:
             look = self.boards.look(self.state, drawing=[] if truncated else None)
             view, self._look = look.view, None if truncated else look
@@ -145,8 +169,9 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         return observation, float(transition.reward), terminated, truncated, info
 
     def action_masks(self) -> np.ndarray:
-        """(L,) bool: the open positions (sb3-contrib's convention)."""
-        return to_numpy(self.state.open[0])
+        """sb3-contrib's convention: (L,) bool, the positions that may be chosen; for sets (2 A,), per entry whether it
+        may be out and whether it may be in."""
+        return maskable(self.boards, to_numpy(self.boards.choices(self.state)))[0]
 
     def render(self) -> str | np.ndarray | None:
         if self.render_mode is None:
@@ -158,5 +183,6 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64]):
         return {name: value[0] for name, value in arrays(view).items()}
 
     def _info(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
-        shown = {name: observation[name].copy() for name in ("action_mask", "log_reference")}
+        shown = {"action_mask": for_sampling(self.boards, observation["action_mask"])}
+        shown["log_reference"] = observation["log_reference"].copy()
         return shown | {"nfe": int(self.state.steps)}

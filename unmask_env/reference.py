@@ -115,7 +115,7 @@ class SoftmaxConfidence(Reference):
     literal: bool = False
 
     def __post_init__(self) -> None:
-        _positive("tau", self.tau)
+        require_positive("tau", self.tau)
 
     def log_prob(self, observation: Observation) -> Tensor:
         if self.literal:
@@ -132,7 +132,7 @@ class SoftmaxMargin(Reference):
     tau: float = 0.05
 
     def __post_init__(self) -> None:
-        _positive("tau", self.tau)
+        require_positive("tau", self.tau)
 
     def log_prob(self, observation: Observation) -> Tensor:
         return masked_log_softmax(margin(observation) / self.tau, observation.open)
@@ -150,7 +150,7 @@ class TopK(Reference):
     def __post_init__(self) -> None:
         if not isinstance(self.k, int):
             raise UnmaskError(f"k must be a whole number, not {self.k!r}")
-        _positive("k", self.k)
+        require_positive("k", self.k)
 
     def log_prob(self, observation: Observation) -> Tensor:
         score = confidence(observation).masked_fill(~observation.open, -torch.inf)
@@ -214,7 +214,8 @@ class Oracle(Reference):
         return masked_log_softmax(torch.zeros_like(among, dtype=torch.float32), among)
 
 
-def _positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Raises :class:`tasks.UnmaskError` unless value > 0."""
     if not isinstance(value, int | float) or not value > 0:
         raise UnmaskError(f"{name} must be a number greater than 0, not {value!r}")
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from tasks import UnmaskError
-from unmask_env.boards import require_possible
+from unmask_env.boards import log_reference_of, require_possible
 from unmask_env.core import regularised_reward
 from unmask_env.vector import RegularisedReward
 
@@ -127,7 +128,8 @@ class KLRolloutBuffer(MaskableDictRolloutBuffer):
         action_masks: np.ndarray | None = None,
     ) -> None:
         if self.beta > 0:  # otherwise any reference will do, also one that excludes the action
-            log_reference = np.take_along_axis(obs["log_reference"], action.reshape(-1, 1).astype(np.int64), 1)[:, 0]
+            chosen = action.reshape(-1) if isinstance(self.action_space, Discrete) else action
+            log_reference = log_reference_of(obs["log_reference"], chosen)
             require_possible(log_reference)
             taken = log_prob.numpy(force=True)
             self.log_ratios.append(taken - log_reference)

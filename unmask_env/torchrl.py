@@ -14,9 +14,10 @@ from torchrl.envs.transforms import Transform
 
 from pretrain.backbone import Backbone
 from tasks import Instances, Task, UnmaskError
-from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, require_possible
-from unmask_env.core import OnIllegal, State, regularised_reward
+from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, log_reference_of, require_possible
+from unmask_env.core import Actions, OnIllegal, Rules, State, regularised_reward
 from unmask_env.denoiser import Denoiser
+from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference
 
 
@@ -27,9 +28,9 @@ class UnmaskTorchEnv(EnvBase):
     ``log_reference`` as in the Gymnasium face; ``reward``, ``done``, ``terminated``, ``truncated`` (N, 1).
 
     The state of play is in the tensordict, so a rollout can be forked: put rows of an earlier tensordict, in any
-    arrangement, into ``reset(td, set_state=True)``. Four keys are for the environment and not for policies: ``given``
+    arrangement, into ``reset(td, set_state=True)``. Five keys are for the environment and not for policies: ``given``
     and ``answers`` (the instance), ``symbols`` (what each position would become; with sampled filling it is drawn ahead
-    of the action) and ``steps``.
+    of the action), ``steps`` and ``reopened``.
 
     A step makes one denoiser forward, even where rows finish: their next boards ride in it and wait for the reset.
 
@@ -53,8 +54,12 @@ class UnmaskTorchEnv(EnvBase):
         num_envs: int = 1,
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
-        reference: str | Reference = "softmax_confidence",
+        reference: str | Reference | SetReference | None = None,
+        actions: Actions = "single",
         on_illegal: OnIllegal = "noop",
+        nfe_budget: int | None = None,
+        block_length: int | None = None,
+        remask_budget: int | None = None,
         temperature: float = 0.0,
         group: int = 1,
         seed: int | None = None,
@@ -62,13 +67,17 @@ class UnmaskTorchEnv(EnvBase):
     ) -> None:
         if group < 1 or num_envs % group:
             raise UnmaskError(f"num_envs must be a multiple of group; {num_envs} is not one of {group}")
-        self.boards = Boards(num_envs, env_id, task, denoiser, reference, on_illegal, temperature, device)
+        rules = Rules(actions, on_illegal, nfe_budget, block_length, remask_budget)
+        self.boards = Boards(num_envs, env_id, task, denoiser, reference, rules, temperature, device)
         super().__init__(device=self.boards.device, batch_size=[num_envs])
         self.group, self.task = group, self.boards.task
         self._waiting: tuple[Tensor, State, Look] | None = None  # rows that finished, and how they begin anew
         n, length, vocab, top = num_envs, self.task.length, self.task.vocab_size, self.boards.top
-        where = {"device": self.boards.device}
-        self.action_spec = Categorical(length, shape=(n,), **where)
+        where, entries = {"device": self.boards.device}, self.boards.entries
+        if actions == "single":
+            self.action_spec = Categorical(length, shape=(n,), **where)
+        else:
+            self.action_spec = Binary(entries, shape=(n, entries), dtype=torch.bool, **where)
         self.reward_spec = Unbounded(shape=(n, 1), **where)
         flags = {
             key: Categorical(2, shape=(n, 1), dtype=torch.bool, **where) for key in ("done", "terminated", "truncated")
@@ -76,19 +85,23 @@ class UnmaskTorchEnv(EnvBase):
         self.full_done_spec = Composite(**flags, shape=(n,), **where)
         self.observation_spec = Composite(
             tokens=Categorical(vocab + 1, shape=(n, length), **where),
-            action_mask=Binary(length, shape=(n, length), dtype=torch.bool, **where),
+            action_mask=Binary(entries, shape=(n, entries), dtype=torch.bool, **where),
             top_tokens=Categorical(vocab, shape=(n, length, top), **where),
             top_log_probs=Bounded(FLOOR, 0.0, shape=(n, length, top), **where),
-            log_reference=Bounded(LOG_ZERO, 0.0, shape=(n, length), **where),
+            log_reference=Bounded(LOG_ZERO, 0.0, shape=(n, entries), **where),
             symbols=Categorical(vocab, shape=(n, length), **where),
             steps=Unbounded(shape=(n, 1), dtype=torch.long, **where),
+            reopened=Unbounded(shape=(n, 1), dtype=torch.long, **where),
             shape=(n,),
             **where,
         )
         self.state_spec = Composite(
             given=Categorical(vocab + 1, shape=(n, length), **where),
             answers=Categorical(vocab, shape=(n, length), **where),
-            **{key: self.observation_spec[key].clone() for key in ("tokens", "action_mask", "symbols", "steps")},
+            **{
+                key: self.observation_spec[key].clone()
+                for key in ("tokens", "action_mask", "symbols", "steps", "reopened")
+            },
             shape=(n,),
             **where,
         )
@@ -121,7 +134,8 @@ class UnmaskTorchEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         before = self._state(tensordict)
-        transition = self.boards.step(before, tensordict["symbols"], tensordict["action"])
+        shown = Look({"top_log_probs": tensordict["top_log_probs"]}, tensordict["symbols"])
+        transition = self.boards.step(before, shown, tensordict["action"])
         done = transition.terminated | transition.truncated
         if bool(done.any()):
             if self._waiting is not None:  # never claimed: those rows were played on without a reset
@@ -159,19 +173,18 @@ class UnmaskTorchEnv(EnvBase):
 
     def _state(self, tensordict: TensorDictBase) -> State:
         tokens = tensordict["tokens"]
-        open = tensordict.get("action_mask", None)
-        steps = tensordict.get("steps", None)
         answers = tensordict.get("answers", None)
         if answers is None:
             raise UnmaskError(
                 "the tensordict has lost its instances: go on from what reset and step returned. SerialEnv and "
                 "ParallelEnv drop them; this environment is a batch already, so raise num_envs, or use a MultiCollector"
             )
+        counts = [tensordict.get(key, None) for key in ("steps", "reopened")]
         return State(
             tokens,
-            tokens == self.task.mask_id if open is None else open,
+            tokens == self.task.mask_id,
             Instances(tensordict.get("given", tokens), answers),
-            tokens.new_zeros(len(tokens)) if steps is None else steps.squeeze(1),
+            *(tokens.new_zeros(len(tokens)) if count is None else count.squeeze(1) for count in counts),
         )
 
     def _pack(self, state: State, view: View, symbols: Tensor) -> TensorDict:
@@ -180,6 +193,7 @@ class UnmaskTorchEnv(EnvBase):
             "answers": state.instances.answers,
             "symbols": symbols,
             "steps": state.steps.unsqueeze(1),
+            "reopened": state.reopened.unsqueeze(1),
         }
         return TensorDict(view | hidden, batch_size=self.batch_size, device=self.device)
 
@@ -208,7 +222,7 @@ class KLReward(Transform):
                 f"KLReward needs the policy's log-probability under {self.log_prob_key!r}; build the policy as "
                 "ProbabilisticActor(..., return_log_prob=True)"
             )
-        log_reference = tensordict["log_reference"].gather(-1, tensordict["action"].unsqueeze(-1))
+        log_reference = log_reference_of(tensordict["log_reference"], tensordict["action"]).unsqueeze(-1)
         idle = ~tensordict["action_mask"].any(-1, keepdim=True)  # boards that finished and were not reset
         require_possible(log_reference.masked_fill(idle, 0.0))
         reward = next_tensordict["reward"]

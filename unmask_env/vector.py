@@ -13,10 +13,11 @@ from gymnasium.vector.utils import batch_space
 from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
-from unmask_env.boards import LOG_ZERO, Boards, Look, View, require_possible
-from unmask_env.core import OnIllegal, Transition, regularised_reward
+from unmask_env.boards import LOG_ZERO, Boards, Look, View, log_reference_of, require_possible
+from unmask_env.core import Actions, OnIllegal, Rules, Transition, regularised_reward
 from unmask_env.denoiser import Denoiser
-from unmask_env.gym_env import arrays, spaces_of, to_numpy
+from unmask_env.gym_env import arrays, for_sampling, maskable, spaces_of, to_numpy
+from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference, require_full_support
 
 
@@ -45,8 +46,12 @@ class UnmaskVectorEnv(VectorEnv):
         env_id: str | None = None,
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
-        reference: str | Reference = "softmax_confidence",
+        reference: str | Reference | SetReference | None = None,
+        actions: Actions = "single",
         on_illegal: OnIllegal = "noop",
+        nfe_budget: int | None = None,
+        block_length: int | None = None,
+        remask_budget: int | None = None,
         temperature: float = 0.0,
         device: str = "cpu",
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
@@ -62,9 +67,9 @@ class UnmaskVectorEnv(VectorEnv):
         self.autoreset_mode = mode
         self.metadata = {**self.metadata, "autoreset_mode": mode}
         self.render_mode, self.num_envs = render_mode, num_envs
-        self.boards = Boards(num_envs, env_id, task, denoiser, reference, on_illegal, temperature, device)
-        if max_episode_steps is not None:
-            self.boards.max_steps = max_episode_steps
+        budget = nfe_budget if max_episode_steps is None else min(max_episode_steps, nfe_budget or max_episode_steps)
+        rules = Rules(actions, on_illegal, budget, block_length, remask_budget)
+        self.boards = Boards(num_envs, env_id, task, denoiser, reference, rules, temperature, device)
         self.task = self.boards.task
         self.state = self.boards.empty()
         self._look: Look | None = None
@@ -114,8 +119,9 @@ class UnmaskVectorEnv(VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         actions = np.array(actions)
-        if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
-            raise UnmaskError(f"actions must be {self.num_envs} integers, not {actions.dtype} of shape {actions.shape}")
+        if actions.shape != self.action_space.shape or not np.issubdtype(actions.dtype, np.integer):
+            wanted = f"{self.num_envs} integers" if actions.ndim < 2 else f"integers of shape {self.action_space.shape}"
+            raise UnmaskError(f"actions must be {wanted}, not {actions.dtype} of shape {actions.shape}")
         if self.autoreset_mode == AutoresetMode.DISABLED and self._done.any():
             rows = np.flatnonzero(self._done).tolist()
             raise UnmaskError(f"rows {rows} are finished; reset them with options={{'reset_mask': ...}} first")
@@ -124,9 +130,8 @@ class UnmaskVectorEnv(VectorEnv):
         stale = self._done.copy()  # NEXT_STEP: finished in the step before; whatever the action, they restart now
         if stale.any():
             # Complete boards idle by themselves; a truncated one is kept from an illegal action, its step is dropped.
-            actions = np.where(stale, to_numpy(self.state.open.int().argmax(1)), actions)
-        index = torch.as_tensor(actions, device=self.boards.device).long()
-        transition = self.boards.step(self.state, self._look.symbols, index)
+            actions[stale] = self.boards.legal(self.state).numpy(force=True)[stale]
+        transition = self.boards.step(self.state, self._look, torch.as_tensor(actions, device=self.boards.device))
         if stale.any():
             restarted = torch.as_tensor(stale, device=self.boards.device)
             transition = Transition(
@@ -151,8 +156,9 @@ class UnmaskVectorEnv(VectorEnv):
         return observation, to_numpy(transition.reward), terminated, truncated, info
 
     def action_masks(self) -> np.ndarray:
-        """(N, L) bool: the open positions; all True on finished rows, where any action is ignored."""
-        return to_numpy(self.state.open) | self._done[:, None]
+        """(N, L) bool: the positions that may be chosen; all True on finished rows, where any action is ignored. For
+        sets (N, 2 A), as sb3-contrib has it: per entry whether it may be out and whether it may be in."""
+        return maskable(self.boards, self.boards.choices(self.state).numpy(force=True) | self._done[:, None])
 
     def render(self) -> tuple[str | np.ndarray, ...] | None:
         if self.render_mode is None:
@@ -169,7 +175,8 @@ class UnmaskVectorEnv(VectorEnv):
         return shown
 
     def _info(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
-        shown = {name: observation[name].copy() for name in ("action_mask", "log_reference")}
+        shown = {"action_mask": for_sampling(self.boards, observation["action_mask"])}
+        shown["log_reference"] = observation["log_reference"].copy()
         return shown | {"nfe": to_numpy(self.state.steps)}
 
     def _ended(self, transition: Transition, done: np.ndarray) -> dict[str, Any]:
@@ -228,7 +235,7 @@ class RegularisedReward(VectorWrapper):
     def step(
         self, actions: np.ndarray, log_prob: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        at_actions = np.take_along_axis(self._log_reference, np.asarray(actions)[:, None], 1)[:, 0]
+        at_actions = log_reference_of(self._log_reference, np.asarray(actions))
         require_possible(at_actions)
         observation, reward, terminated, truncated, info = self.env.step(actions)
         regularised = regularised_reward(reward, np.asarray(log_prob, dtype=np.float32), at_actions, self.beta)

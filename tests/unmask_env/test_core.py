@@ -35,7 +35,7 @@ class Line(tasks.Task):
 
 
 def step(state: core.State, action: list[int], **options) -> core.Transition:
-    return core.step(Line(), state, FAVOURITE, torch.tensor(action), **options)
+    return core.step(Line(), state, FAVOURITE, torch.tensor(action), core.Rules(**options))
 
 
 def test_begin_opens_the_holes() -> None:
@@ -84,7 +84,7 @@ def test_illegal_noop_changes_nothing_but_counts(action: int) -> None:
 
 @pytest.mark.parametrize("action", [1, -1, 3])
 def test_illegal_terminate_ends_the_episode_without_reward(action: int) -> None:
-    after = step(core.begin(INSTANCES, M), [action, 1], on_illegal="terminate", max_steps=1)
+    after = step(core.begin(INSTANCES, M), [action, 1], on_illegal="terminate", nfe_budget=1)
     assert after.terminated.tolist() == [True, True]
     assert after.truncated.tolist() == [False, False]
     assert after.reward.tolist() == [0.0, 1.0]
@@ -101,7 +101,7 @@ def test_illegal_raise_names_the_row_and_the_open_positions(action: int) -> None
 
 def test_a_finished_row_may_act_anywhere_even_under_raise() -> None:
     state = step(core.begin(INSTANCES, M), [0, 1]).state
-    after = step(state, [2, 77], on_illegal="raise", max_steps=1)
+    after = step(state, [2, 77], on_illegal="raise", nfe_budget=1)
     assert after.illegal.tolist() == [False, False]
     assert after.truncated.tolist() == [False, False]
 
@@ -110,12 +110,12 @@ def test_truncation_by_hand() -> None:
     state = core.begin(INSTANCES, M)
     outcomes = []
     for _ in range(3):
-        after = step(state, [1, 0], max_steps=2)
+        after = step(state, [1, 0], nfe_budget=2)
         state = after.state
         outcomes.append((after.truncated.tolist(), after.terminated.tolist()))
     assert outcomes[0] == ([False, False], [False, False])
     assert outcomes[1] == ([True, True], [False, False])
-    last = step(step(core.begin(INSTANCES, M), [1, 0], max_steps=2).state, [0, 1], max_steps=2)
+    last = step(step(core.begin(INSTANCES, M), [1, 0], nfe_budget=2).state, [0, 1], nfe_budget=2)
     assert last.truncated.tolist() == [True, False]  # row 1 became complete with its last action: terminated
     assert last.terminated.tolist() == [False, True]
 
@@ -150,7 +150,7 @@ def boards(draw, n: int) -> core.State:
     tokens = torch.tensor(draw(st.lists(st.integers(0, M), min_size=n * 3, max_size=n * 3))).view(n, 3)
     answers = torch.tensor(draw(st.lists(st.integers(0, M - 1), min_size=n * 3, max_size=n * 3))).view(n, 3)
     steps = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)))
-    return core.State(tokens, tokens == M, Instances(tokens, answers), steps)
+    return core.State(tokens, tokens == M, Instances(tokens, answers), steps, torch.zeros_like(steps))
 
 
 @st.composite
@@ -169,7 +169,7 @@ def pairs(draw):
     others = (*flat(state2), symbols2, actions2)
     for mine, theirs in zip(parts, others, strict=True):
         theirs[keep] = mine[keep]
-    state2 = core.State(state2.tokens, state2.tokens == M, state2.instances, state2.steps)
+    state2 = core.State(state2.tokens, state2.tokens == M, state2.instances, state2.steps, state2.reopened)
     return keep, batches[0], (state2, symbols2, actions2)
 
 
@@ -181,7 +181,7 @@ def flat(state: core.State) -> tuple[Tensor, ...]:
 @given(pair=pairs(), on_illegal=st.sampled_from(["noop", "terminate"]))
 def test_a_step_of_one_row_never_touches_another(pair, on_illegal) -> None:
     keep, *batches = pair
-    one, two = (core.step(Line(), *batch, on_illegal=on_illegal, max_steps=4) for batch in batches)
+    one, two = (core.step(Line(), *batch, core.Rules(on_illegal=on_illegal, nfe_budget=4)) for batch in batches)
     for a, b in zip((*flat(one.state), *one[1:]), (*flat(two.state), *two[1:]), strict=True):
         assert torch.equal(a[keep], b[keep])
 
@@ -306,3 +306,110 @@ def test_rollout_gives_the_oracle_its_answers() -> None:
     start = Instances(torch.full((2, 2), 2), torch.tensor([[1, 1], [0, 0]]))
     done = core.rollout(task, TableDenoiser(joint), reference.Oracle(), start)
     assert done.reward.tolist() == [1.0, 1.0]  # it starts where the denoiser's favourite is right: 0, and 1
+
+
+# ---------------------------------------------------------------------- sets, blocks, opening again
+CONFIDENCE = torch.tensor([[-0.5, -0.1, -0.2], [-0.3, -0.2, -0.1]])
+REMASK = {"actions": "set+remask"}
+
+
+def step_sets(state: core.State, action: list[list[int]], **options) -> core.Transition:
+    rules = core.Rules(**({"actions": "set"} | options))
+    return core.step(Line(), state, FAVOURITE, torch.tensor(action).bool(), rules, CONFIDENCE)
+
+
+def test_a_set_closes_all_of_its_positions_in_one_forward() -> None:
+    after = step_sets(core.begin(INSTANCES, M), [[1, 0, 1], [0, 1, 0]])
+    assert after.state.tokens.tolist() == [[3, 1, 2], [2, 2, 0]]
+    assert after.terminated.tolist() == [True, True]
+    assert after.state.steps.tolist() == [1, 1]
+    assert after.reward.tolist() == pytest.approx([2 / 3, 1.0])
+
+
+def test_a_set_that_closes_nothing_closes_the_surest_position() -> None:
+    after = step_sets(core.begin(INSTANCES, M), [[0, 0, 0], [0, 0, 0]])
+    assert after.state.tokens.tolist() == [[M, 1, 2], [2, 2, 0]]  # position 1 of row 0 is surer, but given
+    assert not after.illegal.any()
+
+
+def test_a_set_with_a_closed_position_is_illegal_as_a_whole() -> None:
+    state, wrong = core.begin(INSTANCES, M), [[1, 1, 0], [0, 1, 0]]
+    after = step_sets(state, wrong)
+    assert after.illegal.tolist() == [True, False]
+    assert after.state.tokens.tolist() == [[M, 1, M], [2, 2, 0]]
+    assert after.state.steps.tolist() == [1, 1]
+    ended = step_sets(state, wrong, on_illegal="terminate")
+    assert ended.terminated.tolist() == [True, True]
+    assert ended.reward.tolist() == [0.0, 1.0]
+    with pytest.raises(core.InvalidActionError, match=r"row 0: positions \[1\] are not open; open are \[0, 2\]"):
+        step_sets(state, wrong, on_illegal="raise")
+
+
+def test_opening_again_by_hand() -> None:
+    state = step_sets(core.begin(INSTANCES, M), [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]], **REMASK).state
+    rules = core.Rules(**REMASK)
+    open, again = core.choices(Line(), state, rules)
+    assert open.tolist() == [[False, False, True], [False, False, False]]
+    assert again.tolist() == [[True, False, False], [False, False, False]]  # given ones and finished boards never
+    after = step_sets(state, [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]], **REMASK)
+    assert after.state.tokens.tolist() == [[M, 1, 2], [2, 2, 0]]
+    assert after.state.reopened.tolist() == [1, 0]
+    assert after.illegal.tolist() == [False, False]
+    assert not after.terminated.any()
+    spent = core.Rules(**REMASK, remask_budget=1)
+    assert not core.choices(Line(), after.state, spent)[1].any()
+    for wrong, why in (
+        ([0, 0, 1, 0, 1, 0], r"positions \[1\] cannot be opened again"),
+        ([1, 0, 0, 0, 0, 0], r"positions \[0\] are not open"),
+    ):
+        with pytest.raises(core.InvalidActionError, match=why):
+            step_sets(state, [wrong, [0] * 6], **REMASK, on_illegal="raise")
+
+
+def test_no_more_positions_are_opened_again_than_the_budget_leaves() -> None:
+    empty = Instances(torch.full((2, 3), M), torch.zeros(2, 3, dtype=torch.long))
+    state = step_sets(core.begin(empty, M), [[1, 1, 0, 0, 0, 0]] * 2, **REMASK).state
+    both = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
+    after = step_sets(state, both, **REMASK, remask_budget=1)
+    assert after.illegal.tolist() == [True, False]
+    assert after.state.reopened.tolist() == [0, 1]
+    with pytest.raises(core.InvalidActionError, match="row 0: 2 positions to open again, where the budget leaves 1"):
+        step_sets(state, both, **REMASK, remask_budget=1, on_illegal="raise")
+
+
+class Prompted(Line):
+    """Seven positions, the first one a prompt."""
+
+    shape, prompt_length = (1, 7), 1
+
+
+def test_blocks_are_filled_one_after_the_other_behind_the_prompt() -> None:
+    tokens = torch.tensor([[0, M, M, M, M, M, M], [0, 1, 1, M, 1, M, M], [0, 1, 1, 1, 1, 1, 1]])
+    state = core.begin(Instances(tokens, tokens), M)
+    open, _ = core.choices(Prompted(), state, core.Rules(block_length=2))
+    assert [row.nonzero().flatten().tolist() for row in open] == [[1, 2], [3], []]
+    whole, _ = core.choices(Prompted(), state, core.Rules(block_length=6))
+    assert whole.equal(state.open)
+    action = torch.tensor([3, 5, 0])  # of later blocks: illegal
+    after = core.step(Prompted(), state, tokens, action, core.Rules(block_length=2))
+    assert after.illegal.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"actions": "sets"}, "actions must be one of single, set, set\\+remask, not 'sets'"),
+        ({"nfe_budget": 0}, "nfe_budget must be a whole number of at least 1, not 0"),
+        ({"block_length": 1.5}, "block_length must be a whole number of at least 1, not 1.5"),
+        ({"remask_budget": 2}, "remask_budget is for actions 'set\\+remask', not 'single'"),
+        ({"on_illegal": "ignore"}, "on_illegal must be noop, terminate or raise"),
+    ],
+)
+def test_rules_that_are_not_allowed(options: dict, message: str) -> None:
+    with pytest.raises(tasks.UnmaskError, match=message):
+        core.Rules(**options)
+
+
+def test_sets_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(core.InvalidActionError, match=r"sets of shape \(2, 3\), not \(2, 6\)"):
+        step_sets(core.begin(INSTANCES, M), [[0] * 6] * 2)

@@ -89,6 +89,27 @@ def test_check_env_without_a_warning(id: str) -> None:
         check_env(gym.make(id, denoiser=denoiser).unwrapped)
 
 
+@pytest.mark.parametrize("actions", ["set", "set+remask"])
+def test_environments_over_sets_pass_gymnasiums_checks(actions: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gym.make(TABLE, actions=actions).unwrapped)
+    env = gym.make(TABLE, actions=actions)
+    obs, info = env.reset(seed=0)
+    env.action_space.seed(0)
+    ended = False
+    for _ in range(20):
+        assert env.observation_space.contains(obs)
+        action = env.action_space.sample(mask=info["action_mask"])
+        assert not (action & ~obs["action_mask"].astype(bool)).any()
+        obs, _, terminated, truncated, info = env.step(action)
+        assert not info["illegal"]
+        if terminated or truncated:
+            ended = True
+            obs, info = env.reset()
+    assert ended
+
+
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"on_illegal": "terminate"}])
 def test_check_env_with_options(options: dict) -> None:
     with warnings.catch_warnings():
@@ -306,15 +327,22 @@ def test_unseeded_first_reset_plays() -> None:
 # ---------------------------------------------------------------------- four faces, one environment
 @pytest.mark.parametrize("on_illegal", ["noop", "terminate"])
 @pytest.mark.parametrize(
-    ("id", "temperature", "steps"),
-    [(TABLE, 0.0, 50), (TABLE, 1.0, 50)] + [(id, 0.0, 6 if "9x9" in id else 40) for id in IDS],
+    ("id", "temperature", "steps", "rules"),
+    [(TABLE, 0.0, 50, {}), (TABLE, 1.0, 50, {})]
+    + [(id, 0.0, 6 if "9x9" in id else 40, {}) for id in IDS]
+    + [
+        (TABLE, 1.0, 50, {"actions": "set"}),
+        (TABLE, 1.0, 50, {"actions": "set+remask", "remask_budget": 3}),
+        (SUDOKU, 0.0, 40, {"actions": "set", "block_length": 9, "nfe_budget": 18}),
+        (SUDOKU, 0.0, 40, {"actions": "set+remask", "remask_budget": 5, "nfe_budget": 18}),
+    ],
 )
-def test_four_faces_agree(id: str, temperature: float, steps: int, on_illegal: str) -> None:
-    """The same seeds and actions: legal ones, and now and then any position. Where there is time, the last row insists
-    on a closed position until it is truncated."""
+def test_four_faces_agree(id: str, temperature: float, steps: int, rules: dict, on_illegal: str) -> None:
+    """The same seeds and actions: legal ones, and now and then any. Where there is time, the last row insists on a
+    closed position until it is truncated."""
     n, seed, rng = 3, 11, np.random.default_rng(5)
     denoiser = "sudoku6-tiny" if id == SUDOKU else packaged_denoiser(id)
-    options = {"denoiser": denoiser, "temperature": temperature, "on_illegal": on_illegal}
+    options = {"denoiser": denoiser, "temperature": temperature, "on_illegal": on_illegal} | rules
     alone = [single(id, **options) for _ in range(n)]
     envs = vector(n, id=id, **options)
     stable = SB3VecEnv(vector(n, id=id, **options))
@@ -323,7 +351,7 @@ def test_four_faces_agree(id: str, temperature: float, steps: int, on_illegal: s
     stable.seed(seed)
     current = [env.reset(seed=seed + i)[0] for i, env in enumerate(alone)]
     many, theirs, td = envs.reset(seed=seed)[0], stable.reset(), rl.reset()
-    insist = on_illegal == "noop" and steps >= 2 * envs.task.length
+    insist = on_illegal == "noop" and steps >= rules.get("nfe_budget", 2 * envs.task.length)
     ended = cut = illegal = 0
     for _ in range(steps):
         for i in range(n):
@@ -332,21 +360,29 @@ def test_four_faces_agree(id: str, temperature: float, steps: int, on_illegal: s
         masks = np.array([env.action_masks() for env in alone])
         np.testing.assert_array_equal(envs.action_masks(), masks)
         np.testing.assert_array_equal(stable.env_method("action_masks"), masks)
+        if rules:
+            assert masks[:, ::2].all()  # any entry may be out
+            masks = masks[:, 1::2]
         np.testing.assert_array_equal(td["action_mask"], masks)
 
-        actions = legal(masks, rng)
         wild = rng.random(n) < 1 / 10
-        actions[wild] = rng.integers(masks.shape[1], size=n)[wild]
-        if insist:
-            actions[-1] = masks[-1].argmin()
+        if rules:
+            actions = (rng.random(masks.shape) < 0.4) & (masks | wild[:, None])
+            actions[-1] |= insist & (np.arange(masks.shape[1]) == masks[-1].argmin())
+            actions = actions.astype(np.int8)
+        else:
+            actions = legal(masks, rng)
+            actions[wild] = rng.integers(masks.shape[1], size=n)[wild]
+            if insist:
+                actions[-1] = masks[-1].argmin()
 
         many, rewards, terminated, truncated, infos = envs.step(actions)
         theirs, their_rewards, dones, their_infos = stable.step(actions)
-        td["action"] = torch.from_numpy(actions)
+        td["action"] = torch.from_numpy(actions).bool() if rules else torch.from_numpy(actions)
         taken, td = rl.step_and_maybe_reset(td)
         after = taken["next"]
         for i, env in enumerate(alone):
-            obs, reward, end, stop, info = env.step(int(actions[i]))
+            obs, reward, end, stop, info = env.step(actions[i])
             assert (reward, end, stop) == (rewards[i], terminated[i], truncated[i])
             assert (reward, end or stop) == (their_rewards[i], dones[i])
             assert (reward, end, stop) == tuple(after[key][i].item() for key in ("reward", "terminated", "truncated"))
@@ -696,7 +732,7 @@ def boards_of(vocab: int, seed: int = 0) -> Observation:
 
 def shown(observation: Observation, order=None) -> boards.View:
     log_reference = (order or reference.SoftmaxConfidence()).log_prob(observation)
-    return boards.show(observation.tokens, observation.open, observation.denoised, log_reference)
+    return boards.show(observation, log_reference)
 
 
 @pytest.mark.parametrize("vocab", [2, 3, 6, 8])

@@ -264,3 +264,30 @@ def test_a_deterministic_reference_is_refused_by_the_buffer() -> None:
     options = {"rollout_buffer_class": KLRolloutBuffer, "rollout_buffer_kwargs": {"beta": BETA}}
     with pytest.raises(UnmaskError, match="infinite"):
         learner(4, 6, envs=margin, **options).learn(24)
+
+
+# ---------------------------------------------------------------------- sets
+@pytest.mark.parametrize("actions", ["set", "set+remask"])
+def test_maskable_ppo_learns_over_sets_with_rewards_less_the_divergence(actions: str) -> None:
+    """Stored rewards are r - beta * (log pi(S|s) - log g(S|s)), with the Bernoulli law of the reference by hand."""
+    envs = vector(8, actions=actions)
+    model = learner(8, 6, envs=envs, rollout_buffer_class=KLRolloutBuffer, rollout_buffer_kwargs={"beta": BETA})
+    seen = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            seen.append(self.locals["rewards"].copy())
+            return True
+
+        def _on_rollout_end(self) -> None:
+            buffer = self.model.rollout_buffer
+            mask, log_b = buffer.observations["action_mask"], buffer.observations["log_reference"].astype(np.float64)
+            chosen = buffer.actions.reshape(mask.shape).astype(bool)
+            assert not (chosen & (mask == 0)).any()
+            each = np.where(chosen, log_b, np.log1p(-np.exp(np.minimum(log_b, -1e-12))))
+            log_g = np.where(mask == 1, each, 0.0).sum(-1)
+            expected = np.array(seen) - BETA * (buffer.log_probs - log_g)
+            np.testing.assert_allclose(buffer.rewards, expected, atol=1e-3)
+
+    model.learn(8 * 6, callback=Watch())
+    assert len(seen) == 6

@@ -1,0 +1,178 @@
+"""References over sets: laws by enumeration, rules by hand, and what they have in common with single orders."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import tasks
+from tests.oracles.enumeration import TableTask, random_joint
+from unmask_env import core, parallel, reference
+from unmask_env.core import Denoised, Observation, Rules
+from unmask_env.denoiser import TableDenoiser, load_denoiser
+
+L, V = 5, 3
+
+
+def observation(n: int = 6, remask: bool = False, seed: int = 0) -> Observation:
+    g = torch.Generator().manual_seed(seed)
+    is_open = torch.rand(n, L, generator=g) < 0.6
+    is_open[0] = True
+    tokens = torch.randint(V, (n, L), generator=g).masked_fill(is_open, V)
+    log_probs = (2 * torch.randn(n, L, V, generator=g)).log_softmax(-1)
+    reopenable = ~is_open & (torch.rand(n, L, generator=g) < 0.8) if remask else None
+    return Observation(tokens, is_open, Denoised(log_probs), reopenable)
+
+
+def every_set(entries: int) -> torch.Tensor:
+    """(2^A, A) bool."""
+    return torch.tensor(list(itertools.product([False, True], repeat=entries)))
+
+
+STOCHASTIC = [parallel.SoftThreshold(), parallel.SoftThreshold(theta=0.5, tau=0.3, reopen=0.2)]
+DETERMINISTIC = [
+    parallel.FixedK(2),
+    parallel.FixedK(1, "entropy"),
+    parallel.FixedK(9, "confidence"),
+    parallel.Threshold(0.6),
+    parallel.Threshold(0.99, "margin"),
+]
+
+
+@pytest.mark.parametrize("remask", [False, True])
+@pytest.mark.parametrize("order", STOCHASTIC + DETERMINISTIC, ids=repr)
+def test_probabilities_of_all_sets_sum_to_one(order, remask: bool) -> None:
+    seen = observation(remask=remask)
+    sets = every_set(seen.choices.shape[1])
+    total = torch.stack([order.log_prob_of(seen, s.expand(len(seen.tokens), -1)) for s in sets]).logsumexp(0)
+    torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", STOCHASTIC, ids=repr)
+def test_samples_follow_the_law(order) -> None:
+    seen = observation(remask=True)[torch.zeros(4000, dtype=torch.long)]
+    drawn = order.sample(seen, torch.Generator().manual_seed(0))
+    assert not (drawn & ~seen.choices).any()
+    wanted = order.log_inclusion(seen)[0].exp()
+    error = 4 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-6
+    assert ((drawn.float().mean(0) - wanted).abs() <= error).all()
+
+
+def test_soft_threshold_by_hand() -> None:
+    log_probs = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]]]).log()
+    seen = Observation(torch.tensor([[2, 2, 0]]), torch.tensor([[True, True, False]]), Denoised(log_probs))
+    found = parallel.SoftThreshold(theta=0.7, tau=0.1).log_inclusion(seen).exp()
+    expected = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1)), 0.0]
+    torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_fixed_k_and_threshold_by_hand() -> None:
+    top = torch.tensor([[0.95, 0.7, 0.9, 0.99], [0.6, 0.7, 0.65, 0.8]])
+    log_probs = torch.stack([top, 1 - top], -1).log()
+    is_open = torch.tensor([[True, True, True, False], [True, True, True, False]])
+    seen = Observation(torch.where(is_open, 2, 0), is_open, Denoised(log_probs))
+
+    def chosen(order) -> list[list[int]]:
+        return [row.nonzero().flatten().tolist() for row in order.sample(seen, None)]
+
+    assert chosen(parallel.FixedK(2, "confidence")) == [[0, 2], [1, 2]]
+    assert chosen(parallel.Threshold(0.9)) == [[0, 2], [1]]  # below the threshold the best one, closed ones never
+    assert chosen(parallel.Threshold(0.65)) == [[0, 1, 2], [1, 2]]
+    assert chosen(parallel.Threshold(0.35, "margin")) == [[0, 1, 2], [1]]
+
+
+def sudoku():
+    task = tasks.get("sudoku4")
+    return task, load_denoiser("sudoku4", task), task.heldout(64)
+
+
+@pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])
+def test_one_at_a_time_is_the_single_mode_bit_for_bit(score: str) -> None:
+    task, denoiser, instances = sudoku()
+    single = {"confidence": reference.MaxConfidence, "margin": reference.Margin, "entropy": reference.Entropy}[score]()
+    one = core.rollout(task, denoiser, single, instances, record=True)
+    sets = core.rollout(task, denoiser, parallel.FixedK(1, score), instances, rules=Rules(actions="set"), record=True)
+    assert len(one.steps) == len(sets.steps)
+    for a, b in zip(one.steps, sets.steps, strict=True):
+        assert a.observation.tokens.equal(b.observation.tokens)
+        assert a.action[a.alive].equal(b.action[b.alive].int().argmax(1))
+    assert one.state.tokens.equal(sets.state.tokens)
+    assert one.reward.equal(sets.reward)
+    assert one.nfe.equal(sets.nfe)
+
+
+@pytest.mark.parametrize("order", [parallel.Threshold(0.7), parallel.SoftThreshold(0.7, 0.2)], ids=repr)
+def test_one_long_block_and_no_budget_to_open_again_change_nothing(order) -> None:
+    task, denoiser, instances = sudoku()
+
+    def play(**rules):
+        generator = torch.Generator().manual_seed(3) if not order.deterministic else None
+        return core.rollout(task, denoiser, order, instances, rules=Rules(**rules), order_generator=generator)
+
+    plain = play(actions="set")
+    assert (plain.nfe < (instances.tokens == task.mask_id).sum(1)).any()
+    assert play(actions="set", block_length=task.length).state.tokens.equal(plain.state.tokens)
+    if order.deterministic:  # a stochastic one draws numbers for entries that may not be chosen, too
+        again = play(actions="set+remask", remask_budget=0)
+        assert again.state.tokens.equal(plain.state.tokens)
+        assert again.nfe.equal(plain.nfe)
+
+
+def test_a_rollout_out_of_budget_keeps_its_holes() -> None:
+    task, denoiser, instances = sudoku()
+    played = core.rollout(
+        task, denoiser, parallel.FixedK(2), instances, rules=Rules(actions="set", nfe_budget=3), record=True
+    )
+    holes = (instances.tokens == task.mask_id).sum(1)
+    left = (played.state.tokens == task.mask_id).sum(1)
+    assert left.equal((holes - 6).clamp(min=0))
+    assert (played.nfe <= 3).all()
+    assert (played.reward[left > 0] == 0).all()
+    assert len(played.steps) == 3
+
+
+def test_opening_again_goes_on_until_the_budget_of_forwards() -> None:
+    """Every position is opened again whenever it can be: only the budget ends that."""
+    task = TableTask(random_joint(2, 4, seed=1))
+    instances = task.sample(8, torch.Generator().manual_seed(0))
+
+    class Restless:
+        def sample(self, observation: Observation, generator: torch.Generator | None) -> torch.Tensor:
+            first = observation.open & (observation.open.cumsum(1) == 1)
+            return torch.cat([first, observation.reopenable], 1)
+
+    played = core.rollout(
+        task, TableDenoiser(task.joint, task), Restless(), instances, rules=Rules("set+remask", nfe_budget=7)
+    )
+    assert (played.nfe == 7).all()
+    assert (played.state.reopened == 6).all()
+    assert (played.reward == 0).all()
+
+
+def test_errors_in_one_line() -> None:
+    with pytest.raises(tasks.UnknownNameError, match="unknown set reference 'margin'"):
+        parallel.get("margin")
+    for make, message in (
+        (lambda: parallel.get("threshold", theta=0.5, tau=1), "does not take tau"),
+        (lambda: parallel.FixedK(0), "k must be a whole number of at least 1, not 0"),
+        (lambda: parallel.FixedK(2, "luck"), "unknown score 'luck'"),
+        (lambda: parallel.SoftThreshold(theta=1.5), "theta must be between 0 and 1, not 1.5"),
+        (lambda: parallel.SoftThreshold(tau=0), "tau must be a number greater than 0, not 0"),
+    ):
+        with pytest.raises(tasks.UnmaskError, match=message):
+            make()
+
+
+def test_positions_are_opened_again_on_uniform_diffusion_too() -> None:
+    """An absorbing denoiser of uniform diffusion: what is opened again holds noise, and is decided anew."""
+    task = tasks.get("sudoku4")
+    denoiser, instances = load_denoiser("sudoku4-audm", task), task.heldout(16)
+    order, rules = parallel.SoftThreshold(0.8, 0.1, reopen=0.3), Rules("set+remask", remask_budget=4)
+    played = core.rollout(
+        task, denoiser, order, instances, rules=rules, order_generator=torch.Generator().manual_seed(0)
+    )
+    given = instances.tokens != task.mask_id
+    assert played.state.reopened.max() == 4
+    assert (played.state.tokens != task.mask_id).all()
+    assert played.state.tokens[given].equal(instances.tokens[given])
