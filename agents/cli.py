@@ -60,6 +60,10 @@ class EvaluateCommand:
     """packaged Sudoku puzzles that naked and hidden singles alone solve, or those that need more"""
     blanks: int | None = None
     """reveal clues at random until this many blanks are left"""
+    block_length: int | None = None
+    """fill block by block, each of this many positions, behind the prompt (semi-autoregressive)"""
+    temperature: float = 0.0
+    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
     exact: bool = False
     """on boards of at most 16 blanks: also the exact expected reward of each order, the best that any order could reach
     with this denoiser, and the exact divergences from ``reference``"""
@@ -160,11 +164,23 @@ def run_evaluate(command: EvaluateCommand) -> None:
         if isinstance(order, torch.nn.Module):
             order.to(device)
     if command.exact:
+        if command.block_length is not None or command.temperature > 0:
+            raise UnmaskError("--exact is for greedy filling without blocks")
         exact.check_holes(task, instances)
         reference.require_full_support(reference.get(command.reference))
         if command.reference == "learned":
             reference.require_learned(denoiser, task)
-    results = evaluate.evaluate(task, denoiser, orders, instances, command.seed, command.batch, progress=True)
+    results = evaluate.evaluate(
+        task,
+        denoiser,
+        orders,
+        instances,
+        command.seed,
+        command.batch,
+        progress=True,
+        rules=core.Rules(block_length=command.block_length),
+        temperature=command.temperature,
+    )
     title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
     Console().print(evaluate.table(results, title))
     if command.json is not None:

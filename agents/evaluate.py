@@ -16,9 +16,10 @@ from torch import Tensor
 
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from pretrain.checkpoint import packaged
-from tasks import Instances, Task, UnknownNameError, UnmaskError
+from pretrain.run import require_at_least
+from tasks import Instances, Task, UnknownNameError
 from unmask_env import exact, reference
-from unmask_env.core import Order, rollout
+from unmask_env.core import SINGLE, Order, Rules, rollout
 from unmask_env.denoiser import Denoiser
 
 Z95 = 1.959963984540054
@@ -134,17 +135,21 @@ def evaluate(
     seed: int = 0,
     batch: int = 500,
     progress: bool = False,
+    rules: Rules = SINGLE,
+    temperature: float = 0.0,
 ) -> list[Result]:
     """Play every instance once with every order.
 
     Reference policies are sampled (a deterministic one only where positions tie), learned ones take their most likely
-    position. Filling is greedy.
+    position.
 
     Args:
-        orders: by the name of their row. seed: of the stochastic orders. batch: instances per forward.
+        orders: by the name of their row. seed: of the stochastic orders, and of filling by samples.
+        batch: instances per forward. rules: of play, for example blocks.
+        temperature: of the filling; 0 is greedy.
     """
-    if batch < 1:
-        raise UnmaskError(f"batch must be at least 1, not {batch}")
+    require_at_least(1, batch=batch)
+    require_at_least(0, temperature=temperature)
     by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
     device = getattr(denoiser, "device", torch.device("cpu"))
     results = []
@@ -154,11 +159,21 @@ def evaluate(
             bar.update(work, description=name)
             started = time.perf_counter()
             generator = torch.Generator(device).manual_seed(seed) if isinstance(order, reference.Reference) else None
+            filling = torch.Generator(device).manual_seed(seed + 1) if temperature > 0 else None
             measured: dict[str, list[Tensor]] = {}
             nfe = 0.0
             for rows in by_length.split(batch):
                 part = instances[rows].to(device)
-                played = rollout(task, denoiser, order, part, order_generator=generator)
+                played = rollout(
+                    task,
+                    denoiser,
+                    order,
+                    part,
+                    rules=rules,
+                    order_generator=generator,
+                    temperature=temperature,
+                    fill_generator=filling,
+                )
                 for metric, values in task.metrics(played.state.tokens, part).items():
                     measured.setdefault(metric, []).append(values.cpu())
                 nfe += float(played.nfe.sum())

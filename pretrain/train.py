@@ -278,7 +278,7 @@ class Objective(nn.Module):
 
 def _is_line(task: tasks.Task) -> bool:
     """Of positions, not a board: distances along it mean something."""
-    return task.coordinates.shape[1] == 1
+    return task.shape[0] == 1
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:

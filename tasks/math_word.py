@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tasks import reasoning
 from tasks.errors import UnmaskError
 from tasks.lines import load_tokenizer
 from tasks.task import SPLITS, Instances, Task
@@ -31,6 +32,9 @@ class Problem(NamedTuple):
     question: str
     solution: str
     answer: str
+
+    def is_right(self, text: str) -> bool:
+        return is_right(text, self.answer)
 
 
 def read_problem(record: dict[str, Any]) -> Problem:
@@ -81,7 +85,8 @@ class MathWord(Task):
 
     Args:
         source: ``sample`` (30 short problems written for this package), a file of JSON lines, of which a tenth each is
-            for validation and test, or ``hf:`` and a dataset id, whose splits are used.
+            for validation and test, ``hf:`` and a dataset id, whose splits are used, or ``gym:`` and a kind of problem
+            of reasoning-gym, which then scores the answers (1,000 for training, 200 for validation and test each).
         tokenizer: a folder or hub id of a tokenizer of ``transformers``, or one of them. One with a chat template is
             asked in its form.
         answer_length: tokens of the answer region. subset: of a dataset.
@@ -114,14 +119,14 @@ class MathWord(Task):
         end = self.tokenizer.eos_token_id
         fill = self.pad_id if end is None else end
         self._answers: dict[str, Tensor] = {}
-        self._right: dict[tuple[int, ...], str] = {}  # by prompt
+        self._right: dict[tuple[int, ...], Callable[[str], bool]] = {}  # by prompt
         for split, problems in splits.items():
             rows = []
             for prompt, problem in zip(prompts[split], problems, strict=True):
                 given = [self.pad_id] * (self.prompt_length - len(prompt)) + prompt
                 solution = self.tokenizer.encode(" " + problem.solution, add_special_tokens=False)[:answer_length]
                 rows.append(given + solution + [fill] * (answer_length - len(solution)))
-                self._right[tuple(given)] = problem.answer
+                self._right[tuple(given)] = problem.is_right
             self._answers[split] = torch.tensor(rows, dtype=torch.int64)
 
     def _prompt(self, question: str) -> list[int]:
@@ -157,8 +162,7 @@ class MathWord(Task):
         """1 where the answer is right."""
         prompts = instances.tokens[:, : self.prompt_length].tolist()
         right = [
-            is_right(self.written(row), self._right[tuple(prompt)])
-            for row, prompt in zip(tokens.cpu(), prompts, strict=True)
+            self._right[tuple(prompt)](self.written(row)) for row, prompt in zip(tokens.cpu(), prompts, strict=True)
         ]
         return torch.tensor(right, dtype=torch.float32, device=tokens.device)
 
@@ -179,7 +183,10 @@ class MathWord(Task):
         return "".join(parts[:-1])
 
 
-def _read(source: str, subset: str | None) -> dict[str, list[Problem]]:
+def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem | reasoning.Scored]]:
+    if source.startswith("gym:"):
+        kind, sizes = source.removeprefix("gym:"), (1000, 200, 200)
+        return {split: reasoning.problems(kind, n, split) for split, n in zip(SPLITS, sizes, strict=True)}
     if source.startswith("hf:"):
         records: dict[str, Sequence[dict[str, Any]]] = load_datasets(source.removeprefix("hf:"), subset)
         found = {split: _problems(records[split], source) for split in SPLITS if split in records}

@@ -151,17 +151,20 @@ class Infilling(Task):
 
     Args:
         shape: (rows, columns). hide: share of the positions that instances hide.
+        span: how many positions are hidden in a row, where there is room; 1 hides each for itself.
 
     Raises:
         UnmaskError: sizes below 1, or nothing or more than everything to hide.
     """
 
-    def __init__(self, shape: tuple[int, int], hide: float) -> None:
+    def __init__(self, shape: tuple[int, int], hide: float, span: int = 1) -> None:
         if min(shape) < 1 or not 0 < hide <= 1:
             raise UnmaskError(
                 f"length must be at least 1 and hide above 0 and at most 1, not {shape[0] * shape[1]} and {hide}"
             )
-        self.shape, self.hide = shape, hide
+        if not 1 <= span <= shape[0] * shape[1]:
+            raise UnmaskError(f"span must be between 1 and {shape[0] * shape[1]}, the length, not {span}")
+        self.shape, self.hide, self.span = shape, hide, span
 
     @abstractmethod
     def clean(self, n: int, generator: torch.Generator) -> Tensor: ...
@@ -171,8 +174,14 @@ class Infilling(Task):
         """(N, L) complete sequences of a split, always the same."""
 
     def _hidden(self, answers: Tensor, generator: torch.Generator) -> Instances:
-        draw = torch.rand(answers.shape, generator=generator, device=answers.device)
-        holes = draw.argsort(1).argsort(1) < max(1, round(self.hide * self.length))
+        # Runs of ``span`` positions, cut at a place of each sequence's own, are hidden in random order up to the share.
+        n, device, span = len(answers), answers.device, self.span
+        cut = torch.randint(span, (n, 1), generator=generator, device=device) if span > 1 else 0
+        run = (torch.arange(self.length, device=device) + cut) // span  # (N, L)
+        draw = torch.rand((n, (self.length + span - 2) // span + 1), generator=generator, device=device)
+        rank = draw.argsort(1).argsort(1).gather(1, run.expand(n, -1)) * self.length
+        rank = rank + torch.arange(self.length, device=device)  # of positions: by run, then from its left
+        holes = rank.argsort(1).argsort(1) < max(1, round(self.hide * self.length))
         return Instances(torch.where(holes, self.mask_id, answers), answers)
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:

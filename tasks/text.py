@@ -166,12 +166,13 @@ def _pieces(documents: tuple[str, ...], vocab_size: int):
 class Text(Infilling):
     """Windows of running text, one character or byte-pair piece per position.
 
-    An instance hides symbols of a window at random; the reward is the share of them that comes back right.
+    An instance hides symbols of a window at random, one by one or in runs; the reward is the share of them that comes
+    back right.
 
     Args:
         source: what to read (:func:`read`), or a corpus.
         level: ``characters`` or ``bpe``: pieces learned from the training text.
-        length: symbols per window. hide: share of them that instances hide.
+        length: symbols per window. hide: share of them that instances hide, in runs of ``span``.
         rare: characters seen fewer times than this in the training text share one symbol, at most 1 % of it.
         pieces: how many symbols ``bpe`` has; at least 256, the bytes.
         packed: windows run from one document into the next; otherwise they stay within one, and documents shorter than
@@ -190,6 +191,7 @@ class Text(Infilling):
         level: Literal["characters", "bpe"] = "characters",
         length: int = 64,
         hide: float = 0.5,
+        span: int = 1,
         rare: int = 20,
         pieces: int = 4096,
         packed: bool = True,
@@ -199,7 +201,7 @@ class Text(Infilling):
             raise UnmaskError(f"level must be characters or bpe, not {level}")
         if level == "bpe" and pieces < 256:
             raise UnmaskError(f"pieces must be at least 256, the number of bytes, not {pieces}")
-        super().__init__((1, length), hide)
+        super().__init__((1, length), hide, span)
         corpus = read(source, subset) if isinstance(source, str) else source
         if level == "bpe":
             encoding = _pieces(corpus.train, pieces)

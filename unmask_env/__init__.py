@@ -1,5 +1,7 @@
 """Unmasking as a Markov decision process around a frozen denoiser. Importing it registers the ``Unmask/`` ids."""
 
+import tasks
+from unmask_env.judged import free_text
 from unmask_env.registration import ids, register
 
 __all__ = ["ids", "register"]
@@ -7,3 +9,9 @@ __all__ = ["ids", "register"]
 register("Unmask/Sudoku4x4-v0", task="sudoku4", denoiser="sudoku4")
 register("Unmask/Sudoku6x6-v0", task="sudoku6", denoiser="sudoku6")
 register("Unmask/Sudoku9x9-v0", task="sudoku9", denoiser="sudoku9")
+register("Unmask/Zebra-v0", task="zebra:houses=3", denoiser="zebra3")
+register("Unmask/Countdown-v0", task="countdown", denoiser="countdown3")
+register("Unmask/TextInfill-v0", task="text:hide=0.25,span=4", denoiser="text")
+
+tasks.register("free_text", free_text)
+register("Unmask/FreeText-v0", task="free_text", denoiser="text")

@@ -129,10 +129,8 @@ def _reference(order: str | Reference | SetReference | None, rules: Rules) -> Re
     sets = rules.actions != "single"
     if order is None:
         order = "soft_threshold" if sets else "softmax_confidence"
-    if isinstance(order, str):
-        found = parallel.get(order) if sets else reference.get(order)
-    else:
-        found = order
+    by_name = parallel.get if sets else reference.get
+    found = by_name(order) if isinstance(order, str) else order
     if isinstance(found, reference.Oracle):
         raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
     if hasattr(found, "log_inclusion") != sets:

@@ -63,6 +63,9 @@ class Rules:
             raise UnmaskError(f"remask_budget is for actions 'set+remask', not {self.actions!r}")
 
 
+SINGLE = Rules()
+
+
 class InvalidActionError(UnmaskError):
     """An action outside the open positions, where the environment was told to raise."""
 
@@ -223,7 +226,7 @@ def step(
     state: State,
     symbols: Tensor,
     action: Tensor,
-    rules: Rules = Rules(),
+    rules: Rules = SINGLE,
     confidence: Tensor | None = None,
 ) -> Transition:
     """Close the positions of ``action`` with their symbols, open again those that it says; reward complete rows.
@@ -352,7 +355,7 @@ def rollout(
     order: Order | SetOrder,
     instances: Instances,
     *,
-    rules: Rules = Rules(),
+    rules: Rules = SINGLE,
     order_generator: torch.Generator | None = None,
     temperature: float = 0.0,
     fill_generator: torch.Generator | None = None,

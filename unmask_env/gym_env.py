@@ -36,7 +36,7 @@ def arrays(view: View) -> dict[str, np.ndarray]:
 
 
 def for_sampling(boards: Boards, action_mask: np.ndarray) -> np.ndarray:
-    """``action_mask`` as ``action_space.sample(mask=...)`` takes it: in sets, 2 means that an entry may be in or out."""
+    """``action_mask`` as ``action_space.sample(mask=...)`` takes it: in sets, 2 lets an entry be in or out."""
     return action_mask.copy() if boards.rules.actions == "single" else 2 * action_mask
 
 
@@ -74,7 +74,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     With ``actions="set"`` it is ``MultiBinary(L)``, the positions to fill in one forward, and with
     ``actions="set+remask"`` ``MultiBinary(2 L)``: those, and behind them the filled positions to empty again. A set
     that fills nothing fills the open position that the denoiser is surest of. Masks then have an entry per bit;
-    ``info["action_mask"]`` has 2 where a bit is free, and ``env.action_masks()`` two per bit, as MaskablePPO takes them.
+    ``info["action_mask"]`` has 2 where a bit is free, and ``env.action_masks()`` two per bit, as MaskablePPO asks.
     An illegal action is a no-op that counts as a step, ends the episode with reward 0, or raises
     (``on_illegal="noop" | "terminate" | "raise"``); ``info["illegal"]`` tells.
 

@@ -34,7 +34,7 @@ def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None =
 
     Args:
         id: Gymnasium's grammar, ``Namespace/Name-v0``.
-        task: a :class:`tasks.Task`, or the name of a registered one.
+        task: a :class:`tasks.Task`, or the name of a registered one, with its options.
         denoiser: packaged name, folder, hub id, backbone or denoiser; it may also be given to ``gym.make``.
 
     Raises:
@@ -42,7 +42,7 @@ def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None =
     """
     if not re.fullmatch(r"(?:[\w:-]+/)?[\w:.-]+-v\d+", id):
         raise UnmaskError(f"malformed environment id {id!r}; write it as Namespace/Name-v0")
-    if isinstance(task, str) and task not in tasks.names():
+    if isinstance(task, str) and task.partition(":")[0] not in tasks.names():
         raise UnknownNameError("task", task, tasks.names())
     if id in gymnasium.registry:
         if id not in _REGISTERED:

@@ -98,10 +98,7 @@ class UnmaskTorchEnv(EnvBase):
         self.state_spec = Composite(
             given=Categorical(vocab + 1, shape=(n, length), **where),
             answers=Categorical(vocab, shape=(n, length), **where),
-            **{
-                key: self.observation_spec[key].clone()
-                for key in ("tokens", "action_mask", "symbols", "steps", "reopened")
-            },
+            **{key: self.observation_spec[key].clone() for key in ("tokens", "symbols", "steps", "reopened")},
             shape=(n,),
             **where,
         )

@@ -50,6 +50,20 @@ def test_instances_hide_their_share_and_are_rewarded_for_it() -> None:
     assert task.metrics(wrong, instances)["exact"].tolist() == [0.0] + [1.0] * 7
 
 
+def test_spans_are_hidden_in_runs() -> None:
+    task = small(length=30, hide=0.4, span=5)
+    holes = task.sample(200, torch.Generator().manual_seed(1)).tokens == task.mask_id
+    assert (holes.sum(1) == 12).all()
+    starts = (holes & ~torch.nn.functional.pad(holes, (1, 0))[:, :-1]).sum(1)
+    assert int(starts.max()) <= 5  # whole runs of five, one cut short, and those at the edges
+    assert float(starts.float().mean()) < 3
+    assert holes.any(0).all()  # no place is spared
+    loose = small(length=30, hide=0.4).sample(200, torch.Generator().manual_seed(1)).tokens == task.mask_id
+    assert float((loose & ~torch.nn.functional.pad(loose, (1, 0))[:, :-1]).sum(1).float().mean()) > 5
+    with pytest.raises(UnmaskError, match="span must be between 1 and 16, the length, not 17"):
+        small(span=17)
+
+
 def test_heldout_is_fixed_and_of_its_split() -> None:
     task = small()
     first, again = task.heldout(5), small().heldout(5)
