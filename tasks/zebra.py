@@ -26,7 +26,7 @@ class Zebra(Task):
     """Fill in the table of houses.
 
     Args:
-        houses: 3 or 4, with as many attributes.
+        houses: 3, 4 or 5, with as many attributes.
 
     Raises:
         UnmaskError: another number of houses.

@@ -89,6 +89,19 @@ class Denoised(NamedTuple):
         return cls(*(None if part[0] is None else how(part) for part in zip(*outputs, strict=True)))
 
 
+class Memory(NamedTuple):
+    """What a rollout remembers of its episodes, for rules that look back; environments show none of it.
+
+    ``steps`` (N,) int64 forwards before this one; ``chosen_with`` (N, L) the probability that each closed position's
+    symbol had when it was chosen, 1 of given ones; ``previous`` (N, L, V) the last forward's log-probabilities, None
+    before the second one.
+    """
+
+    steps: Tensor
+    chosen_with: Tensor
+    previous: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Observation:
     """All that an order may look at. The answers are not here.
@@ -98,17 +111,22 @@ class Observation:
         open: (N, L) bool, the positions that may be closed now: the undecided ones, or those of the current block.
         denoised: the denoiser's output for ``tokens``.
         reopenable: (N, L) bool, the positions that may be opened again; None where the rules have none.
+        memory: of sets in rollouts.
     """
 
     tokens: Tensor
     open: Tensor
     denoised: Denoised
     reopenable: Tensor | None = None
+    memory: Memory | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> Observation:
         denoised = Denoised.join([self.denoised], lambda part: part[0][rows])
         reopenable = None if self.reopenable is None else self.reopenable[rows]
-        return Observation(self.tokens[rows], self.open[rows], denoised, reopenable)
+        memory = None
+        if self.memory is not None:
+            memory = Memory(*[None if part is None else part[rows] for part in self.memory])
+        return Observation(self.tokens[rows], self.open[rows], denoised, reopenable, memory)
 
     @property
     def choices(self) -> Tensor:
@@ -381,6 +399,7 @@ def rollout(
     state = begin(instances, task.mask_id)
     reward = torch.zeros(len(instances), device=state.tokens.device)
     steps: list[Step] = []
+    memory = Memory(state.steps, torch.ones(state.tokens.shape, device=state.tokens.device))
     while bool(state.open.any()):
         open, reopenable = choices(task, state, rules)
         observation = Observation(state.tokens, open, denoiser(state.tokens), reopenable)
@@ -388,6 +407,7 @@ def rollout(
             log_prob = order.log_prob(observation)
             action = choose(log_prob, order_generator)
         else:
+            observation = replace(observation, memory=memory)
             action = order.sample(observation, order_generator)
         if record:
             single = rules.actions == "single"
@@ -398,7 +418,12 @@ def rollout(
             uniform = torch.rand(state.tokens.shape, generator=fill_generator, device=state.tokens.device)
         log_probs = observation.denoised.log_probs
         symbols = fill(log_probs, temperature, uniform)
+        before = state.open
         state, gained, terminated, truncated, _ = step(task, state, symbols, action, rules, log_probs.max(-1).values)
+        if rules.actions != "single":
+            chance = log_probs.gather(-1, symbols.unsqueeze(-1)).squeeze(-1).exp()
+            kept = memory.chosen_with.where(~(before & ~state.open), chance)
+            memory = Memory(state.steps, kept, log_probs)
         state = replace(state, open=state.open & ~(terminated | truncated).unsqueeze(1))
         reward += gained
     return Rollout(state, reward, state.steps, steps)

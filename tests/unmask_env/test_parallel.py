@@ -9,7 +9,7 @@ import torch
 import tasks
 from tests.oracles.enumeration import TableTask, random_joint
 from unmask_env import core, parallel, reference
-from unmask_env.core import Denoised, Observation, Rules
+from unmask_env.core import Denoised, Memory, Observation, Rules
 from unmask_env.denoiser import TableDenoiser, load_denoiser
 
 L, V = 5, 3
@@ -22,7 +22,9 @@ def observation(n: int = 6, remask: bool = False, seed: int = 0) -> Observation:
     tokens = torch.randint(V, (n, L), generator=g).masked_fill(is_open, V)
     log_probs = (2 * torch.randn(n, L, V, generator=g)).log_softmax(-1)
     reopenable = ~is_open & (torch.rand(n, L, generator=g) < 0.8) if remask else None
-    return Observation(tokens, is_open, Denoised(log_probs), reopenable)
+    previous = (log_probs + 0.05 * torch.randn(n, L, V, generator=g)).log_softmax(-1)
+    memory = Memory(torch.arange(n), torch.rand(n, L, generator=g), previous)
+    return Observation(tokens, is_open, Denoised(log_probs), reopenable, memory)
 
 
 def every_set(entries: int) -> torch.Tensor:
@@ -37,6 +39,18 @@ DETERMINISTIC = [
     parallel.FixedK(9, "confidence"),
     parallel.Threshold(0.6),
     parallel.Threshold(0.99, "margin"),
+    parallel.Factor(0.8),
+    parallel.EntropyBounded(0.5),
+    parallel.KLStability(0.4, 0.01),
+    parallel.Schedule(4),
+    parallel.Schedule(8, "linear", "margin"),
+]
+REMASKING = [
+    parallel.ReMDM(8, "cap", 0.1),
+    parallel.ReMDM(8, "rescale", 0.3),
+    parallel.ReMDM(8, "loop", 0.2),
+    parallel.ReMDM(8, "conf"),
+    parallel.SelfPlanning(8),
 ]
 
 
@@ -49,7 +63,15 @@ def test_probabilities_of_all_sets_sum_to_one(order, remask: bool) -> None:
     torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("order", STOCHASTIC, ids=repr)
+@pytest.mark.parametrize("order", REMASKING, ids=repr)
+def test_probabilities_with_positions_opened_again_sum_to_one(order) -> None:
+    seen = observation(remask=True)
+    sets = every_set(2 * L)
+    total = torch.stack([order.log_prob_of(seen, s.expand(len(seen.tokens), -1)) for s in sets]).logsumexp(0)
+    torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", STOCHASTIC + REMASKING[:4], ids=repr)
 def test_samples_follow_the_law(order) -> None:
     seen = observation(remask=True)[torch.zeros(4000, dtype=torch.long)]
     drawn = order.sample(seen, torch.Generator().manual_seed(0))
@@ -80,6 +102,99 @@ def test_fixed_k_and_threshold_by_hand() -> None:
     assert chosen(parallel.Threshold(0.9)) == [[0, 2], [1]]  # below the threshold the best one, closed ones never
     assert chosen(parallel.Threshold(0.65)) == [[0, 1, 2], [1, 2]]
     assert chosen(parallel.Threshold(0.35, "margin")) == [[0, 1, 2], [1]]
+
+
+def closed_by(order, top: list[list[float]], memory: Memory | None = None) -> list[list[int]]:
+    """Which of all-open positions of two symbols are closed; ``top`` are the confidences."""
+    p = torch.tensor(top)
+    seen = Observation(
+        torch.full(p.shape, 2), torch.ones_like(p, dtype=torch.bool), Denoised(torch.stack([p, 1 - p], -1).log()),
+        memory=memory,
+    )  # fmt: skip
+    return [row.nonzero().flatten().tolist() for row in order.sample(seen, None)]
+
+
+def test_factor_by_hand() -> None:
+    # (n + 1)(1 - c_n): row 0: 2 * .1 = .2, 3 * .2 = .6, 4 * .3 = 1.2; row 1: 2 * .5 = 1 is not below 1.
+    assert closed_by(parallel.Factor(1.0), [[0.7, 0.9, 0.8], [0.5, 0.5, 0.5]]) == [[1, 2], [0]]
+    assert closed_by(parallel.Factor(1.3), [[0.7, 0.9, 0.8], [0.5, 0.5, 0.5]]) == [[0, 1, 2], [0]]
+
+
+def test_entropy_bound_by_hand() -> None:
+    # Entropies: .6109 (.7), .3251 (.9), .5004 (.8). Without the largest: 0, .3251, .8255.
+    for gamma, closed in ((0.0, [1]), (0.32, [1]), (0.33, [1, 2]), (0.82, [1, 2]), (0.83, [0, 1, 2])):
+        assert closed_by(parallel.EntropyBounded(gamma), [[0.7, 0.9, 0.8]]) == [closed]
+
+
+def test_stability_by_hand() -> None:
+    before = torch.tensor([[0.7, 0.5, 0.8]])
+    log_before = torch.stack([before, 1 - before], -1).log()
+    memory = Memory(torch.ones(1).long(), torch.ones(1, 3), log_before)
+    # KL(.9 || .5) = .368; the others have not moved. The most confident one is closed in any case.
+    assert closed_by(parallel.KLStability(0.75, 0.01), [[0.7, 0.9, 0.8]], memory) == [[1, 2]]
+    assert closed_by(parallel.KLStability(0.65, 0.01), [[0.7, 0.9, 0.8]], memory) == [[0, 1, 2]]
+    assert closed_by(parallel.KLStability(0.65, 0.01), [[0.7, 0.9, 0.8]], memory._replace(previous=None)) == [[1]]
+    assert closed_by(parallel.KLStability(0.75, 0.01), [[0.9, 0.7, 0.8]], memory) == [[0, 2]]
+
+
+def test_schedules_leave_open_what_they_say() -> None:
+    task, denoiser, instances = sudoku()
+    holes = (instances.tokens == task.mask_id).sum(1)
+    for shape, share in (("linear", lambda s: 1 - s / 4), ("cosine", lambda s: math.cos(math.pi * s / 8))):
+        order = parallel.Schedule(4, shape)
+        played = core.rollout(task, denoiser, order, instances, rules=Rules("set"), record=True)
+        assert (played.nfe <= 4).all()
+        for s, step in enumerate(played.steps):
+            left = step.observation.open.sum(1)
+            # Every forward rounds down what it leaves; it closes one position at least.
+            assert ((left - (share(s) * holes).floor()) <= 0).all()
+            assert ((share(s) * holes - left) <= s + 1e-6).all() or shape == "cosine"
+
+
+def test_self_planning_opens_again_what_has_become_unlikely() -> None:
+    # Position 0 is closed with a symbol that now has probability .2; 1 and 2 are open.
+    p = torch.tensor([[0.2, 0.9, 0.6, 0.95]])
+    seen = Observation(
+        torch.tensor([[0, 2, 2, 0]]),
+        torch.tensor([[False, True, True, False]]),
+        Denoised(torch.stack([p, 1 - p], -1).log()),
+        torch.tensor([[True, False, False, False]]),  # position 3 is given
+        Memory(torch.tensor([1]), torch.ones(1, 4)),
+    )
+    chosen = parallel.SelfPlanning(3).sample(seen, None)  # after two of three forwards two of the three are closed
+    assert chosen.tolist() == [[False, True, True, False, True, False, False, False]]
+    never = parallel.SelfPlanning(3, eta=0.0).sample(seen, None)
+    assert never.tolist() == [[False, True, False, False, False, False, False, False]]
+
+
+def test_the_sampler_of_remdm_and_its_reference_have_one_law() -> None:
+    """Expected number of visible positions after every forward, on a denoiser whose symbols do not matter."""
+    task = TableTask(random_joint(2, 5, seed=3))
+    instances = core.Instances(torch.full((4000, 5), 2), torch.zeros(4000, 5, dtype=torch.long))
+    order = parallel.ReMDM(6, "cap", 0.2)
+    levels = parallel.Remasking("cap", 0.2).visible(6)
+    state, steps = core.begin(instances, 2), torch.zeros(4000, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    denoised = TableDenoiser(task.joint, task)(state.tokens)
+    for s, (_, then, _) in enumerate(levels[:-1]):
+        # Complete rows, which end an episode, go on here as they do in the sampler.
+        seen = Observation(state.tokens, state.open, denoised, ~state.open, Memory(steps + s, torch.ones(4000, 5)))
+        action = order.sample(seen, generator)
+        close, reopen = action[:, :5], action[:, 5:]
+        tokens = torch.where(close, 0, state.tokens).masked_fill(reopen, 2)
+        state = core.State(tokens, tokens == 2, instances, steps, steps)
+        error = 4 * (then * (1 - then) / (4000 * 5)) ** 0.5
+        assert abs(float((tokens != 2).float().mean()) - then) < error
+
+
+def test_rules_that_look_back_say_so_in_environments() -> None:
+    seen = Observation(**{**vars(observation(remask=True)), "memory": None})
+    for order in (parallel.ReMDM(), parallel.SelfPlanning(), parallel.Schedule(), parallel.KLStability()):
+        with pytest.raises(tasks.UnmaskError, match=f"{type(order).__name__} looks back"):
+            order.log_inclusion(seen)
+    for order in (parallel.ReMDM(), parallel.SelfPlanning()):
+        with pytest.raises(tasks.UnmaskError, match="opens positions again; play with actions"):
+            order.log_inclusion(observation())
 
 
 def sudoku():

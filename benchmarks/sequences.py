@@ -1,0 +1,163 @@
+"""Masked residues of antibodies and masked atoms of reactions, filled by models that others trained, in every order.
+
+    pip install --no-deps --target runs/packages antiberty==0.1.3 abnumber==0.4.4 rxnmapper==0.4.3
+    python benchmarks/sequences.py antibodies --out benchmarks/results/antibodies.json
+    python benchmarks/sequences.py reactions --out benchmarks/results/reactions.json
+
+Antibodies: AntiBERTy (26 M parameters; Ruffolo et al. 2021, arXiv 2112.07782) on the human V genes of IMGT that come
+with abnumber. Reactions: RXNMapper's ALBERT (Schwaller et al. 2021) on amide couplings and esterifications, every acid
+of a list with every amine and alcohol. Both packages' weights are read where pip put them and loaded without running
+pickled code. An order policy is trained by UPO from rewards alone (the share of hidden tokens that come back right),
+on half of the genes or acids; the table is of the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from agents import evaluate, upo
+from agents.policy import PolicyShape
+from pretrain.backbone import parameter_count
+from pretrain.checkpoint import write_json
+from tasks import Lines, UnmaskError
+from unmask_env.core import Order
+from unmask_env.huggingface import HFDenoiser
+
+ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy")
+MODELS = {"antibodies": "antiberty/trained_models/AntiBERTy_md_smooth", "reactions": "rxnmapper/models/transformers"}
+RESIDUE = r"[A-Z]"
+ATOM = r"\[[^\]]+]|Br?|Cl?|>>|%[0-9]{2}|[NOSPFIbcnosp()\.=#\-+\\/:~@?>*$0-9]"  # RXNMapper's
+ACIDS = [
+    "C",
+    "CC",
+    "CCC",
+    "CCCC",
+    "CC(C)",
+    "CC(C)(C)",
+    "CCCCC",
+    "c1ccccc1",
+    "Cc1ccccc1",
+    "Cc1ccc(cc1)",
+    "COc1ccc(cc1)",
+    "Clc1ccc(cc1)",
+    "Fc1ccc(cc1)",
+    "Brc1ccc(cc1)",
+    "c1ccncc1",
+    "c1ccoc1",
+    "c1ccsc1",
+    "C1CCCCC1",
+    "C1CC1",
+]
+AMINES = ["C", "CC", "CCC", "CCCC", "C(C)C", "Cc1ccccc1", "c1ccccc1", "CCO", "CCOC", "C1CCCCC1", "C1CC1", "CC(F)(F)F"]
+ALCOHOLS = ["C", "CC", "CCC", "CCCC", "C(C)C", "Cc1ccccc1", "CCOC", "CC(C)C", "C1CCCCC1", "CC=C"]
+
+
+def v_genes(packages: Path) -> list[str]:
+    """Human V genes of all chains without their gaps, each once, in the order of their names."""
+    text = (packages / "abnumber" / "germlines.py").read_text(encoding="utf-8")
+    tree = next(
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "HUMAN_IMGT_IG_V"  # type: ignore[attr-defined]
+    )
+    genes: dict[str, str] = {}
+    for chain in ast.literal_eval(tree.value).values():
+        genes |= {name: gapped for part in chain.values() if isinstance(part, dict) for name, gapped in part.items()}
+    return list(dict.fromkeys(genes[name].replace("-", "") for name in sorted(genes)))
+
+
+def reactions() -> list[str]:
+    """``acid.amine>>amide`` and ``acid.alcohol>>ester`` as SMILES, acid by acid."""
+    found = []
+    for acid, amine in itertools.product(ACIDS, AMINES):
+        found.append(f"OC(=O){acid}.N{amine}>>O=C(N{amine}){acid}")
+    for acid, alcohol in itertools.product(ACIDS, ALCOHOLS):
+        found.append(f"OC(=O){acid}.O{alcohol}>>O=C(O{alcohol}){acid}")
+    return sorted(found, key=lambda line: ACIDS.index(re.match(r"OC\(=O\)(.*?)\.", line)[1]))
+
+
+def tokenizer_of(vocabulary: Path, token: str) -> Any:
+    import tokenizers
+    import transformers
+
+    words = vocabulary.read_text(encoding="utf-8").splitlines()
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(token), "isolated")
+    ends = [("[CLS]", words.index("[CLS]")), ("[SEP]", words.index("[SEP]"))]
+    plain.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=sorted(MODELS))
+    parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where pip put them")
+    parser.add_argument("--hide", type=float, default=0.15, help="share of the tokens")
+    parser.add_argument("--instances", type=int, default=300, help="of the table")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--puzzles", type=int, default=8, help="groups per iteration")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/sequences"))
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = args.packages / MODELS[args.kind]
+    if not folder.exists():
+        raise UnmaskError(f"{folder} is missing; the pip command is in this file's first lines")
+    if args.kind == "antibodies":
+        lines, tokenizer = v_genes(args.packages), tokenizer_of(folder.parent / "vocab.txt", RESIDUE)
+        known, new = lines[::2], lines[1::2]
+    else:
+        folder = next(path for path in folder.iterdir() if path.is_dir())
+        lines, tokenizer = reactions(), tokenizer_of(folder / "vocab.txt", ATOM)
+        known, new = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    length = max(len(tokenizer(line)["input_ids"]) for line in lines)
+    task, other = (Lines(part, tokenizer, length, args.hide) for part in (known, new))
+    task.name = other.name = args.kind
+    denoiser = HFDenoiser(folder, task)
+    instances = other.sample(args.instances, torch.Generator().manual_seed(2**31))
+    orders: dict[str, Order] = {name: evaluate.load_order(name, task, denoiser) for name in ORDERS}
+    for seed in args.seeds:
+        config = upo.UPOConfig(
+            out=str(args.runs / f"{args.kind}-{seed}"),
+            iterations=args.iterations,
+            puzzles=args.puzzles,
+            shape=PolicyShape(copy=False, layers=2, sure=2.0),
+            mine=0.0,
+            seed=seed,
+            threads=args.threads,
+            resume=(args.runs / f"{args.kind}-{seed}" / "state.safetensors").exists(),
+        )
+        orders[f"UPO, seed {seed}"] = upo.train(config, task, denoiser)
+    results = evaluate.evaluate(task, denoiser, orders, instances, batch=50, progress=True)
+    best = max(results[: len(ORDERS)], key=lambda result: float(result.solved.mean()))
+    report = {
+        "command": "python benchmarks/sequences.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "lines": {"train": len(known), "test": len(new)},
+        "parameters": {"denoiser": parameter_count(denoiser.model)},
+        "best_heuristic": best.order,
+        "rows": [result.row() for result in results],
+        "learned minus best heuristic (mean, 95 % paired)": {
+            r.order: evaluate.paired_difference(r.solved, best.solved) for r in results[len(ORDERS) :]
+        },
+    }
+    write_json(args.out, report)
+    Console().print(evaluate.table(results, f"{args.kind}, {len(instances)} sequences, best heuristic {best.order}"))
+
+
+if __name__ == "__main__":
+    main()
