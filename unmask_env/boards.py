@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.backbone import Backbone
 from tasks import Instances, Task, UnmaskError
-from unmask_env import core, parallel, reference, registration
+from unmask_env import core, parallel, reference, registration, set_laws
 from unmask_env.core import Denoised, Observation, Rules, State, Transition
 from unmask_env.denoiser import Denoiser, load_denoiser
 from unmask_env.parallel import SetReference
@@ -108,7 +108,7 @@ def log_reference_of(log_reference: np.ndarray | Tensor, action: np.ndarray | Te
         return log_reference_of(torch.from_numpy(log_reference), torch.as_tensor(action)).numpy()
     if action.ndim == 1:
         return log_reference.gather(1, action.long().unsqueeze(1)).squeeze(1)
-    return parallel.independent_log_prob(log_reference, log_reference > LOG_ZERO, action)
+    return set_laws.independent_log_prob(log_reference, log_reference > LOG_ZERO, action)
 
 
 def require_possible(log_reference: np.ndarray | Tensor) -> None:

@@ -23,33 +23,7 @@ from pretrain.samplers import Remasking, Strategy
 from tasks import UnknownNameError, UnmaskError
 from unmask_env import reference
 from unmask_env.core import Memory, Observation
-
-
-def log_complement(log_probability: Tensor) -> Tensor:
-    """log(1 - p) of log p; -inf at p = 1."""
-    return torch.where(
-        log_probability > -0.6931, (-torch.expm1(log_probability)).log(), torch.log1p(-log_probability.exp())
-    )
-
-
-def independent_log_prob(log_inclusion: Tensor, choices: Tensor, action: Tensor) -> Tensor:
-    """(N,) log-probability of the sets ``action`` if each entry is in it independently with ``log_inclusion``.
-
-    Args:
-        log_inclusion: (N, A). choices: (N, A) bool, the entries that may be in a set; the others never are.
-        action: (N, A) bool. A set with an entry that may not be in it has -inf.
-    """
-    inside = log_inclusion.masked_fill(~choices, -torch.inf)
-    each = torch.where(action.bool(), inside, log_complement(inside))
-    return each.sum(1)
-
-
-def independent_sample(log_inclusion: Tensor, choices: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(N, A) bool sets in which each entry is independently; without a generator those more likely in than out."""
-    if generator is None:
-        return (log_inclusion > -math.log(2)) & choices
-    draw = torch.rand(choices.shape, generator=generator, device=choices.device)
-    return (draw < log_inclusion.exp()) & choices
+from unmask_env.set_laws import independent_log_prob, independent_sample
 
 
 class SetReference:
