@@ -22,8 +22,9 @@ from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, require_at_least, require_seed, resolve_device, set_learning_rate
 from tasks import Instances, Task, UnmaskError
 from unmask_env import core, reference, registration
-from unmask_env.core import Observation
+from unmask_env.core import SINGLE, Observation, Rules
 from unmask_env.denoiser import Denoiser
+from unmask_env.parallel import SoftThreshold
 from unmask_env.reference import Oracle, Reference
 
 
@@ -41,6 +42,9 @@ class ImitationConfig:
     )
     """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong. With another
     reference every board is read, and collected, not the stuck ones only"""
+    rules: Rules = SINGLE
+    """with sets, the policy learns of every position how likely its top symbol is right, and of closed ones how likely
+    they are wrong, on boards played by thresholds of all heights"""
     puzzles: int = 3000
     """instances played to collect states"""
     easy: float = 0.15
@@ -61,17 +65,39 @@ class ImitationConfig:
 
 
 class States:
-    """Boards in mid-play: ``tokens`` and ``answers`` (S, L), and which of them are ``stuck`` (S,) bool."""
+    """Boards in mid-play: ``tokens``, ``answers`` and ``given``, what they began with, (S, L) each, and which of them
+    are ``stuck`` (S,) bool."""
 
     def __init__(self, task: Task) -> None:
         empty = torch.zeros(0, task.length, dtype=torch.long)
-        self.tokens, self.answers, self.stuck = empty, empty.clone(), torch.zeros(0, dtype=torch.bool)
+        self.tokens, self.answers, self.given = empty, empty.clone(), empty.clone()
+        self.stuck = torch.zeros(0, dtype=torch.bool)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "answers": self.answers, "stuck": self.stuck}
+        return {"tokens": self.tokens, "answers": self.answers, "given": self.given, "stuck": self.stuck}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tokens, self.answers, self.stuck = state["tokens"], state["answers"], state["stuck"]
+        self.tokens, self.answers = state["tokens"], state["answers"]
+        self.given, self.stuck = state["given"], state["stuck"]
+
+    @torch.no_grad()
+    def collect_sets(
+        self, task: Task, denoiser: Denoiser, instances: Instances, rules: Rules, generator: torch.Generator
+    ) -> None:
+        """Play ``instances`` by confidence thresholds between 0.3 and 1, and keep every state on the way."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in torch.arange(len(instances)).split(200):
+            part = instances[rows]
+            theta = 0.3 + 0.69 * float(torch.rand((), generator=generator, device=generator.device))
+            order = SoftThreshold(theta, tau=0.02, reopen=0.05)
+            budget = replace(rules, nfe_budget=rules.nfe_budget or task.length)
+            played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=generator, record=True)
+            for step in played.steps:
+                alive = step.alive.cpu()
+                tokens = step.observation.tokens.cpu()[alive]
+                found.append((tokens, part.answers.cpu()[alive], part.tokens.cpu()[alive]))
+        self.tokens, self.answers, self.given = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self.stuck = torch.ones(len(self.tokens), dtype=torch.bool)
 
     @torch.no_grad()
     def collect(
@@ -94,9 +120,11 @@ class States:
                 state = core.step(task, state, core.fill(observation.denoised.log_probs), action).state
                 state = replace(state, open=state.open & right.any(1, keepdim=True))  # a lost board is given up
         self.tokens, self.answers, self.stuck = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self.given = self.tokens
 
-    def sample(self, task: Task, n: int, easy: float, generator: torch.Generator) -> Instances:
-        """``n`` states in new guises; a share ``easy`` of them not stuck (all of one kind where the other is empty)."""
+    def sample(self, task: Task, n: int, easy: float, generator: torch.Generator) -> tuple[Instances, Tensor]:
+        """``n`` states in new guises, and (n, L) what they began with; a share ``easy`` of them not stuck (all of one
+        kind where the other is empty)."""
         stuck, rest = self.stuck.nonzero().squeeze(1), (~self.stuck).nonzero().squeeze(1)
         few = n if not len(stuck) else 0 if not len(rest) else int(n * easy)
         parts = []
@@ -104,8 +132,11 @@ class States:
             if count:
                 pick = torch.randint(len(pool), (count,), generator=generator, device=generator.device).cpu()
                 parts.append(pool[pick])
-        rows = torch.cat(parts)
-        return task.augment(Instances(self.tokens[rows], self.answers[rows]).to(generator.device), generator)
+        rows, before = torch.cat(parts), generator.get_state()
+        given = task.augment(Instances(self.given[rows], self.answers[rows]).to(generator.device), generator)
+        generator.set_state(before)  # the same guises again
+        states = Instances(self.tokens[rows], self.answers[rows]).to(generator.device)
+        return task.augment(states, generator), given.tokens
 
 
 def choose_right_loss(log_prob: Tensor, right: Tensor) -> Tensor:
@@ -139,6 +170,24 @@ def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observat
     return cross_entropy(target.log_prob(observation), read).mean()
 
 
+def imitation_loss_of_sets(policy: OrderPolicy, observation: Observation, answers: Tensor) -> Tensor:
+    """Scalar: cross-entropies of every open position's top symbol being right, of every position that may be opened
+    again holding a wrong one, and of each reading's belief at the open positions; each a mean over positions."""
+    beliefs, states = policy.read(observation)
+    odds = policy.read_log_odds(observation, beliefs[-1], states)
+    wanted = [observation.denoised.log_probs.argmax(-1) == answers]
+    if observation.reopenable is not None:
+        wanted.append(observation.tokens != answers)
+    each = F.binary_cross_entropy_with_logits(odds, torch.cat(wanted, 1).to(odds), reduction="none")
+    loss = odds.new_zeros(())
+    for part, among in zip(each.split(policy.length, 1), observation.choices.split(policy.length, 1), strict=True):
+        loss = loss + (part * among).sum() / among.sum().clamp(min=1)
+    for belief in beliefs:
+        reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * observation.open
+        loss = loss + reading.sum() / observation.open.sum().clamp(min=1) / len(beliefs)
+    return loss
+
+
 def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
     """Train an order policy by imitation and save it in ``config.out``.
 
@@ -167,7 +216,10 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     shape = config.shape
     if not isinstance(target, Oracle):  # other references decide on sure boards too
         shape = replace(shape, sure=2.0)
-    policy = new_policy(shape, task, denoiser, config.seed, gate=1.0).to(device)
+    sets = config.rules.actions != "single"
+    if sets and config.reference != "oracle":
+        raise UnmaskError(f"over sets the oracle is what can be imitated, not {config.reference}")
+    policy = new_policy(shape, task, denoiser, config.seed, gate=1.0, sets=sets).to(device)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     states = States(task)
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
@@ -175,7 +227,11 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         if not len(states.tokens):
             run.note("collecting states")
             generator = step_generator(device, config.seed, 0, 3 << 16)
-            states.collect(task, denoiser, task.sample(config.puzzles, generator), shape.sure, generator)
+            instances = task.sample(config.puzzles, generator)
+            if sets:
+                states.collect_sets(task, denoiser, instances, config.rules, generator)
+            else:
+                states.collect(task, denoiser, instances, shape.sure, generator)
             if not len(states.tokens):
                 raise UnmaskError(
                     f"no state of {config.puzzles} puzzles has a right and a wrong position to choose between; "
@@ -185,9 +241,15 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         policy.train()
         for step in run.loop():
             generator = step_generator(device, config.seed, step, 2 << 16)
-            boards = states.sample(task, config.batch, config.easy, generator)
-            observation = Observation(boards.tokens, boards.tokens == task.mask_id, denoiser(boards.tokens))
-            loss = imitation_loss(policy, target, observation, boards.answers)
+            boards, given = states.sample(task, config.batch, config.easy, generator)
+            is_open, again = boards.tokens == task.mask_id, None
+            if config.rules.actions == "set+remask":
+                again = ~is_open & (given == task.mask_id)
+            observation = Observation(boards.tokens, is_open, denoiser(boards.tokens), again)
+            if sets:
+                loss = imitation_loss_of_sets(policy, observation, boards.answers)
+            else:
+                loss = imitation_loss(policy, target, observation, boards.answers)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)

@@ -18,9 +18,11 @@ from torch import Tensor
 from agents.policy import Base, OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.run import require_at_least, require_seed, resolve_device
 from tasks import Instances, Task, UnmaskError
+from unmask_env import parallel, registration
 from unmask_env import reference as references
-from unmask_env import registration
+from unmask_env.core import SINGLE, Rules
 from unmask_env.denoiser import Denoiser
+from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference, require_full_support
 
 ReferenceName = Literal[
@@ -33,6 +35,11 @@ ReferenceName = Literal[
     "softmax_margin",
     "top_k",
     "learned",
+    "soft_threshold",
+    "threshold",
+    "fixed_k",
+    "factor",
+    "entropy_bounded",
 ]
 WARMUP = 5  # iterations over which the learning rate rises
 
@@ -46,8 +53,9 @@ class LearnerConfig:
     env: str = "Unmask/Sudoku6x6-v0"
     denoiser: str | None = None
     """packaged name, folder or hub id; the default is the environment's"""
-    reference: ReferenceName = "softmax_confidence"
-    """the order to stay near, and to start from; ``learned``, the denoiser's own, is for upo"""
+    reference: ReferenceName | None = None
+    """the order to stay near, and to start from; ``learned``, the denoiser's own, is for upo. The default is
+    softmax_confidence, and soft_threshold for sets"""
     beta: float = 1e-4
     """weight of the divergence from the reference (UPO's value); 0 switches it off"""
     tau: float = 0.05
@@ -57,6 +65,8 @@ class LearnerConfig:
     init: str | None = None
     """an order policy to start from; the default starts at the reference (at its softmax, or uniform, where it is
     deterministic). With it, ``shape`` and the temperature of the start are the loaded policy's"""
+    rules: Rules = SINGLE
+    """whether actions are single positions or sets, and what forwards cost"""
     fill_temperature: float = 0.0
     """0 fills greedily, as UPO's released code does; 1 samples the denoiser's distribution"""
     iterations: int = 100
@@ -130,7 +140,7 @@ class Prepared(NamedTuple):
     config: LearnerConfig
     task: Task
     denoiser: Denoiser
-    reference: Reference
+    reference: Reference | SetReference
     policy: OrderPolicy
     device: torch.device
 
@@ -168,6 +178,9 @@ def prepare(config: LearnerConfig, task: Task | None, denoiser: Denoiser | None)
     task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
     if config.lr is None:
         config = replace(config, lr=1e-3 if config.init is None else 3e-5)
+    if config.reference is None:
+        single = config.rules.actions == "single"
+        config = replace(config, reference="softmax_confidence" if single else "soft_threshold")
     reference = make_reference(config)
     if config.reference == "learned":
         references.require_learned(denoiser, task)
@@ -202,6 +215,8 @@ def prepare_on_policy(
             "this policy starts at the order that the denoiser learned, which environments do not show; train it with "
             "upo, or start from another --init"
         )
+    if ready.policy.sets == "plackett_luce":
+        raise UnmaskError("the libraries' PPO know no Plackett-Luce sets; train them with upo, or take --law bernoulli")
     if boards * steps % config.minibatches:
         raise UnmaskError(f"{boards} boards x {steps} steps do not divide into {config.minibatches} minibatches")
     if config.normalise and boards * steps < 2 * config.minibatches:
@@ -256,9 +271,11 @@ def seeded(generator: torch.Generator) -> Iterator[int]:
             np.random.set_state(state)
 
 
-def make_reference(config: LearnerConfig) -> Reference:
+def make_reference(config: LearnerConfig) -> Reference | SetReference:
     """The reference policy that ``config`` names, with its temperature or size."""
     options: dict[str, float] = {}
+    if config.rules.actions != "single":
+        return parallel.get(config.reference)
     if config.reference.startswith("softmax"):
         options["tau"] = config.tau
     if config.reference == "top_k":
@@ -268,9 +285,11 @@ def make_reference(config: LearnerConfig) -> Reference:
 
 def start(config: LearnerConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
     """``config.init``, or a policy that equals the reference: its softmax for max_confidence and margin, the uniform
-    order for entropy and left_to_right, which have no softmax form here."""
+    order for entropy and left_to_right, which have no softmax form here; over sets the soft threshold."""
     if config.init is not None:
-        return load_policy(config.init, task, denoiser)
+        return load_policy(config.init, task, denoiser, config.rules.actions)
+    if config.rules.actions != "single":
+        return new_policy(config.shape, task, denoiser, config.seed, "soft_threshold", sets=True)
     base: Base = "none"
     if config.reference in ("max_confidence", "softmax_confidence"):
         base = "softmax_confidence"

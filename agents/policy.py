@@ -5,6 +5,7 @@ Shapes: N boards, L positions, V symbols, C coordinates, D channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,15 @@ from pretrain.backbone import Backbone, Block, CoordinateEmbedding, init_weights
 from pretrain.checkpoint import CheckpointError, load_model
 from pretrain.run import require_at_least
 from tasks import Task, UnmaskError
-from unmask_env import reference
-from unmask_env.core import Observation, choose, masked_log_softmax
+from unmask_env import parallel, reference, set_laws
+from unmask_env.core import Actions, Observation, choose, masked_log_softmax
 from unmask_env.denoiser import Denoiser
 
 PACKAGED_POLICIES = Path(__file__).parent / "models"
 TOP = 8  # most likely symbols that a policy sees per position, as in UPO's released head
 
-Base = Literal["none", "softmax_confidence", "softmax_margin", "learned"]
+Base = Literal["none", "softmax_confidence", "softmax_margin", "learned", "soft_threshold"]
+Sets = Literal["none", "bernoulli", "plackett_luce"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class PolicyShape:
     """read with the denoiser's distributions in place of the masks (the score knows its top symbol in any case)"""
     hidden: bool = False
     """see the denoiser's last hidden states, where it has them"""
+    law: Literal["bernoulli", "plackett_luce"] = "bernoulli"
+    """of policies over sets: positions are closed each for itself, or drawn without replacement up to a learned stop"""
 
 
 def features(observation: Observation, k: int) -> Tensor:
@@ -71,6 +75,10 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
 
     A new policy has ``gate`` and the linear part at 0, so it *is* its base: KL(pi || base reference) = 0.
 
+    A policy over sets turns the same scores into the log-odds that an entry is in the set, adds a linear function of
+    its own states, which see the positions together, and always reads the board. Where positions may be opened again,
+    their log-odds are such a function alone.
+
     Args:
         vocab_size: V of the denoiser. coordinates: (L, C) as nested lists.
         base: reference whose log-probabilities (at ``base_tau``) are the starting point; ``none`` is the most confident
@@ -82,7 +90,15 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         sure: the confidence from which on no reading is needed; above 1 the board is always read.
         gate: initial weight of the log-odds.
         rotary: as the denoiser's.
+        sets: ``none`` for one position at a time, else the law of its sets (:mod:`unmask_env.set_laws`); ``base`` is
+            then ``soft_threshold``, or ``none``: even odds before anything is learned.
+
+    Attributes:
+        threshold: how likely an entry must be in a set to be in the most likely one, which is played without a
+            generator: the knob between few forwards and sure ones.
     """
+
+    threshold = 0.5
 
     def __init__(
         self,
@@ -101,14 +117,16 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         sure: float = 0.97,
         gate: float = 0.0,
         rotary: bool = False,
+        sets: Sets = "none",
     ) -> None:
         super().__init__()
-        self.vocab_size, self.length, self.rotary = vocab_size, len(coordinates), rotary
+        self.vocab_size, self.length, self.rotary, self.sets = vocab_size, len(coordinates), rotary, sets
         self.top = min(TOP, vocab_size)
         self.readings, self.sure = readings, sure
         self.candidates, self.see_tokens, self.see_top_tokens = candidates, tokens, top_tokens
         options = {"tau": base_tau} if base.startswith("softmax") else {}
-        self.base = None if base == "none" else reference.get(base, **options)
+        self.base = None if base in ("none", "soft_threshold") else reference.get(base, **options)
+        self.set_base = parallel.SoftThreshold() if base == "soft_threshold" else None
         self.symbols = nn.Embedding(vocab_size, dim)
         self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
         self.hidden = nn.Linear(hidden_dim, dim, bias=False) if hidden_dim else None
@@ -119,6 +137,12 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         self.numbers = nn.Linear(2 * self.top + 4, 1, bias=False)
         init_weights(self, layers)
         nn.init.zeros_(self.numbers.weight)
+        if sets != "none":
+            self.together = nn.Linear(dim, 2)  # beside others: should it be closed, and should it be opened again
+            self.stop = nn.Linear(dim, 1)
+            for layer in (self.together, self.stop):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
     def copy_from(self, backbone: Backbone) -> None:
@@ -133,6 +157,10 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
 
     def beliefs(self, observation: Observation) -> list[Tensor]:
         """Per reading (N, L, V) log-probabilities: the policy's own view of the board, the last one its belief."""
+        return self.read(observation)[0]
+
+    def read(self, observation: Observation) -> tuple[list[Tensor], Tensor]:
+        """:meth:`beliefs`, and the states (N, L, D) after the last reading."""
         is_open = (observation.tokens == self.vocab_size).unsqueeze(-1)  # undecided, whether or not it may be chosen
         fixed = self.positions()  # (L, D)
         if self.see_tokens:
@@ -149,9 +177,10 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             x = fixed + (thought @ self.symbols.weight) * is_open
             for block in self.blocks:
                 x = block(x, rotation=rotation)
-            beliefs.append(self.head(self.norm(x)).log_softmax(-1))
+            x = self.norm(x)
+            beliefs.append(self.head(x).log_softmax(-1))
             thought = beliefs[-1].exp()
-        return beliefs
+        return beliefs, x
 
     def score(self, observation: Observation, belief: Tensor) -> Tensor:
         """(N, L) own scores given the (N, L, V) belief, meaningful on open positions; the base is not added."""
@@ -191,9 +220,54 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             log_prob = log_prob.index_put((rows,), self.read_log_prob(hard, self.beliefs(hard)[-1]))
         return log_prob
 
-    def sample(self, observation: Observation, generator: torch.Generator) -> Tensor:
-        """(N,) positions drawn from :meth:`log_prob`."""
-        return choose(self.log_prob(observation), generator)
+    # ------------------------------------------------------------------ over sets
+    def log_odds(self, observation: Observation) -> Tensor:
+        """(N, A) log-odds that each entry is in the set; meaningless outside ``observation.choices``."""
+        beliefs, states = self.read(observation)
+        return self.read_log_odds(observation, beliefs[-1], states)
+
+    def read_log_odds(self, observation: Observation, belief: Tensor, states: Tensor) -> Tensor:
+        """:meth:`log_odds` after a reading that gave ``belief`` (N, L, V) and ``states`` (N, L, D)."""
+        close, reopen = self.together(states).unbind(-1)
+        close = close + self.score(observation, belief)
+        if self.set_base is not None:
+            odds = set_laws.inclusion_to_log_odds(self.set_base.log_inclusion(observation))
+            close = close + odds[:, : self.length].masked_fill(~observation.open, 0.0)
+        if self.sets == "plackett_luce":
+            close = close - self.stop(states.mean(1))
+        if observation.reopenable is None:
+            return close
+        # A new policy opens again as its base does, or one position in a hundred.
+        rare = parallel.SoftThreshold().reopen if self.set_base is None else self.set_base.reopen
+        return torch.cat([close, reopen + math.log(rare / (1 - rare))], 1)
+
+    def log_inclusion(self, observation: Observation) -> Tensor:
+        """(N, A) log-probabilities that each entry is in the set."""
+        return set_laws.log_odds_to_inclusion(self.log_odds(observation), observation.choices)
+
+    def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
+        """(N,) log-probabilities of positions (N,), or of sets (N, A)."""
+        if self.sets == "none":
+            return self.log_prob(observation).gather(1, action.unsqueeze(1)).squeeze(1)
+        if self.sets == "plackett_luce":
+            return set_laws.stopping_log_prob(self.log_odds(observation), observation.choices, action)
+        return set_laws.independent_log_prob(self.log_inclusion(observation), observation.choices, action)
+
+    def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
+        """(N,) positions or (N, A) sets drawn from the policy; without a generator the most likely choice.
+
+        The most likely set has the entries whose probability is above ``threshold``, and the likeliest to be closed.
+        """
+        if self.sets == "none":
+            return choose(self.log_prob(observation), generator)
+        odds, choices = self.log_odds(observation), observation.choices
+        if generator is None:
+            likely = (odds > math.log(self.threshold / (1 - self.threshold))) & choices
+            best = parallel.ranked(odds[:, : self.length], observation.open) == 0
+            return torch.cat([likely[:, : self.length] | best, likely[:, self.length :]], 1)
+        if self.sets == "plackett_luce":
+            return set_laws.stopping_sample(odds, choices, generator)
+        return set_laws.independent_sample(set_laws.log_odds_to_inclusion(odds, choices), choices, generator)
 
 
 def new_policy(
@@ -205,8 +279,9 @@ def new_policy(
     base_tau: float = 0.05,
     candidates: int | None = None,
     gate: float = 0.0,
+    sets: bool = False,
 ) -> OrderPolicy:
-    """A policy for ``task`` and ``denoiser``; ``seed`` draws what is not copied.
+    """A policy for ``task`` and ``denoiser``, over ``sets`` or not; ``seed`` draws what is not copied.
 
     Raises:
         UnmaskError: more layers than the denoiser has to copy, or sizes that do not fit.
@@ -238,20 +313,26 @@ def new_policy(
             sure=shape.sure,
             gate=gate,
             rotary=backbone is not None and backbone.rotary,
+            sets=shape.law if sets else "none",
         )
     if backbone is not None:
         policy.copy_from(backbone)
     return policy
 
 
-def load_policy(name: str | Path, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
+def load_policy(
+    name: str | Path, task: Task | None = None, denoiser: Denoiser | None = None, actions: Actions = "single"
+) -> OrderPolicy:
     """An order policy by packaged name, folder or hub id.
 
     Raises:
         CheckpointError, UnknownNameError: in one line; also if the policy is for another vocabulary or length,
-            or sees hidden states that ``denoiser`` does not give.
+            chooses other ``actions``, or sees hidden states that ``denoiser`` does not give.
     """
     policy = load_model(OrderPolicy, name, PACKAGED_POLICIES, "order policy")
+    if (policy.sets == "none") != (actions == "single"):
+        chooses = "single positions" if policy.sets == "none" else "sets"
+        raise CheckpointError(f"order policy {name} chooses {chooses}; it cannot play with actions {actions!r}")
     if task is not None and (policy.vocab_size, policy.length) != (task.vocab_size, task.length):
         raise CheckpointError(
             f"order policy {name} is for {policy.vocab_size} symbols and {policy.length} positions; "

@@ -28,21 +28,28 @@ from tasks import Task
 from unmask_env.boards import LOG_ZERO, read
 from unmask_env.denoiser import Denoiser
 from unmask_env.sb3 import KLRolloutBuffer, SB3VecEnv
+from unmask_env.set_laws import log_complement
 from unmask_env.vector import UnmaskVectorEnv
 
 
 # ---------------------------------------------------------------------- the policy as stable-baselines3 sees it
 class PerPosition(BaseFeaturesExtractor):
-    """The features are the order's log-probabilities at the L positions, and the critic's value: (N, L + 1)."""
+    """The features are the order's log-probabilities at the L positions, and the critic's value: (N, L + 1). Of sets
+    there are two per entry, that it is out and that it is in: (N, 2 A + 1)."""
 
     def __init__(self, observation_space: spaces.Dict, order: OrderPolicy, critic: Critic) -> None:
-        super().__init__(observation_space, features_dim=order.length + 1)
+        entries = observation_space["action_mask"].shape[0]
+        super().__init__(observation_space, features_dim=(entries if order.sets == "none" else 2 * entries) + 1)
         self.order, self.critic = order, critic
 
     def forward(self, view: dict[str, Tensor]) -> Tensor:
         observation = read(view, self.order.vocab_size)
-        log_prob = self.order.log_prob(observation).clamp(min=LOG_ZERO)
-        return torch.cat([log_prob, self.critic(observation).unsqueeze(1)], 1)
+        if self.order.sets == "none":
+            log_prob = self.order.log_prob(observation)
+        else:
+            inside = self.order.log_inclusion(observation)
+            log_prob = torch.stack([log_complement(inside), inside], -1).flatten(1)
+        return torch.cat([log_prob.clamp(min=LOG_ZERO), self.critic(observation).unsqueeze(1)], 1)
 
 
 class _Split(nn.Module):
@@ -68,7 +75,7 @@ class OrderActorCritic(MaskableActorCriticPolicy):
     def __init__(
         self,
         observation_space: spaces.Dict,
-        action_space: spaces.Discrete,
+        action_space: spaces.Discrete | spaces.MultiBinary,
         lr_schedule: Any,
         order: OrderPolicy,
         critic: Critic,
@@ -153,6 +160,7 @@ def train(config: SB3PPOConfig, task: Task | None = None, denoiser: Denoiser | N
         reference=reference,
         temperature=config.fill_temperature,
         device=str(device),
+        **vars(config.rules),
     )
     vec = SB3VecEnv(envs)
     critic = new_critic(task, config.seed).to(device)

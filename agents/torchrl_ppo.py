@@ -6,12 +6,14 @@ iteration collects freshly seeded boards, so a run that was cut off goes on exac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torch.distributions import Bernoulli, Independent
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 from torchrl.modules import MaskedCategorical, ProbabilisticActor, ValueOperator
@@ -33,7 +35,7 @@ from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, set_learning_rate
 from tasks import Task, UnmaskError
-from unmask_env.boards import LOG_ZERO, read
+from unmask_env.boards import LOG_ZERO, log_reference_of, read
 from unmask_env.core import Observation
 from unmask_env.denoiser import Denoiser
 from unmask_env.torchrl import KLReward, UnmaskTorchEnv
@@ -62,7 +64,9 @@ class _Logits(_Reading):
 
     def forward(self, *shown: Tensor) -> Tensor:
         observation, lead = self.observe(*shown)
-        return self.order.log_prob(observation).clamp(min=LOG_ZERO).view(*lead, -1)
+        single = self.order.sets == "none"
+        logits = self.order.log_prob(observation) if single else self.order.log_odds(observation)
+        return logits.clamp(min=LOG_ZERO).view(*lead, -1)
 
 
 class _Value(_Reading):
@@ -75,13 +79,32 @@ class _Value(_Reading):
         return self.critic(observation).view(*lead, 1)
 
 
+class MaskedBernoullis(Independent):
+    """Sets: each entry is in with the odds of its logit, and never where ``mask`` is False."""
+
+    def __init__(self, logits: Tensor, mask: Tensor) -> None:
+        super().__init__(Bernoulli(logits=logits.masked_fill(~mask, -1e8)), 1, validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().sample(torch.Size(sample_shape)).bool()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.float())
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.base_dist.logits > 0
+
+
 def make_actor(order: OrderPolicy) -> ProbabilisticActor:
-    """``order`` as a TorchRL actor: samples legal positions, writes ``action`` and ``action_log_prob``."""
+    """``order`` as a TorchRL actor: samples legal positions or sets, writes ``action`` and ``action_log_prob``."""
+    single = order.sets == "none"
     return ProbabilisticActor(
         TensorDictModule(_Logits(order), in_keys=SHOWN, out_keys=["logits"]),
         in_keys={"logits": "logits", "mask": "action_mask"},
-        distribution_class=MaskedCategorical,
-        distribution_kwargs={"neg_inf": -1e8},  # a finished board's mask is empty, and must not raise
+        distribution_class=MaskedCategorical if single else MaskedBernoullis,
+        # A finished board's mask is empty, and must not raise.
+        distribution_kwargs={"neg_inf": -1e8} if single else {},
         return_log_prob=True,
     )
 
@@ -146,6 +169,7 @@ def train(
         group=group,
         seed=config.seed,
         device=device,
+        **vars(config.rules),
     )
     actor = make_actor(policy)
     parts: dict[str, nn.Module | torch.optim.Optimizer] = {"policy": policy}
@@ -230,6 +254,7 @@ def summary(data: TensorDictBase, beta: float) -> dict[str, float]:
     reward, done = data["next", "reward"].squeeze(-1), data["next", "done"].squeeze(-1)
     if beta == 0:
         return per_episode(reward, done, None)
-    log_reference = data["log_reference"].gather(-1, data["action"].unsqueeze(-1)).squeeze(-1)
+    shape = reward.shape
+    log_reference = log_reference_of(data["log_reference"].flatten(0, 1), data["action"].flatten(0, 1)).view(shape)
     ratio = data["action_log_prob"] - log_reference
     return per_episode(reward + beta * ratio, done, ratio)

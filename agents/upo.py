@@ -27,9 +27,10 @@ from agents.policy import OrderPolicy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, set_learning_rate
 from tasks import Task, UnmaskError
-from unmask_env import exact
+from unmask_env import exact, set_laws
 from unmask_env.core import Denoised, Observation, Rollout, rollout
 from unmask_env.denoiser import Denoiser
+from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference
 
 Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl", "terminal_kl"]
@@ -90,6 +91,15 @@ class Tempered:
         scaled = (log_prob.masked_fill(~allowed, 0.0) / self.temperature).masked_fill(~allowed, -torch.inf)
         return torch.where(open_somewhere, scaled.log_softmax(1), log_prob)
 
+    def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
+        """(S,) log-probabilities of positions (S,), or of sets (S, A), which have no temperature."""
+        if self.policy.sets != "none":
+            return self.policy.log_prob_of(observation, action)
+        return self.log_prob(observation).gather(1, action.unsqueeze(1)).squeeze(1)
+
+    def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
+        return self.policy.sample(observation, generator)
+
 
 def group_advantage(reward: Tensor, group: int, normalise: bool) -> Tensor:
     """(T,) reward minus its group's mean, over the group's standard deviation if asked for.
@@ -109,10 +119,12 @@ def flatten(played: Rollout, advantage: Tensor) -> Batch:
     steps = played.steps
     alive = torch.stack([s.alive for s in steps])  # (steps, T)
     time, trajectory = alive.nonzero(as_tuple=True)
+    again = [s.observation.reopenable for s in steps]
     observation = Observation(
         torch.stack([s.observation.tokens for s in steps])[alive],
         torch.stack([s.observation.open for s in steps])[alive],
         Denoised.join([s.observation.denoised for s in steps], lambda part: torch.stack(list(part))[alive]),
+        None if again[0] is None else torch.stack(again)[alive],
     )
     action = torch.stack([s.action for s in steps])[alive]
     old = torch.stack([s.log_prob for s in steps])[alive]
@@ -131,6 +143,13 @@ def check_regulariser(config: UPOConfig, reference: Reference) -> str:
         chosen = "cross_entropy" if reference.deterministic else "step_kl"
     if config.beta == 0:
         return "none"
+    if config.rules.actions != "single":
+        if chosen == "terminal_kl":
+            raise UnmaskError("terminal_kl enumerates single positions; over sets take step_kl or trajectory_kl")
+        if chosen == "step_kl" and config.shape.law == "plackett_luce":
+            if config.regulariser == "step_kl":
+                raise UnmaskError("the KL of Plackett-Luce sets has no closed form; take --regulariser trajectory_kl")
+            chosen = "trajectory_kl"
     if chosen.endswith("_kl") and reference.deterministic:
         raise UnmaskError(
             f"the KL to the deterministic reference {config.reference} is infinite; use regulariser cross_entropy, "
@@ -175,8 +194,12 @@ def upo_loss(
     Returns:
         The scalar loss, and parts to log.
     """
-    log_prob = policy.log_prob(batch.observation)  # (S, L)
-    taken = log_prob.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    sets = batch.action.ndim > 1
+    log_prob = None if sets else policy.log_prob(batch.observation)  # (S, L)
+    if log_prob is None:
+        taken = policy.log_prob_of(batch.observation, batch.action)
+    else:
+        taken = log_prob.gather(1, batch.action.unsqueeze(1)).squeeze(1)
     trajectories, index = batch.trajectory.unique(return_inverse=True)
     count = len(trajectories)
     length = torch.zeros(count, device=taken.device).index_add(0, index, torch.ones_like(taken))
@@ -193,13 +216,19 @@ def upo_loss(
         regular = terminal()
         return loss + beta * regular, parts | {"divergence/terminal_kl": regular.item()}
     with torch.no_grad():
-        log_ref = reference.log_prob(batch.observation)
+        log_ref = None if sets else reference.log_prob(batch.observation)
     if regulariser == "trajectory_kl":
-        target = log_ref.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+        if log_ref is None:
+            target = reference.log_prob_of(batch.observation, batch.action)
+        else:
+            target = log_ref.gather(1, batch.action.unsqueeze(1)).squeeze(1)
         divergence = trajectory_kl_surrogate(taken, batch.old_log_prob, target, index, count)
         regular = (divergence / (length if over_steps == "mean" else 1.0)).mean()
     else:
-        each = categorical_kl(log_prob, log_ref) if regulariser == "step_kl" else cross_entropy(log_ref, log_prob)
+        if log_prob is None or log_ref is None:
+            each = set_divergence(policy.policy, reference, batch.observation, regulariser)
+        else:
+            each = categorical_kl(log_prob, log_ref) if regulariser == "step_kl" else cross_entropy(log_ref, log_prob)
         # Where the denoiser is sure, the policy is its fixed base, which may exclude what the reference would do: an
         # infinite constant that no gradient could change.
         infinite = each.isposinf()
@@ -208,6 +237,15 @@ def upo_loss(
         parts[f"divergence/{regulariser}"] = each.mean().item()
         parts["divergence/infinite_share"] = infinite.float().mean().item()
     return loss + beta * regular, parts
+
+
+def set_divergence(policy: OrderPolicy, reference: SetReference, observation: Observation, regulariser: str) -> Tensor:
+    """(S,) exact divergence of a policy over sets from a reference: the KL of two laws of independent entries, or the
+    cross-entropy to a deterministic reference."""
+    if regulariser == "step_kl":
+        theirs = reference.log_inclusion(observation)
+        return set_laws.independent_kl(policy.log_inclusion(observation), theirs, observation.choices)
+    return -policy.log_prob_of(observation, reference.sample(observation, None))
 
 
 def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> Tensor:
@@ -244,6 +282,8 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
     if not 0 <= config.mine < 1:
         raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
     config, task, denoiser, reference, policy, device = prepare(config, task, denoiser)
+    if config.rules.actions != "single" and config.temperature != 1:
+        raise UnmaskError(f"policies over sets are sampled at temperature 1, not {config.temperature}")
     regulariser = check_regulariser(config, reference)
     if regulariser == "terminal_kl":
         exact.check_holes(task, look_ahead(task))
@@ -261,17 +301,25 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                 denoiser,
                 behaviour,
                 instances.repeat(config.group),
+                rules=config.rules,
                 order_generator=generator,
                 temperature=config.fill_temperature,
                 fill_generator=generator if config.fill_temperature > 0 else None,
                 record=True,
             )
             reward = played.reward.view(config.puzzles, config.group)
-            pool.add(instances, reward.mean(1) < 1)
+            right = task.reward(played.state.tokens, instances.repeat(config.group)).view_as(reward)
+            pool.add(instances, right.mean(1) < 1)
             batch = flatten(played, group_advantage(played.reward, config.group, config.normalise))
             if regulariser.endswith("_kl"):
                 with torch.no_grad():
-                    kl = categorical_kl(behaviour.log_prob(batch.observation), reference.log_prob(batch.observation))
+                    if config.rules.actions == "single":
+                        theirs = reference.log_prob(batch.observation)
+                        kl = categorical_kl(behaviour.log_prob(batch.observation), theirs)
+                    else:  # of Plackett-Luce sets an estimate by what was drawn
+                        kl = batch.old_log_prob - reference.log_prob_of(batch.observation, batch.action)
+                        if regulariser == "step_kl":
+                            kl = set_divergence(policy, reference, batch.observation, "step_kl")
                 if not bool(kl.isfinite().all()):
                     raise UnmaskError(
                         f"the policy {config.init} chooses positions that the reference {config.reference} never does, "
@@ -314,6 +362,8 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
             scalars |= {"reward/fresh": reward[:fresh].mean().item(), "groups/informative": informative}
             if fresh < config.puzzles:
                 scalars["reward/mined"] = reward[fresh:].mean().item()
+            if config.rules.actions != "single":
+                scalars |= {"solved/fresh": right[:fresh].mean().item(), "nfe": played.nfe.float().mean().item()}
             run.log(scalars, f"reward {scalars['reward/fresh']:.3f}, {informative:.0%} of groups informative")
     policy.eval()
     save_model(policy, Path(config.out))

@@ -10,9 +10,10 @@ positions may also be opened again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class Rules:
         block_length: positions behind the task's prompt are filled block by block of this many (LLaDA's
             semi-autoregressive decoding, arXiv 2502.09992); within a block the order is free. None: one block.
         remask_budget: positions that an episode may open again; None: any number.
+        speed: exponent alpha of rewards r ((H - NFE + 1) / H)^alpha of instances with H holes (Jazbec et al. 2025,
+            arXiv 2512.09106); 0 does not care for forwards.
+        speed_form: ``sum`` adds alpha (H - NFE + 1) / H instead, whatever r is: known to collapse into haste.
 
     Raises:
         UnmaskError: a setting that is not allowed.
@@ -49,8 +53,28 @@ class Rules:
     nfe_budget: int | None = None
     block_length: int | None = None
     remask_budget: int | None = None
+    speed: float = 0.0
+    speed_form: Literal["product", "sum"] = "product"
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Rules:
+        """Rules from keyword arguments. Raises :class:`tasks.UnmaskError` naming those that are none of theirs."""
+        unknown = sorted(options.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in fields(cls))
+            raise UnmaskError(f"environments do not take {', '.join(unknown)}; beside their own arguments: {known}")
+        return cls(**options)
+
+    def shaped(self, reward: Tensor, nfe: Tensor, holes: Tensor) -> Tensor:
+        """(N,) rewards of complete rows with their forwards counted in; ``holes`` (N,) at the start."""
+        left = ((holes - nfe + 1) / holes.clamp(min=1)).clamp(min=0.0)
+        return reward * left**self.speed if self.speed_form == "product" else reward + self.speed * left
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.speed, int | float) and 0 <= self.speed < math.inf):
+            raise UnmaskError(f"speed must be at least 0 and finite, not {self.speed!r}")
+        if self.speed_form not in ("product", "sum"):
+            raise UnmaskError(f"speed_form must be product or sum, not {self.speed_form!r}")
         if self.actions not in get_args(Actions):
             raise UnmaskError(f"actions must be one of {', '.join(get_args(Actions))}, not {self.actions!r}")
         if self.on_illegal not in get_args(OnIllegal):
@@ -299,6 +323,9 @@ def step(
     reward = torch.zeros(n, device=tokens.device)
     if bool(complete.any()):
         reward = torch.where(complete, task.reward(tokens, state.instances), reward)
+        if rules.speed > 0:
+            holes = (state.instances.tokens == task.mask_id).sum(1)
+            reward = torch.where(complete, rules.shaped(reward, steps, holes), reward)
     following = State(tokens, still_open, state.instances, steps, state.reopened + reopen.sum(1))
     return Transition(following, reward, terminated, truncated, illegal)
 

@@ -15,7 +15,7 @@ from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
 from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, blank
-from unmask_env.core import Actions, OnIllegal, Rules
+from unmask_env.core import Rules
 from unmask_env.denoiser import Denoiser
 from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference
@@ -86,7 +86,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     complete board the denoiser is not run: its two parts are zeros and the reference's is -1e4.
 
     ## Rewards
-    0 until the board is complete, then ``task.reward`` in [0, 1].
+    0 until the board is complete, then ``task.reward`` in [0, 1]; with ``speed``, less the more forwards it took.
 
     ## Starting State
     A training instance of the task, or ``reset(options={"instances": Instances})``.
@@ -101,9 +101,10 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
 
     ## Arguments
     ``task`` and ``denoiser`` (default: the registered ones); ``reference``: the policy g to regularise towards, by
-    name or object (default ``"softmax_confidence"``, of sets ``"soft_threshold"``); ``actions``, ``on_illegal``,
-    ``nfe_budget``, ``block_length`` and ``remask_budget``: see :class:`unmask_env.core.Rules`; ``temperature`` of the
-    filling, 0 is greedy; ``device``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``.
+    name or object (default ``"softmax_confidence"``, of sets ``"soft_threshold"``); ``temperature`` of the
+    filling, 0 is greedy; ``device``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of
+    :class:`unmask_env.core.Rules`: ``actions``, ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``,
+    ``speed`` and ``speed_form``.
 
     ## Version History
     v0: first release.
@@ -117,20 +118,15 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
         reference: str | Reference | SetReference | None = None,
-        actions: Actions = "single",
-        on_illegal: OnIllegal = "noop",
-        nfe_budget: int | None = None,
-        block_length: int | None = None,
-        remask_budget: int | None = None,
         temperature: float = 0.0,
         device: str = "cpu",
         render_mode: str | None = None,
+        **rules: Any,
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         self.render_mode = render_mode
-        rules = Rules(actions, on_illegal, nfe_budget, block_length, remask_budget)
-        self.boards = Boards(1, env_id, task, denoiser, reference, rules, temperature, device)
+        self.boards = Boards(1, env_id, task, denoiser, reference, Rules.of(rules), temperature, device)
         self.task = self.boards.task
         self.state = self.boards.empty()
         self._look: Look | None = None  # None before the first reset and after an episode's end

@@ -15,7 +15,7 @@ from torchrl.envs.transforms import Transform
 from pretrain.backbone import Backbone
 from tasks import Instances, Task, UnmaskError
 from unmask_env.boards import FLOOR, LOG_ZERO, Boards, Look, View, log_reference_of, require_possible
-from unmask_env.core import Actions, OnIllegal, Rules, State, regularised_reward
+from unmask_env.core import Rules, State, regularised_reward
 from unmask_env.denoiser import Denoiser
 from unmask_env.parallel import SetReference
 from unmask_env.reference import Reference
@@ -55,26 +55,21 @@ class UnmaskTorchEnv(EnvBase):
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
         reference: str | Reference | SetReference | None = None,
-        actions: Actions = "single",
-        on_illegal: OnIllegal = "noop",
-        nfe_budget: int | None = None,
-        block_length: int | None = None,
-        remask_budget: int | None = None,
         temperature: float = 0.0,
         group: int = 1,
         seed: int | None = None,
         device: torch.device | str = "cpu",
+        **rules: Any,
     ) -> None:
         if group < 1 or num_envs % group:
             raise UnmaskError(f"num_envs must be a multiple of group; {num_envs} is not one of {group}")
-        rules = Rules(actions, on_illegal, nfe_budget, block_length, remask_budget)
-        self.boards = Boards(num_envs, env_id, task, denoiser, reference, rules, temperature, device)
+        self.boards = Boards(num_envs, env_id, task, denoiser, reference, Rules.of(rules), temperature, device)
         super().__init__(device=self.boards.device, batch_size=[num_envs])
         self.group, self.task = group, self.boards.task
         self._waiting: tuple[Tensor, State, Look] | None = None  # rows that finished, and how they begin anew
         n, length, vocab, top = num_envs, self.task.length, self.task.vocab_size, self.boards.top
         where, entries = {"device": self.boards.device}, self.boards.entries
-        if actions == "single":
+        if self.boards.rules.actions == "single":
             self.action_spec = Categorical(length, shape=(n,), **where)
         else:
             self.action_spec = Binary(entries, shape=(n, entries), dtype=torch.bool, **where)

@@ -14,7 +14,7 @@ from pretrain.backbone import Backbone
 from tasks import Task, UnmaskError
 from unmask_env import render
 from unmask_env.boards import LOG_ZERO, Boards, Look, View, log_reference_of, require_possible
-from unmask_env.core import Actions, OnIllegal, Rules, Transition, regularised_reward
+from unmask_env.core import Rules, Transition, regularised_reward
 from unmask_env.denoiser import Denoiser
 from unmask_env.gym_env import arrays, for_sampling, maskable, spaces_of, to_numpy
 from unmask_env.parallel import SetReference
@@ -47,16 +47,12 @@ class UnmaskVectorEnv(VectorEnv):
         task: str | Task | None = None,
         denoiser: str | Path | Backbone | Denoiser | None = None,
         reference: str | Reference | SetReference | None = None,
-        actions: Actions = "single",
-        on_illegal: OnIllegal = "noop",
-        nfe_budget: int | None = None,
-        block_length: int | None = None,
-        remask_budget: int | None = None,
         temperature: float = 0.0,
         device: str = "cpu",
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
+        **rules: Any,
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
@@ -67,9 +63,9 @@ class UnmaskVectorEnv(VectorEnv):
         self.autoreset_mode = mode
         self.metadata = {**self.metadata, "autoreset_mode": mode}
         self.render_mode, self.num_envs = render_mode, num_envs
-        budget = nfe_budget if max_episode_steps is None else min(max_episode_steps, nfe_budget or max_episode_steps)
-        rules = Rules(actions, on_illegal, budget, block_length, remask_budget)
-        self.boards = Boards(num_envs, env_id, task, denoiser, reference, rules, temperature, device)
+        if max_episode_steps is not None:
+            rules["nfe_budget"] = min(max_episode_steps, rules.get("nfe_budget") or max_episode_steps)
+        self.boards = Boards(num_envs, env_id, task, denoiser, reference, Rules.of(rules), temperature, device)
         self.task = self.boards.task
         self.state = self.boards.empty()
         self._look: Look | None = None
