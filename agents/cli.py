@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 import tasks
-from agents import demo, evaluate, imitation, upo
+from agents import demo, evaluate, frontier, imitation, upo
 from agents.learner import ReferenceName, SB3PPOConfig, TorchRLGRPOConfig, TorchRLPPOConfig
 from agents.policy import PACKAGED_POLICIES
 from pretrain import bounds
@@ -31,8 +31,11 @@ from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, packaged, write_
 from pretrain.run import Interrupted, require_at_least, require_seed, resolve_device
 from pretrain.train import OBJECTIVES, PretrainConfig, pretrain
 from tasks import Instances, Sudoku, UnmaskError
-from unmask_env import core, exact, ids, reference, render
+from unmask_env import core, exact, ids, parallel, reference, render
 from unmask_env.denoiser import check_fits, load_denoiser
+
+ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "top_k")
+SET_ORDERS = ("fixed_k", "threshold", "factor", "entropy_bounded", "kl_stability", "schedule")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class EvaluateCommand:
     """for example sudoku6"""
     denoiser: str
     """packaged name, folder or hub id"""
-    orders: tuple[str, ...] = ("random", "left_to_right", "max_confidence", "margin", "entropy", "top_k")
-    """reference policies, and order policies by packaged name, folder or hub id"""
+    orders: tuple[str, ...] | None = None
+    """reference policies, and order policies by packaged name, folder or hub id; the default is all customary ones"""
     puzzles: Path | None = None
     """your own CSV with header Puzzle,Solution: a digit string per board, 0 or . for a blank; Solution may be absent"""
     json: Path | None = None
@@ -60,6 +63,16 @@ class EvaluateCommand:
     """packaged Sudoku puzzles that naked and hidden singles alone solve, or those that need more"""
     blanks: int | None = None
     """reveal clues at random until this many blanks are left"""
+    actions: Literal["single", "set", "set+remask"] = "single"
+    """choose one position per forward, a set of them, or also positions to open again; the orders of sets are
+    references such as threshold:theta=0.8 and policies trained over sets"""
+    nfe_budget: int | None = None
+    """cut episodes off after this many forwards"""
+    remask_budget: int | None = None
+    """positions that an episode may open again"""
+    frontier: Path | None = None
+    """over sets: sweep the knob of every order (``heuristics`` stands for all references), and write the solve rate
+    against the number of forwards here (PNG), with the numbers beside it (JSON)"""
     block_length: int | None = None
     """fill block by block, each of this many positions, behind the prompt (semi-autoregressive)"""
     temperature: float = 0.0
@@ -122,6 +135,7 @@ def list_everything() -> None:
         "environments": ids(),
         "packaged denoisers": packaged(PACKAGED_DENOISERS),
         "reference policies": list(reference.REFERENCES),
+        "reference policies over sets": list(parallel.SET_REFERENCES),
         "packaged order policies": packaged(PACKAGED_POLICIES),
     }.items():
         console.print(f"[bold]{title}[/bold]: {', '.join(names) or '(none)'}", highlight=False)
@@ -157,15 +171,33 @@ def run_evaluate(command: EvaluateCommand) -> None:
     task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
     instances = instances_of(task, command.puzzles, command.limit, command.grade)
     denoiser = load_denoiser(command.denoiser, task, device)
-    orders = {name: evaluate.load_order(name, task, denoiser) for name in command.orders}
-    if not orders:
+    rules = core.Rules(
+        command.actions,
+        nfe_budget=command.nfe_budget,
+        block_length=command.block_length,
+        remask_budget=command.remask_budget,
+    )
+    names = command.orders
+    if names is None:
+        names = ORDERS if command.actions == "single" else ("heuristics",) if command.frontier else SET_ORDERS
+    if not names:
         raise UnmaskError("--orders needs at least one order")
+    title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
+    if command.frontier is not None:
+        if command.frontier.suffix != ".png":
+            raise UnmaskError(f"--frontier writes a picture; {command.frontier} must end in .png")
+        found = frontier.methods(names, task, denoiser, rules)
+        points = frontier.sweep(task, denoiser, found, instances, rules, command.seed, command.batch, progress=True)
+        frontier.write(points, title, command.frontier)
+        Console().print(frontier.table(points, title))
+        return
+    orders = {name: evaluate.load_order(name, task, denoiser, command.actions) for name in names}
     for order in orders.values():
         if isinstance(order, torch.nn.Module):
             order.to(device)
     if command.exact:
-        if command.block_length is not None or command.temperature > 0:
-            raise UnmaskError("--exact is for greedy filling without blocks")
+        if rules != core.SINGLE or command.temperature > 0:
+            raise UnmaskError("--exact is for greedy filling, one position at a time, without blocks or budgets")
         exact.check_holes(task, instances)
         reference.require_full_support(reference.get(command.reference))
         if command.reference == "learned":
@@ -178,10 +210,9 @@ def run_evaluate(command: EvaluateCommand) -> None:
         command.seed,
         command.batch,
         progress=True,
-        rules=core.Rules(block_length=command.block_length),
+        rules=rules,
         temperature=command.temperature,
     )
-    title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
     Console().print(evaluate.table(results, title))
     if command.json is not None:
         write_json(command.json, [result.row() for result in results])

@@ -17,9 +17,9 @@ from torch import Tensor
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from pretrain.checkpoint import packaged
 from pretrain.run import require_at_least
-from tasks import Instances, Task, UnknownNameError
-from unmask_env import exact, reference
-from unmask_env.core import SINGLE, Order, Rules, rollout
+from tasks import Instances, Task, UnknownNameError, read_options
+from unmask_env import exact, parallel, reference
+from unmask_env.core import SINGLE, Actions, Order, Rules, SetOrder, rollout
 from unmask_env.denoiser import Denoiser
 
 Z95 = 1.959963984540054
@@ -111,12 +111,25 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}" if share < 0.9995 else "100"
 
 
-def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Order:
-    """A reference policy by name, or a learned policy by packaged name, folder or hub id.
+def load_order(
+    name: str, task: Task, denoiser: Denoiser | None = None, actions: Actions = "single"
+) -> Order | SetOrder:
+    """A reference policy by name, or a learned policy by packaged name, folder or hub id. Over sets, a reference may
+    carry options: ``threshold:theta=0.8``.
 
     Raises:
-        UnknownNameError, CheckpointError: in one line. UnmaskError: ``learned`` of a denoiser that learned no order.
+        UnknownNameError, CheckpointError: in one line. UnmaskError: ``learned`` of a denoiser that learned no order, an
+            option that the reference does not take.
     """
+    if actions != "single":
+        base, colon, details = name.partition(":")
+        if base in parallel.SET_REFERENCES:
+            factory = parallel.SET_REFERENCES[base]
+            return factory(**read_options(f"order {name!r}", details if colon else None, factory))
+        try:
+            return load_policy(name, task, denoiser, actions)
+        except UnknownNameError:
+            raise UnknownNameError("order", name, [*parallel.SET_REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
     if name in reference.REFERENCES:
         if name.startswith("learned") and denoiser is not None:
             reference.require_learned(denoiser, task)
@@ -130,7 +143,7 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Order
 def evaluate(
     task: Task,
     denoiser: Denoiser,
-    orders: dict[str, Order],
+    orders: dict[str, Order | SetOrder],
     instances: Instances,
     seed: int = 0,
     batch: int = 500,
@@ -158,7 +171,8 @@ def evaluate(
         for name, order in orders.items():
             bar.update(work, description=name)
             started = time.perf_counter()
-            generator = torch.Generator(device).manual_seed(seed) if isinstance(order, reference.Reference) else None
+            sampled = isinstance(order, reference.Reference | parallel.SetReference)
+            generator = torch.Generator(device).manual_seed(seed) if sampled else None
             filling = torch.Generator(device).manual_seed(seed + 1) if temperature > 0 else None
             measured: dict[str, list[Tensor]] = {}
             nfe = 0.0

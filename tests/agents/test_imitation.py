@@ -171,29 +171,32 @@ def test_sampling_states(sudoku6) -> None:
     states = States(sudoku6)
     instances = sudoku6.heldout(20)
     stuck = torch.arange(20) < 5
-    states.load_state_dict({"tokens": instances.tokens, "answers": instances.answers, "stuck": stuck})
+    given = instances.answers
+    states.load_state_dict({"tokens": instances.tokens, "answers": instances.answers, "given": given, "stuck": stuck})
     holes = {tuple(h): i for i, h in enumerate((instances.tokens == 6).sum(1, keepdim=True).tolist())}
     assert len(holes) > 1
 
-    drawn = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
+    drawn, given = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
     assert len(drawn) == 40
+    assert torch.equal(given, drawn.answers), "what they began with is in the same guise"
     blank = drawn.tokens == sudoku6.mask_id
     assert torch.equal(drawn.tokens[~blank], drawn.answers[~blank])
     assert sudoku6.valid(drawn.answers, drawn).all()
-    again = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
+    again, _ = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
     assert torch.equal(again.tokens, drawn.tokens)
     assert len({tuple(row) for row in drawn.tokens.tolist()}) == 40, "in new guises"
 
     plain = TableTask(torch.ones(2, 2))  # without symmetries, rows can be told apart
     few = States(plain)
     tokens = torch.tensor([[2, 0], [2, 1], [0, 2], [1, 2]])
-    few.load_state_dict({"tokens": tokens, "answers": tokens, "stuck": torch.tensor([True, True, False, False])})
+    both = {"tokens": tokens, "answers": tokens, "given": tokens}
+    few.load_state_dict(both | {"stuck": torch.tensor([True, True, False, False])})
     for easy, expected in ((0.25, 10), (0.0, 0), (1.0, 40)):
-        got = few.sample(plain, 40, easy, torch.Generator().manual_seed(0)).tokens
+        got = few.sample(plain, 40, easy, torch.Generator().manual_seed(0))[0].tokens
         assert int((got[:, 1] == 2).sum()) == expected
     for kind in (True, False):
-        few.load_state_dict({"tokens": tokens, "answers": tokens, "stuck": torch.full((4,), kind)})
-        assert len(few.sample(plain, 40, 0.25, torch.Generator().manual_seed(0))) == 40
+        few.load_state_dict(both | {"stuck": torch.full((4,), kind)})
+        assert len(few.sample(plain, 40, 0.25, torch.Generator().manual_seed(0))[0]) == 40
     few.load_state_dict(few.state_dict())
 
 
