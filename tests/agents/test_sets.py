@@ -94,8 +94,9 @@ def test_the_gradient_of_upo_over_sets_is_that_of_the_enumerated_objective() -> 
     """One forward closes everything or not: on a budget of one, E[r] is a sum over sets, and so is its gradient."""
     task, denoiser = board()
     policy, rules = policy_of("bernoulli"), Rules("set", nfe_budget=1)
-    start = Instances(torch.full((1, L), V), torch.tensor([[0, 1, 2]]))
-    seen = Observation(start.tokens, start.tokens == V, denoiser(start.tokens))
+    empty = torch.full((1, L), V)
+    seen = Observation(empty, empty == V, denoiser(empty))
+    start = Instances(empty, core.fill(seen.denoised.log_probs))
     symbols, sure = core.fill(seen.denoised.log_probs), seen.denoised.log_probs.max(-1).values
     expected = torch.zeros(())
     for s in every_set(L):
