@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 import tasks
 from agents import demo, evaluate, frontier, imitation, upo
@@ -125,6 +126,8 @@ class ShowCommand:
     """write a replay here"""
     delay: float = 0.15
     """seconds between steps"""
+    temperature: float = 0.0
+    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
     seed: int = 0
 
 
@@ -270,15 +273,24 @@ def run_show(command: ShowCommand) -> None:
     if not 0 <= command.index < available:
         raise UnmaskError(f"index must be between 0 and {available - 1}, not {command.index}")
     require_seed(command.seed)
-    if not command.delay >= 0:
-        raise UnmaskError(f"delay must be at least 0, not {command.delay}")
+    require_at_least(0, delay=command.delay, temperature=command.temperature)
     instances = task.heldout()[command.index : command.index + 1]
     denoiser = load_denoiser(command.denoiser, task)
     order = evaluate.load_order(command.order, task, denoiser)
     generator = torch.Generator().manual_seed(command.seed) if isinstance(order, reference.Reference) else None
-    played = core.rollout(task, denoiser, order, instances, order_generator=generator, record=True)
+    played = core.rollout(
+        task,
+        denoiser,
+        order,
+        instances,
+        order_generator=generator,
+        temperature=command.temperature,
+        fill_generator=torch.Generator().manual_seed(command.seed + 1) if command.temperature > 0 else None,
+        record=True,
+    )
     boards = [step.observation.tokens[0] for step in played.steps] + [played.state.tokens[0]]
-    captions = ["the puzzle"] + [describe(task, instances, step, k) for k, step in enumerate(played.steps, 1)]
+    captions = ["the puzzle"]
+    captions += [describe(task, instances, step, boards[k], k) for k, step in enumerate(played.steps, 1)]
     console = Console(highlight=False)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -293,16 +305,17 @@ def run_show(command: ShowCommand) -> None:
         render.replay(task, clue, instances.answers[0], {command.order: boards}, command.gif)
 
 
-def describe(task: tasks.Task, instances: Instances, step: core.Step, k: int) -> str:
-    """One line on what step ``k`` of a one-row rollout did."""
+def describe(task: tasks.Task, instances: Instances, step: core.Step, board: Tensor, k: int) -> str:
+    """One line on what step ``k`` of a one-row rollout did, which led to ``board``."""
     at = int(step.action[0])
-    log_probs = step.observation.denoised.log_probs[0, at]
-    symbol, sure = int(log_probs.argmax()), float(log_probs.max().exp())
+    symbol = int(board[at])
+    sure = float(step.observation.denoised.log_probs[0, at, symbol].exp())
     row, column = divmod(at, task.shape[1])
-    right = "right" if symbol == int(instances.answers[0, at]) else "WRONG"
+    place = f"row {row + 1}, column {column + 1}" if task.shape[0] > 1 else f"position {at + 1}"
+    verdict = ", right" if symbol == int(instances.answers[0, at]) else ", WRONG"
     return (
-        f"step {k}: row {row + 1}, column {column + 1} becomes {task.symbol(symbol)} "
-        f"(confidence {sure:.3f}, order {float(step.log_prob[0].exp()):.2f}), {right}"
+        f"step {k}: {place} becomes {task.symbol(symbol)} "
+        f"(confidence {sure:.3f}, order {float(step.log_prob[0].exp()):.2f}){verdict if task.one_answer else ''}"
     )
 
 

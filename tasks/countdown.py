@@ -99,6 +99,8 @@ class Countdown(Task):
         UnmaskError: sizes that are not allowed.
     """
 
+    one_answer = False
+
     def __init__(self, numbers: int = 3, largest: int = 99, target_low: int = 10, target_high: int = 100) -> None:
         if numbers not in (3, 4):
             raise UnmaskError(f"numbers must be 3 or 4, not {numbers}")

@@ -98,6 +98,8 @@ class MathWord(Task):
         UnmaskError: what cannot be read, is in neither format, or has too few problems; a tokenizer without padding.
     """
 
+    one_answer = False
+
     def __init__(
         self,
         source: str = "sample",

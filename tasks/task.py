@@ -59,6 +59,7 @@ class Task(ABC):
         vocabularies: how many symbols each position has for itself, (L,): the first takes the first ``vocabularies[0]``
             symbols, the second those after them, and so on. None: all positions share all symbols.
         prompt_length: how many positions, from the first on, every instance gives. Denoisers learn what is behind them.
+        one_answer: whether an instance's answer is the only right one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task(ABC):
     box: tuple[int, int] | None = None
     vocabularies: tuple[int, ...] | None = None
     prompt_length: int = 0
+    one_answer: bool = True
 
     # ------------------------------------------------------------------ sizes
     @property

@@ -33,6 +33,8 @@ class Judged(Task):
         UnmaskError: a judge that is not autoregressive. IncompatibleDenoiserError: one of other symbols or length.
     """
 
+    one_answer = False
+
     def __init__(self, text: Task, judge: str | Path | Backbone) -> None:
         name = judge if not isinstance(judge, Backbone) else "given"
         if not isinstance(judge, Backbone):
