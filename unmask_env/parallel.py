@@ -10,7 +10,6 @@ p_i is the denoiser's distribution at position i, p_i(1) >= p_i(2) >= ... its so
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,10 +336,4 @@ def get(name: str, **options: float | str) -> SetReference:
     Raises:
         UnknownNameError: listing the known names. UnmaskError: an option that it does not have or that is out of range.
     """
-    if name not in SET_REFERENCES:
-        raise UnknownNameError("set reference", name, SET_REFERENCES)
-    factory = SET_REFERENCES[name]
-    unknown = sorted(options.keys() - inspect.signature(factory).parameters.keys())
-    if unknown:
-        raise UnmaskError(f"set reference {name!r} does not take {', '.join(unknown)}")
-    return factory(**options)
+    return reference.make("set reference", name, SET_REFERENCES, options)

@@ -9,8 +9,9 @@ p_i is the denoiser's distribution at position i, p_i(1) >= p_i(2) >= ... its so
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,10 +257,18 @@ def get(name: str, **options: float) -> Reference:
     Raises:
         UnknownNameError: listing the known names. UnmaskError: an option that it does not have or that is out of range.
     """
-    if name not in REFERENCES:
-        raise UnknownNameError("reference policy", name, REFERENCES)
-    factory = REFERENCES[name]
-    unknown = sorted(options.keys() - inspect.signature(factory).parameters.keys())
+    return make("reference policy", name, REFERENCES, options)
+
+
+def make(what: str, name: str, known: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]) -> Any:
+    """What ``known`` has under ``name``, made with ``options``; ``what`` it is, for messages.
+
+    Raises:
+        UnknownNameError, UnmaskError: as :func:`get`.
+    """
+    if name not in known:
+        raise UnknownNameError(what, name, known)
+    unknown = sorted(options.keys() - inspect.signature(known[name]).parameters.keys())
     if unknown:
-        raise UnmaskError(f"reference policy {name!r} does not take {', '.join(unknown)}")
-    return factory(**options)
+        raise UnmaskError(f"{what} {name!r} does not take {', '.join(unknown)}")
+    return known[name](**options)
