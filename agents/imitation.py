@@ -84,7 +84,8 @@ class States:
     def collect_sets(
         self, task: Task, denoiser: Denoiser, instances: Instances, rules: Rules, generator: torch.Generator
     ) -> None:
-        """Play ``instances`` by confidence thresholds between 0.3 and 1, and keep every state on the way."""
+        """Play ``instances`` by confidence thresholds between 0.3 and 1, and keep the states on the way. Where mistakes
+        are final, those without one: on a lost board nothing is right however sure it looks."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows in torch.arange(len(instances)).split(200):
             part = instances[rows]
@@ -93,9 +94,10 @@ class States:
             budget = replace(rules, nfe_budget=rules.nfe_budget or task.length)
             played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=generator, record=True)
             for step in played.steps:
-                alive = step.alive.cpu()
-                tokens = step.observation.tokens.cpu()[alive]
-                found.append((tokens, part.answers.cpu()[alive], part.tokens.cpu()[alive]))
+                tokens, keep = step.observation.tokens, step.alive
+                if rules.actions == "set":
+                    keep = keep & ((tokens == part.answers) | (tokens == task.mask_id)).all(1)
+                found.append((tokens[keep].cpu(), part.answers[keep].cpu(), part.tokens[keep].cpu()))
         self.tokens, self.answers, self.given = (torch.cat(parts) for parts in zip(*found, strict=True))
         self.stuck = torch.ones(len(self.tokens), dtype=torch.bool)
 

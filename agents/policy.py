@@ -75,8 +75,9 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
 
     A new policy has ``gate`` and the linear part at 0, so it *is* its base: KL(pi || base reference) = 0.
 
-    A policy over sets turns the same scores into the log-odds that an entry is in the set, adds a linear function of
-    its own states, which see the positions together, and always reads the board. Where positions may be opened again,
+    A policy over sets turns the same scores into the log-odds that an entry is in the set, adds the denoiser's log-odds
+    of its top symbol and a linear function of its own states, which see the positions together, and always reads the
+    board. Where positions may be opened again,
     their log-odds are such a function alone.
 
     Args:
@@ -140,6 +141,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if sets != "none":
             self.together = nn.Linear(dim, 2)  # beside others: should it be closed, and should it be opened again
             self.stop = nn.Linear(dim, 1)
+            self.trust = nn.Parameter(torch.tensor(float(gate)))  # weight of the denoiser's own log-odds
             for layer in (self.together, self.stop):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -229,7 +231,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     def read_log_odds(self, observation: Observation, belief: Tensor, states: Tensor) -> Tensor:
         """:meth:`log_odds` after a reading that gave ``belief`` (N, L, V) and ``states`` (N, L, D)."""
         close, reopen = self.together(states).unbind(-1)
-        close = close + self.score(observation, belief)
+        log_p = observation.denoised.log_probs.max(-1).values.clamp(max=-1e-6)
+        close = close + self.score(observation, belief) + self.trust * (log_p - set_laws.log_complement(log_p))
         if self.set_base is not None:
             odds = set_laws.inclusion_to_log_odds(self.set_base.log_inclusion(observation))
             close = close + odds[:, : self.length].masked_fill(~observation.open, 0.0)
