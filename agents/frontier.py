@@ -24,16 +24,16 @@ from unmask_env import parallel
 from unmask_env.core import Rules, SetOrder
 from unmask_env.denoiser import Denoiser
 
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
-STEPS = (3, 4, 5, 6, 8, 10, 14, 20)
+SHARES = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999)
+STEPS = (3, 4, 5, 6, 8, 12)
 SWEEPS: dict[str, list[dict[str, Any]]] = {  # options, in the order of a curve
-    **{f"fixed_k {score}": [{"k": k, "score": score} for k in (1, 2, 3, 4, 5, 6, 8, 12)] for score in parallel.SCORES},
+    **{f"fixed_k {score}": [{"k": k, "score": score} for k in (1, 2, 3, 4, 5, 6, 8)] for score in parallel.SCORES},
     "threshold": [{"theta": theta} for theta in SHARES],
     "threshold margin": [{"theta": theta, "score": "margin"} for theta in SHARES],
     "factor": [{"factor": factor} for factor in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)],
-    "entropy_bounded": [{"gamma": gamma} for gamma in (0.0, 1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.5)],
+    "entropy_bounded": [{"gamma": gamma} for gamma in (0.0, 1e-4, 1e-3, 0.01, 0.1, 0.4, 1.5)],
     "kl_stability": [
-        {"theta": theta, "epsilon": epsilon} for epsilon in (0.001, 0.01, 0.1) for theta in (0.6, 0.8, 0.9, 0.95)
+        {"theta": theta, "epsilon": epsilon} for epsilon in (0.01, 0.1) for theta in (0.6, 0.8, 0.9, 0.95)
     ],
     "schedule cosine": [{"steps": steps} for steps in STEPS],
     "schedule linear": [{"steps": steps, "shape": "linear"} for steps in STEPS],
@@ -45,7 +45,7 @@ REMASKING_SWEEPS: dict[str, list[dict[str, Any]]] = {
         for strategy in ("cap", "rescale", "loop", "conf")
     },
 }
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
+THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.07, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ class ImitationConfig:
     rules: Rules = SINGLE
     """with sets, the policy learns of every position how likely its top symbol is right, and of closed ones how likely
     they are wrong, on boards played by thresholds of all heights"""
+    caution: float = 20.0
+    """of sets: how many right symbols make up for a wrong one. Even odds of closing a position then mean that its symbol
+    is right with probability caution / (1 + caution)"""
     puzzles: int = 3000
     """instances played to collect states"""
     easy: float = 0.15
@@ -172,7 +175,9 @@ def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observat
     return cross_entropy(target.log_prob(observation), read).mean()
 
 
-def imitation_loss_of_sets(policy: OrderPolicy, observation: Observation, answers: Tensor) -> Tensor:
+def imitation_loss_of_sets(
+    policy: OrderPolicy, observation: Observation, answers: Tensor, caution: float = 1.0
+) -> Tensor:
     """Scalar: cross-entropies of every open position's top symbol being right, of every position that may be opened
     again holding a wrong one, and of each reading's belief at the open positions; each a mean over positions."""
     beliefs, states = policy.read(observation)
@@ -180,9 +185,14 @@ def imitation_loss_of_sets(policy: OrderPolicy, observation: Observation, answer
     wanted = [observation.denoised.log_probs.argmax(-1) == answers]
     if observation.reopenable is not None:
         wanted.append(observation.tokens != answers)
-    each = F.binary_cross_entropy_with_logits(odds, torch.cat(wanted, 1).to(odds), reduction="none")
+    # Odds of closing are those of being right over caution; a wrong symbol opened again makes up for that many, too.
+    shift = math.log(caution)
+    shifts = [shift, -shift]
     loss = odds.new_zeros(())
-    for part, among in zip(each.split(policy.length, 1), observation.choices.split(policy.length, 1), strict=True):
+    for own, right, by, among in zip(
+        odds.split(policy.length, 1), wanted, shifts, observation.choices.split(policy.length, 1), strict=False
+    ):
+        part = F.binary_cross_entropy_with_logits(own + by, right.to(own), reduction="none")
         loss = loss + (part * among).sum() / among.sum().clamp(min=1)
     for belief in beliefs:
         reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * observation.open
@@ -211,6 +221,8 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     )
     require_at_least(0, lr=config.lr, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     require_seed(config.seed)
+    if not 0 < config.caution < math.inf:
+        raise UnmaskError(f"caution must be greater than 0 and finite, not {config.caution}")
     if not 0 <= config.easy <= 1:
         raise UnmaskError(f"easy must be between 0 and 1, not {config.easy}")
     task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
@@ -249,7 +261,7 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
                 again = ~is_open & (given == task.mask_id)
             observation = Observation(boards.tokens, is_open, denoiser(boards.tokens), again)
             if sets:
-                loss = imitation_loss_of_sets(policy, observation, boards.answers)
+                loss = imitation_loss_of_sets(policy, observation, boards.answers, config.caution)
             else:
                 loss = imitation_loss(policy, target, observation, boards.answers)
             optimizer.zero_grad(set_to_none=True)
