@@ -46,8 +46,8 @@ class ImitationConfig:
     """with sets, the policy learns of every position how likely its top symbol is right, and of closed ones how likely
     they are wrong, on boards played by thresholds of all heights"""
     caution: float = 20.0
-    """of sets: how many right symbols make up for a wrong one. Even odds of closing a position then mean that its symbol
-    is right with probability caution / (1 + caution)"""
+    """of sets: how many right symbols make up for a wrong one. Even odds of closing a position then mean that its
+    symbol is right with probability caution / (1 + caution)"""
     puzzles: int = 3000
     """instances played to collect states"""
     easy: float = 0.15

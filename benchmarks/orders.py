@@ -53,7 +53,7 @@ def main() -> None:
     task, denoiser = registration.resolve(args.env, args.denoiser)
     instances = task.heldout(args.puzzles)
     orders = {name: evaluate.load_order(name, task) for name in (*demo.HEURISTICS, "oracle")}
-    recipe = demo.DemoConfig(env=args.env, denoiser=args.denoiser, threads=args.threads)
+    recipe = demo.DemoConfig(actions="single", env=args.env, denoiser=args.denoiser, threads=args.threads)
     for seed in args.seeds:
         out = args.runs / f"{args.denoiser.replace('/', '-')}-seed{seed}"
         policy = demo.train_stages(dataclasses.replace(recipe, out=str(out), seed=seed))

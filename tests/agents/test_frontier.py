@@ -1,0 +1,107 @@
+"""The frontier: what is swept, which points count, what is written; and the demonstration that shows it."""
+
+import json
+
+import pytest
+import torch
+
+import tasks
+from agents import frontier
+from agents.cli import main
+from agents.demo import DemoConfig, run
+from agents.evaluate import Result
+from agents.frontier import Point
+from agents.policy import PolicyShape, new_policy
+from pretrain.checkpoint import save_model
+from tasks import UnknownNameError, UnmaskError
+from unmask_env import core, parallel
+from unmask_env.core import Rules
+from unmask_env.denoiser import load_denoiser
+
+
+def point(nfe: float, solved: float, learned: bool = False) -> Point:
+    values = torch.zeros(100)
+    values[: round(100 * solved)] = 1
+    return Point("m", {"k": nfe}, learned, Result("m", {"solved": values}, nfe, 0.0))
+
+
+def test_the_best_points_are_those_that_no_other_beats() -> None:
+    points = [point(4, 0.5), point(3, 0.4), point(5, 0.5), point(6, 0.7), point(4, 0.6), point(2, 0.9, learned=True)]
+    assert [(p.result.nfe, float(p.result.solved.mean())) for p in frontier.best_of(points, False)] == [
+        (3, pytest.approx(0.4)),
+        (4, pytest.approx(0.6)),
+        (6, pytest.approx(0.7)),
+    ]
+    assert [p.result.nfe for p in frontier.best_of(points, True)] == [2]
+
+
+def test_a_sweep_plays_what_it_says(tmp_path) -> None:
+    task = tasks.get("sudoku4")
+    denoiser, instances = load_denoiser("sudoku4", task), task.heldout(40)
+    save_model(new_policy(PolicyShape(), task, denoiser, 0, "soft_threshold", sets=True), tmp_path / "policy")
+    rules = Rules("set")
+    found = frontier.methods(["threshold", str(tmp_path / "policy")], task, denoiser, rules)
+    points = frontier.sweep(task, denoiser, found, instances, rules)
+    assert len(points) == len(frontier.SHARES) + len(frontier.THRESHOLDS)
+    for p in points:
+        if not p.learned:
+            order = parallel.Threshold(p.knob["theta"])
+            played = core.rollout(task, denoiser, order, instances, rules=rules)
+            assert p.result.nfe == pytest.approx(float(played.nfe.float().mean()))
+            assert float(p.result.solved.mean()) == pytest.approx(float(played.reward.mean()))
+    nfe = [p.result.nfe for p in points if p.learned]
+    assert nfe == sorted(nfe)
+    assert nfe[0] < nfe[-1]
+    frontier.write(points, "title", tmp_path / "f.png")
+    rows = json.loads((tmp_path / "f.json").read_text())
+    assert [row["knob"] for row in rows] == [p.knob for p in points]
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    assert "threshold" in str(frontier.table(points, "title").columns[3]._cells)
+
+
+def test_what_is_swept_by_name() -> None:
+    task = tasks.get("sudoku4")
+    denoiser = load_denoiser("sudoku4", task)
+    assert set(frontier.methods(["heuristics"], task, denoiser, Rules("set"))) == set(frontier.SWEEPS)
+    again = frontier.methods(["heuristics"], task, denoiser, Rules("set+remask"))
+    assert set(again) == set(frontier.SWEEPS | frontier.REMASKING_SWEEPS)
+    with pytest.raises(UnknownNameError, match="unknown order 'nobody'; known: heuristics, "):
+        frontier.methods(["nobody"], task, denoiser, Rules("set"))
+    with pytest.raises(UnmaskError, match="the frontier is of sets"):
+        frontier.methods(["heuristics"], task, denoiser, Rules())
+
+
+def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["evaluate", "--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "20"]
+    main([*common, "--actions", "set", "--orders", "threshold:theta=0.8", "fixed_k:k=3,score=entropy"])
+    shown = capsys.readouterr().out
+    assert "threshold:theta=0.8" in shown
+    assert "fixed_k:k=3,score=entropy" in shown
+    main([*common, "--actions", "set", "--frontier", "f.png", "--orders", "fixed_k margin"])
+    assert (tmp_path / "f.png").exists()
+    assert len(json.loads((tmp_path / "f.json").read_text())) == len(frontier.SWEEPS["fixed_k margin"])
+    for options, message in (
+        (["--actions", "set", "--orders", "margin"], "unknown order 'margin'"),
+        (["--actions", "set", "--orders", "threshold:theta=2"], "theta must be between 0 and 1, not 2.0"),
+        (["--actions", "set", "--orders", "threshold:colour=red"], "takes theta, score; not colour"),
+        (["--actions", "set", "--frontier", "f.jpg"], "--frontier writes a picture; f.jpg must end in .png"),
+        (["--frontier", "f.png"], "the frontier is of sets"),
+        (["--exact", "--actions", "set"], "--exact is for greedy filling, one position at a time"),
+        (["--remask-budget", "3"], "remask_budget is for actions 'set+remask'"),
+        (["--nfe-budget", "0"], "nfe_budget must be a whole number of at least 1, not 0"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*common, *options])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("actions", ["set", "single"])
+def test_the_demonstration_leaves_what_it_says(actions: str, tmp_path) -> None:
+    small = {"puzzles": 60, "steps": 10, "iterations": 1, "limit": 12, "threads": 1}
+    results = run(DemoConfig(out=str(tmp_path), actions=actions, **small))
+    assert results[-1].order == "learned (UPO)"
+    assert len(json.loads((tmp_path / "table.json").read_text())) == len(results)
+    pictures = {"curve.png", "replay.gif", "model.safetensors"} | ({"frontier.png"} if actions == "set" else set())
+    assert pictures <= {path.name for path in tmp_path.iterdir()}
