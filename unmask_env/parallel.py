@@ -131,13 +131,17 @@ class FixedK(_Deterministic):
 @dataclass(frozen=True)
 class Threshold(_Deterministic):
     """Every open position whose score reaches ``theta``, and the best one in any case (Fast-dLLM's confidence
-    threshold, arXiv 2505.22618; its default is 0.9)."""
+    threshold, arXiv 2505.22618; its default is 0.9). By entropy: whose entropy is at most ``-theta`` nats."""
 
     theta: float = 0.9
     score: str = "confidence"
 
     def __post_init__(self) -> None:
         require_score(self.score)
+        if self.score != "entropy":
+            require_share("theta", self.theta)
+        elif not self.theta <= 0:
+            raise UnmaskError(f"by entropy, theta must be at most 0, not {self.theta!r}")
 
     def closes(self, observation: Observation) -> Tensor:
         score = SCORES[self.score](observation)

@@ -65,7 +65,7 @@ def test_what_is_swept_by_name() -> None:
     assert set(frontier.methods(["heuristics"], task, denoiser, Rules("set"))) == set(frontier.SWEEPS)
     again = frontier.methods(["heuristics"], task, denoiser, Rules("set+remask"))
     assert set(again) == set(frontier.SWEEPS | frontier.REMASKING_SWEEPS)
-    with pytest.raises(UnknownNameError, match="unknown order 'nobody'; known: heuristics, "):
+    with pytest.raises(UnknownNameError, match="unknown order 'nobody'; known: entropy_bounded, "):
         frontier.methods(["nobody"], task, denoiser, Rules("set"))
     with pytest.raises(UnmaskError, match="the frontier is of sets"):
         frontier.methods(["heuristics"], task, denoiser, Rules())
@@ -77,7 +77,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     main([*common, "--actions", "set", "--orders", "threshold:theta=0.8", "fixed_k:k=3,score=entropy"])
     shown = capsys.readouterr().out
     assert "threshold:theta=0.8" in shown
-    assert "fixed_k:k=3,score=entropy" in shown
+    assert "fixed_k:k=3" in shown
     main([*common, "--actions", "set", "--frontier", "f.png", "--orders", "fixed_k margin"])
     assert (tmp_path / "f.png").exists()
     assert len(json.loads((tmp_path / "f.json").read_text())) == len(frontier.SWEEPS["fixed_k margin"])
