@@ -164,14 +164,15 @@ def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observat
     if isinstance(target, Oracle):
         right = target.with_answers(answers).right(observation)
         some = right.any(1)
-        beliefs = policy.beliefs(observation)
-        log_prob = policy.read_log_prob(observation, beliefs[-1])
+        beliefs, states = policy.read(observation)
+        log_prob = policy.read_log_prob(observation, beliefs[-1], states)
         loss = choose_right_loss(log_prob[some], right[some]).sum() / some.sum().clamp(min=1)
         for belief in beliefs:
             reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * observation.open
             loss = loss + (reading.sum(1) / observation.open.sum(1)).mean() / len(beliefs)
         return loss
-    read = policy.read_log_prob(observation, policy.beliefs(observation)[-1])
+    beliefs, states = policy.read(observation)
+    read = policy.read_log_prob(observation, beliefs[-1], states)
     return cross_entropy(target.log_prob(observation), read).mean()
 
 

@@ -51,6 +51,9 @@ class PolicyShape:
     """read with the denoiser's distributions in place of the masks (the score knows its top symbol in any case)"""
     hidden: bool = False
     """see the denoiser's last hidden states, where it has them"""
+    places: bool = False
+    """score a position also by a linear function of the policy's own states, which know where it stands: for tasks
+    whose places differ, as in text"""
     law: Literal["bernoulli", "plackett_luce"] = "bernoulli"
     """of policies over sets: positions are closed each for itself, or drawn without replacement up to a learned stop"""
 
@@ -91,6 +94,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         sure: the confidence from which on no reading is needed; above 1 the board is always read.
         gate: initial weight of the log-odds.
         rotary: as the denoiser's.
+        places: the score has a linear function of the states, too, which policies over sets have in any case.
         sets: ``none`` for one position at a time, else the law of its sets (:mod:`unmask_env.set_laws`); ``base`` is
             then ``soft_threshold``, or ``none``: even odds before anything is learned.
 
@@ -119,6 +123,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         gate: float = 0.0,
         rotary: bool = False,
         sets: Sets = "none",
+        places: bool = False,
     ) -> None:
         super().__init__()
         self.vocab_size, self.length, self.rotary, self.sets = vocab_size, len(coordinates), rotary, sets
@@ -138,13 +143,17 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         self.numbers = nn.Linear(2 * self.top + 4, 1, bias=False)
         init_weights(self, layers)
         nn.init.zeros_(self.numbers.weight)
+        if places or sets != "none":
+            self.together = nn.Linear(dim, 1 if sets == "none" else 2)  # close it; open it again
+            nn.init.zeros_(self.together.weight)
+            nn.init.zeros_(self.together.bias)
+        else:
+            self.together = None
         if sets != "none":
-            self.together = nn.Linear(dim, 2)  # beside others: should it be closed, and should it be opened again
             self.stop = nn.Linear(dim, 1)
             self.trust = nn.Parameter(torch.tensor(float(gate)))  # weight of the denoiser's own log-odds
-            for layer in (self.together, self.stop):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(self.stop.weight)
+            nn.init.zeros_(self.stop.bias)
 
     @torch.no_grad()
     def copy_from(self, backbone: Backbone) -> None:
@@ -201,9 +210,12 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         """(N,) bool: boards where no open position's confidence reaches ``sure``."""
         return reference.confidence(observation).masked_fill(~observation.open, 0.0).max(1).values < self.sure
 
-    def read_log_prob(self, observation: Observation, belief: Tensor) -> Tensor:
-        """(N, L) log-probabilities after a reading that gave ``belief``, whether or not the denoiser is sure."""
+    def read_log_prob(self, observation: Observation, belief: Tensor, states: Tensor | None = None) -> Tensor:
+        """(N, L) log-probabilities after a reading that gave ``belief`` (N, L, V) and, for ``places``, ``states``
+        (N, L, D), whether or not the denoiser is sure."""
         scores = self.score(observation, belief)
+        if self.together is not None and states is not None:
+            scores = scores + self.together(states)[..., 0]
         if self.base is not None:
             scores = scores + self.base.log_prob(observation).masked_fill(~observation.open, 0.0)
         return masked_log_softmax(scores, self.allowed(observation))
@@ -219,7 +231,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if bool(unsure.any()):
             rows = unsure.nonzero().squeeze(1)
             hard = observation[rows]
-            log_prob = log_prob.index_put((rows,), self.read_log_prob(hard, self.beliefs(hard)[-1]))
+            beliefs, states = self.read(hard)
+            log_prob = log_prob.index_put((rows,), self.read_log_prob(hard, beliefs[-1], states))
         return log_prob
 
     # ------------------------------------------------------------------ over sets
@@ -317,6 +330,7 @@ def new_policy(
             gate=gate,
             rotary=backbone is not None and backbone.rotary,
             sets=shape.law if sets else "none",
+            places=shape.places,
         )
     if backbone is not None:
         policy.copy_from(backbone)

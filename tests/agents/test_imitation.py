@@ -38,10 +38,11 @@ class Given(OrderPolicy):
         super().__init__(2, [[i] for i in range(choice.shape[1])], dim=4, layers=1, heads=1)
         self.choice, self.given = choice.log(), None if beliefs is None else beliefs.log()
 
-    def beliefs(self, observation: Observation) -> list[Tensor]:
-        return list(torch.zeros(1, *self.choice.shape, 2) if self.given is None else self.given)
+    def read(self, observation: Observation) -> tuple[list[Tensor], Tensor]:
+        given = torch.zeros(1, *self.choice.shape, 2) if self.given is None else self.given
+        return list(given), torch.zeros(*self.choice.shape, 4)
 
-    def read_log_prob(self, observation: Observation, belief: Tensor) -> Tensor:
+    def read_log_prob(self, observation: Observation, belief: Tensor, states: Tensor | None = None) -> Tensor:
         return self.choice
 
     def log_prob(self, observation: Observation) -> Tensor:

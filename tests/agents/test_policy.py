@@ -438,3 +438,22 @@ def test_truncated_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         load_policy(tmp_path)
     assert "truncated or not safetensors" in one_line(error)
+
+
+def test_places_are_seen_where_they_are_asked_for() -> None:
+    """On a board whose positions look alike, only a policy with ``places`` can prefer one of them."""
+    tokens = torch.full((1, 4), 3)
+    seen = Observation(tokens, tokens == 3, Denoised(torch.full((1, 4, 3), 1 / 3).log()))
+    for places in (False, True):
+        torch.manual_seed(0)
+        model = OrderPolicy(3, [[i] for i in range(4)], dim=8, layers=1, heads=2, sure=2.0, places=places)
+        uniform = model.log_prob(seen)
+        torch.testing.assert_close(uniform, torch.full((1, 4), 0.25).log())  # new: as its base
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = -model.log_prob(seen)[0, 2]
+            loss.backward()
+            optimizer.step()
+        if places:
+            assert float(loss.detach()) < 0.1
