@@ -44,6 +44,10 @@ def main() -> None:
     parser.add_argument("--env", default="Unmask/Sudoku6x6-v0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--puzzles", type=int, default=2000, help="test puzzles")
+    recipe = demo.DemoConfig(actions="single")
+    parser.add_argument("--train-puzzles", type=int, default=recipe.puzzles, help="played to collect states")
+    parser.add_argument("--steps", type=int, default=recipe.steps, help="of imitation")
+    parser.add_argument("--iterations", type=int, default=recipe.iterations, help="of UPO")
     parser.add_argument("--runs", type=Path, default=Path("runs/orders"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=None)
@@ -53,7 +57,15 @@ def main() -> None:
     task, denoiser = registration.resolve(args.env, args.denoiser)
     instances = task.heldout(args.puzzles)
     orders = {name: evaluate.load_order(name, task) for name in (*demo.HEURISTICS, "oracle")}
-    recipe = demo.DemoConfig(actions="single", env=args.env, denoiser=args.denoiser, threads=args.threads)
+    recipe = dataclasses.replace(
+        recipe,
+        env=args.env,
+        denoiser=args.denoiser,
+        threads=args.threads,
+        puzzles=args.train_puzzles,
+        steps=args.steps,
+        iterations=args.iterations,
+    )
     for seed in args.seeds:
         out = args.runs / f"{args.denoiser.replace('/', '-')}-seed{seed}"
         policy = demo.train_stages(dataclasses.replace(recipe, out=str(out), seed=seed))
