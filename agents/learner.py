@@ -178,9 +178,7 @@ def prepare(config: LearnerConfig, task: Task | None, denoiser: Denoiser | None)
     task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
     if config.lr is None:
         config = replace(config, lr=1e-3 if config.init is None else 3e-5)
-    if config.reference is None:
-        single = config.rules.actions == "single"
-        config = replace(config, reference="softmax_confidence" if single else "soft_threshold")
+    config = replace(config, reference=config.reference or default_reference(config.rules))
     reference = make_reference(config)
     if config.reference == "learned":
         references.require_learned(denoiser, task)
@@ -271,16 +269,21 @@ def seeded(generator: torch.Generator) -> Iterator[int]:
             np.random.set_state(state)
 
 
+def default_reference(rules: Rules) -> ReferenceName:
+    return "softmax_confidence" if rules.actions == "single" else "soft_threshold"
+
+
 def make_reference(config: LearnerConfig) -> Reference | SetReference:
     """The reference policy that ``config`` names, with its temperature or size."""
-    options: dict[str, float] = {}
+    name = config.reference or default_reference(config.rules)
     if config.rules.actions != "single":
-        return parallel.get(config.reference)
-    if config.reference.startswith("softmax"):
+        return parallel.get(name)
+    options: dict[str, float] = {}
+    if name.startswith("softmax"):
         options["tau"] = config.tau
-    if config.reference == "top_k":
+    if name == "top_k":
         options["k"] = config.top_k
-    return references.get(config.reference, **options)
+    return references.get(name, **options)
 
 
 def start(config: LearnerConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
@@ -291,13 +294,14 @@ def start(config: LearnerConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
     if config.rules.actions != "single":
         return new_policy(config.shape, task, denoiser, config.seed, "soft_threshold", sets=True)
     base: Base = "none"
-    if config.reference in ("max_confidence", "softmax_confidence"):
+    name = config.reference or default_reference(config.rules)
+    if name in ("max_confidence", "softmax_confidence"):
         base = "softmax_confidence"
-    elif config.reference in ("margin", "softmax_margin"):
+    elif name in ("margin", "softmax_margin"):
         base = "softmax_margin"
-    elif config.reference == "learned":
+    elif name == "learned":
         base = "learned"
-    candidates = config.top_k if config.reference == "top_k" else None
+    candidates = config.top_k if name == "top_k" else None
     # These references do not prefer sure positions, so a policy that starts as one of them reads every board.
     shape = replace(config.shape, sure=2.0) if base in ("none", "learned") else config.shape
     return new_policy(shape, task, denoiser, config.seed, base, config.tau, candidates)

@@ -128,7 +128,8 @@ def test_a_run_leaves_its_files(finished: dict[str, Path], name: str) -> None:
     settings = json.loads((out / "run.json").read_text())
     config = misled(name, out)
     given = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    assert settings == given | {"kind": type(config).__name__}
+    filled_in = {"kind": type(config).__name__, "reference": "softmax_confidence"}
+    assert settings == given | filled_in
     policy = load_policy(out, Misled(), TableDenoiser(Misled().joint))
     begun = start(misled(name, out), Misled(), TableDenoiser(Misled().joint))
     assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), begun.parameters(), strict=True))
@@ -234,6 +235,7 @@ class Tabular(TablePolicy, PyTorchModelHubMixin):
     """A free policy as the learners take it."""
 
     hidden = None
+    sets = "none"
 
     def __init__(self, vocab_size: int, length: int) -> None:
         super().__init__(vocab_size, length)

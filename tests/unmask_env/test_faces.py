@@ -329,7 +329,7 @@ def test_unseeded_first_reset_plays() -> None:
 @pytest.mark.parametrize(
     ("id", "temperature", "steps", "rules"),
     [(TABLE, 0.0, 50, {}), (TABLE, 1.0, 50, {})]
-    + [(id, 0.0, 6 if "9x9" in id else 40, {}) for id in IDS]
+    + [(id, 0.0, 6 if "9x9" in id or "FreeText" in id else 40, {}) for id in IDS]
     + [
         (TABLE, 1.0, 50, {"actions": "set"}),
         (TABLE, 1.0, 50, {"actions": "set+remask", "remask_budget": 3}),
