@@ -45,7 +45,7 @@ REMASKING_SWEEPS: dict[str, list[dict[str, Any]]] = {
         for strategy in ("cap", "rescale", "loop", "conf")
     },
 }
-THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.07, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
+THRESHOLDS = (0.003, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95, 0.99)
 
 
 @dataclass(frozen=True)

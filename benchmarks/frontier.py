@@ -29,8 +29,8 @@ from unmask_env import registration
 from unmask_env.core import Rules
 
 
-def train(args: argparse.Namespace, seed: int) -> dict[str, Path]:
-    """The folders of both stages."""
+def train(args: argparse.Namespace, seed: int) -> Path:
+    """The folder of the trained policy."""
     out = args.runs / f"{args.denoiser.replace('/', '-')}-{args.actions.replace('+', '-')}-seed{seed}"
     shared = {"env": args.env, "denoiser": args.denoiser, "seed": seed, "threads": args.threads}
     first, second = out / "imitation", out / "upo"
@@ -45,7 +45,7 @@ def train(args: argparse.Namespace, seed: int) -> dict[str, Path]:
             **shared,
         )
     )
-    if args.iterations:
+    if args.iterations > 0:
         upo.train(
             UPOConfig(
                 out=str(second),
@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, seed: int) -> dict[str, Path]:
                 **shared,
             )
         )
-    return {"imitation": first} | ({"UPO": second} if args.iterations else {})
+    return second if args.iterations > 0 else first
 
 
 def against(point: Point, heuristics: list[Point], until: float) -> dict[str, Any] | None:
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train-puzzles", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=1000, help="of imitation")
-    parser.add_argument("--iterations", type=int, default=20, help="of UPO")
+    parser.add_argument("--iterations", type=int, default=20, help="of UPO; 0: imitation alone")
     parser.add_argument("--lr", type=float, default=1e-4, help="of UPO")
     parser.add_argument("--speed", type=float, default=1.0, help="exponent of the forwards in UPO's reward")
     parser.add_argument("--puzzles", type=int, default=2000, help="held-out puzzles")
@@ -100,12 +100,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     task, denoiser = registration.resolve(args.env, args.denoiser)
     instances = task.heldout(args.puzzles, args.split)
-    stages = {seed: train(args, seed) for seed in args.seeds}
+    policies = {seed: train(args, seed) for seed in args.seeds}
     rules = Rules(args.actions)
     found = frontier.methods(["heuristics"], task, denoiser, rules)
-    for seed, folders in stages.items():
-        for stage, folder in folders.items():
-            found[f"{stage}, seed {seed}"] = frontier.methods([str(folder)], task, denoiser, rules)[str(folder)]
+    for seed, folder in policies.items():
+        found[f"learned, seed {seed}"] = frontier.methods([str(folder)], task, denoiser, rules)[str(folder)]
     points = frontier.sweep(task, denoiser, found, instances, rules, progress=True)
     heuristics = [point for point in points if not point.learned]
     report = {
