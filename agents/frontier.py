@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
@@ -156,6 +157,9 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
         axes.fill_between(nfe, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="mean number of denoiser forwards (NFE)", ylabel=next(iter(points[0].result.metrics)), title=title)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
