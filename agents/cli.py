@@ -35,7 +35,6 @@ from tasks import Instances, Sudoku, UnmaskError
 from unmask_env import core, exact, ids, parallel, reference, render
 from unmask_env.denoiser import check_fits, load_denoiser
 
-ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "top_k")
 SET_ORDERS = ("fixed_k", "threshold", "factor", "entropy_bounded", "kl_stability", "schedule")
 
 
@@ -182,7 +181,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
     )
     names = command.orders
     if names is None:
-        names = ORDERS if command.actions == "single" else ("heuristics",) if command.frontier else SET_ORDERS
+        names = demo.HEURISTICS if command.actions == "single" else ("heuristics",) if command.frontier else SET_ORDERS
     if not names:
         raise UnmaskError("--orders needs at least one order")
     title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"

@@ -20,6 +20,7 @@ from pretrain.run import require_at_least, require_seed, resolve_device
 from tasks import Instances, Task, UnmaskError
 from unmask_env import parallel, registration
 from unmask_env import reference as references
+from unmask_env.boards import default_reference
 from unmask_env.core import SINGLE, Rules
 from unmask_env.denoiser import Denoiser
 from unmask_env.parallel import SetReference
@@ -267,10 +268,6 @@ def seeded(generator: torch.Generator) -> Iterator[int]:
             yield seed
         finally:
             np.random.set_state(state)
-
-
-def default_reference(rules: Rules) -> ReferenceName:
-    return "softmax_confidence" if rules.actions == "single" else "soft_threshold"
 
 
 def make_reference(config: LearnerConfig) -> Reference | SetReference:

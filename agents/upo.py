@@ -92,10 +92,8 @@ class Tempered:
         return torch.where(open_somewhere, scaled.log_softmax(1), log_prob)
 
     def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
-        """(S,) log-probabilities of positions (S,), or of sets (S, A), which have no temperature."""
-        if self.policy.sets != "none":
-            return self.policy.log_prob_of(observation, action)
-        return self.log_prob(observation).gather(1, action.unsqueeze(1)).squeeze(1)
+        """(S,) log-probabilities of sets (S, A), which have no temperature."""
+        return self.policy.log_prob_of(observation, action)
 
     def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
         return self.policy.sample(observation, generator)
@@ -308,7 +306,9 @@ def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None
                 record=True,
             )
             reward = played.reward.view(config.puzzles, config.group)
-            right = task.reward(played.state.tokens, instances.repeat(config.group)).view_as(reward)
+            right = reward  # what the task gives, without the count of forwards
+            if config.rules.speed > 0:
+                right = task.reward(played.state.tokens, instances.repeat(config.group)).view_as(reward)
             pool.add(instances, right.mean(1) < 1)
             batch = flatten(played, group_advantage(played.reward, config.group, config.normalise))
             if regulariser.endswith("_kl"):

@@ -120,6 +120,11 @@ def require_possible(log_reference: np.ndarray | Tensor) -> None:
         )
 
 
+def default_reference(rules: Rules) -> Literal["softmax_confidence", "soft_threshold"]:
+    """The name of the reference policy where none is named."""
+    return "softmax_confidence" if rules.actions == "single" else "soft_threshold"
+
+
 def _reference(order: str | Reference | SetReference | None, rules: Rules) -> Reference | SetReference:
     """The reference policy that ``order`` means where ``rules`` hold; None is the default one.
 
@@ -127,8 +132,7 @@ def _reference(order: str | Reference | SetReference | None, rules: Rules) -> Re
         UnmaskError: one that sees the answers, or one of single positions for sets, or the reverse.
     """
     sets = rules.actions != "single"
-    if order is None:
-        order = "soft_threshold" if sets else "softmax_confidence"
+    order = default_reference(rules) if order is None else order
     by_name = parallel.get if sets else reference.get
     found = by_name(order) if isinstance(order, str) else order
     if isinstance(found, reference.Oracle):
