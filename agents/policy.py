@@ -93,7 +93,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         dim, layers, heads: size. readings: how often the board is read, with shared weights.
         sure: the confidence from which on no reading is needed; above 1 the board is always read.
         gate: initial weight of the log-odds.
-        rotary: as the denoiser's.
+        rotary: attention sees how far apart positions are, as the denoiser's does or a line of text needs.
         places: the score has a linear function of the states, too, which policies over sets have in any case.
         sets: ``none`` for one position at a time, else the law of its sets (:mod:`unmask_env.set_laws`); ``base`` is
             then ``soft_threshold``, or ``none``: even odds before anything is learned.
@@ -328,7 +328,7 @@ def new_policy(
             readings=shape.readings,
             sure=shape.sure,
             gate=gate,
-            rotary=backbone is not None and backbone.rotary,
+            rotary=task.is_line and shape.dim % (2 * shape.heads) == 0 if backbone is None else backbone.rotary,
             sets=shape.law if sets else "none",
             places=shape.places,
         )

@@ -7,8 +7,8 @@
 Antibodies: AntiBERTy (26 M parameters; Ruffolo et al. 2021, arXiv 2112.07782) on the human V genes of IMGT that come
 with abnumber. Reactions: RXNMapper's ALBERT (Schwaller et al. 2021) on amide couplings and esterifications, every acid
 of a list with every amine and alcohol. Both packages' weights are read where pip put them and loaded without running
-pickled code. An order policy is trained by UPO from rewards alone (the share of hidden tokens that come back right),
-on half of the genes or acids; the table is of the other half.
+pickled code. An order policy, which sees the model's hidden states, imitates the oracle and then trains by UPO (reward:
+the share of hidden tokens that come back right) on half of the genes or acids; the table is of the other half.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from agents import evaluate, upo
+from agents import evaluate, imitation, upo
 from agents.policy import PolicyShape
 from pretrain.backbone import parameter_count
 from pretrain.checkpoint import write_json
@@ -33,7 +33,7 @@ from tasks import Lines, UnmaskError
 from unmask_env.core import Order
 from unmask_env.huggingface import HFDenoiser
 
-ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy")
+ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "oracle")
 MODELS = {"antibodies": "antiberty/trained_models/AntiBERTy_md_smooth", "reactions": "rxnmapper/models/transformers"}
 RESIDUE = r"[A-Z]"
 ATOM = r"\[[^\]]+]|Br?|Cl?|>>|%[0-9]{2}|[NOSPFIbcnosp()\.=#\-+\\/:~@?>*$0-9]"  # RXNMapper's
@@ -103,10 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=sorted(MODELS))
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where pip put them")
-    parser.add_argument("--hide", type=float, default=0.15, help="share of the tokens")
+    parser.add_argument("--hide", type=float, default=0.5, help="share of the tokens")
     parser.add_argument("--instances", type=int, default=300, help="of the table")
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--puzzles", type=int, default=8, help="groups per iteration")
+    parser.add_argument("--train-instances", type=int, default=300, help="played to collect states")
+    parser.add_argument("--steps", type=int, default=150, help="of imitation")
+    parser.add_argument("--iterations", type=int, default=10, help="of UPO")
+    parser.add_argument("--puzzles", type=int, default=4, help="groups per iteration")
+    parser.add_argument("--batch", type=int, default=64, help="states per step of imitation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/sequences"))
     parser.add_argument("--threads", type=int, default=None)
@@ -127,23 +130,34 @@ def main() -> None:
     length = max(len(tokenizer(line)["input_ids"]) for line in lines)
     task, other = (Lines(part, tokenizer, length, args.hide) for part in (known, new))
     task.name = other.name = args.kind
-    denoiser = HFDenoiser(folder, task)
+    denoiser = HFDenoiser(folder, task, hidden=True)
     instances = other.sample(args.instances, torch.Generator().manual_seed(2**31))
     orders: dict[str, Order] = {name: evaluate.load_order(name, task, denoiser) for name in ORDERS}
     for seed in args.seeds:
-        config = upo.UPOConfig(
-            out=str(args.runs / f"{args.kind}-{seed}"),
+        first, second = (args.runs / f"{args.kind}-{seed}" / stage for stage in ("imitation", "upo"))
+        shared: dict[str, Any] = {"seed": seed, "threads": args.threads}
+        imitate = imitation.ImitationConfig(
+            out=str(first),
+            puzzles=args.train_instances,
+            steps=args.steps,
+            batch=args.batch,
+            shape=PolicyShape(copy=False, layers=2, hidden=True, sure=2.0),
+            resume=(first / "state.safetensors").exists(),
+            **shared,
+        )
+        imitation.train(imitate, task, denoiser)
+        practise = upo.UPOConfig(
+            out=str(second),
+            init=str(first),
             iterations=args.iterations,
             puzzles=args.puzzles,
-            shape=PolicyShape(copy=False, layers=2, sure=2.0),
             mine=0.0,
-            seed=seed,
-            threads=args.threads,
-            resume=(args.runs / f"{args.kind}-{seed}" / "state.safetensors").exists(),
+            resume=(second / "state.safetensors").exists(),
+            **shared,
         )
-        orders[f"UPO, seed {seed}"] = upo.train(config, task, denoiser)
+        orders[f"UPO, seed {seed}"] = upo.train(practise, task, denoiser)
     results = evaluate.evaluate(task, denoiser, orders, instances, batch=50, progress=True)
-    best = max(results[: len(ORDERS)], key=lambda result: float(result.solved.mean()))
+    best = max(results[: len(ORDERS) - 1], key=lambda result: float(result.solved.mean()))
     report = {
         "command": "python benchmarks/sequences.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),

@@ -84,7 +84,7 @@ class PretrainConfig:
             raise tasks.UnmaskError(f"dim must be a multiple of heads; {self.dim} is not one of {self.heads}")
         if task.prompt_length and type(self) is not PretrainConfig:
             raise tasks.UnmaskError(f"{task.name} has prompts, behind which only mdm can be trained")
-        if _is_line(task) and self.dim % (2 * self.heads):
+        if task.is_line and self.dim % (2 * self.heads):
             raise tasks.UnmaskError(f"for {task.name}, dim must be a multiple of 2 heads, so not {self.dim}")
 
     def objective(
@@ -276,11 +276,6 @@ class Objective(nn.Module):
         return self.config.objective(self.model, clean, generator, done)
 
 
-def _is_line(task: tasks.Task) -> bool:
-    """Of positions, not a board: distances along it mean something."""
-    return task.shape[0] == 1
-
-
 def learning_rate(config: PretrainConfig, step: int) -> float:
     """Linear warm-up, then cosine decay to a tenth, or constant."""
     scale = min(1.0, (step + 1) / max(1, config.warmup))
@@ -317,7 +312,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             config.layers,
             config.heads,
             vocabularies=task.vocabularies,
-            rotary=_is_line(task),
+            rotary=task.is_line,
             fingerprint=task.fingerprint,
             prompt_length=task.prompt_length,
             **config.architecture(),

@@ -76,6 +76,11 @@ class Task(ABC):
         return self.shape[0] * self.shape[1]
 
     @property
+    def is_line(self) -> bool:
+        """Of positions, not a board: distances along it mean something."""
+        return self.shape[0] == 1
+
+    @property
     def vocab_size(self) -> int:
         return len(self.symbols)
 

@@ -135,7 +135,7 @@ def _reference(order: str | Reference | SetReference | None, rules: Rules) -> Re
     order = default_reference(rules) if order is None else order
     by_name = parallel.get if sets else reference.get
     found = by_name(order) if isinstance(order, str) else order
-    if isinstance(found, reference.Oracle):
+    if hasattr(found, "with_answers"):
         raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
     if hasattr(found, "log_inclusion") != sets:
         raise UnmaskError(f"{type(found).__name__} is no reference for actions {rules.actions!r}")

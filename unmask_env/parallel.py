@@ -94,6 +94,32 @@ class _Deterministic(SetReference):
         )
 
 
+class OracleSets(_Deterministic):
+    """Sees the answers: closes every position whose top symbol is right, or the surest where none is, and opens again
+    every wrong one. How few forwards a denoiser needs when no mistake is made; a ceiling, not a rule to play by.
+    :func:`unmask_env.core.rollout` hands it the answers."""
+
+    def __init__(self) -> None:
+        self.oracle = reference.Oracle()
+
+    def with_answers(self, answers: Tensor) -> OracleSets:
+        told = OracleSets()
+        told.oracle = self.oracle.with_answers(answers)
+        return told
+
+    def closes(self, observation: Observation) -> Tensor:
+        right = self.oracle.right(observation)
+        surest = ranked(reference.confidence(observation), observation.open) == 0
+        return torch.where(right.any(1, keepdim=True), right, surest)
+
+    def log_inclusion(self, observation: Observation) -> Tensor:
+        log_inclusion = super().log_inclusion(observation)
+        if observation.reopenable is not None:
+            wrong = observation.reopenable & (observation.tokens != self.oracle.answers)
+            log_inclusion[:, wrong.shape[1] :].masked_fill_(wrong, 0.0)
+        return log_inclusion
+
+
 SCORES: dict[str, Callable[[Observation], Tensor]] = {
     "confidence": reference.confidence,
     "margin": reference.margin,
@@ -331,6 +357,7 @@ SET_REFERENCES: dict[str, Callable[..., SetReference]] = {
     "schedule": Schedule,
     "remdm": ReMDM,
     "self_planning": SelfPlanning,
+    "oracle": OracleSets,
 }
 
 

@@ -534,3 +534,40 @@ def test_the_packaged_denoiser_on_real_puzzles() -> None:
     played = core.rollout(task, denoiser, reference.MaxConfidence(), puzzles)
     certain = exact.evaluate(graph, reference.MaxConfidence()).reward
     torch.testing.assert_close(certain[graph.start_of], played.reward.double())
+
+
+# ---------------------------------------------------------------------- sets
+@pytest.mark.parametrize("seed", range(3))
+def test_fewest_forwards_is_the_best_of_all_sequences_of_sets(seed: int) -> None:
+    length, vocab = 5, 2
+    denoiser, mask = WrongDenoiser(vocab, length, seed), vocab
+    task = RewardTask(vocab, length, seed)
+
+    @cache
+    def best(board: tuple[int, ...], answer: tuple[int, ...]) -> float:
+        if mask not in board:
+            return 0.0 if board == answer else INF
+        top = denoiser(torch.tensor([board])).log_probs.argmax(-1)[0].tolist()
+        holes = [i for i, token in enumerate(board) if token == mask]
+        found = INF
+        for size in range(1, len(holes) + 1):
+            for chosen in itertools.combinations(holes, size):
+                filled = tuple(top[i] if i in chosen else token for i, token in enumerate(board))
+                found = min(found, 1 + best(filled, answer))
+        return found
+
+    answers = sequences(vocab, length)
+    given = torch.rand(answers.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+    instances = Instances(torch.where(given, answers, mask), answers)
+    expected = [best(tuple(b), tuple(a)) for b, a in zip(instances.tokens.tolist(), answers.tolist(), strict=True)]
+    assert {1.0, 2.0, INF} <= set(expected), set(expected)
+    assert exact.fewest_forwards(task, denoiser, instances, batch=7).tolist() == expected
+
+
+def test_fewest_forwards_asks_for_few_holes_and_one_answer() -> None:
+    sudoku = tasks.get("sudoku6")
+    with pytest.raises(TooLargeError, match="12 are allowed"):
+        exact.fewest_forwards(sudoku, load_denoiser("sudoku6-tiny", sudoku), sudoku.heldout(2))
+    countdown = tasks.get("countdown")
+    with pytest.raises(UnmaskError, match="several right answers"):
+        exact.fewest_forwards(countdown, WrongDenoiser(2, 2, 0), countdown.heldout(2))

@@ -911,6 +911,10 @@ BOTH = pytest.mark.parametrize("face", [UnmaskEnv, UnmaskVectorEnv])
     ("options", "message"),
     [
         (SMALL | {"reference": "oracle"}, "the oracle sees the answers, which an observation never shows"),
+        (
+            SMALL | {"reference": "oracle", "actions": "set"},
+            "the oracle sees the answers, which an observation never shows",
+        ),
         (SMALL | {"reference": reference.Oracle()}, "the oracle sees the answers, which an observation never shows"),
         ({"task": "sudoku6"}, "needs a denoiser; give denoiser="),
         ({"denoiser": "sudoku6-tiny"}, "needs a task; give task="),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tasks
+from agents import evaluate
 from tests.oracles.enumeration import TableTask, random_joint
 from unmask_env import core, parallel, reference
 from unmask_env.core import Denoised, Memory, Observation, Rules
@@ -291,3 +292,23 @@ def test_positions_are_opened_again_on_uniform_diffusion_too() -> None:
     assert played.state.reopened.max() == 4
     assert (played.state.tokens != task.mask_id).all()
     assert played.state.tokens[given].equal(instances.tokens[given])
+
+
+def test_oracle_closes_what_is_right_and_opens_what_is_wrong() -> None:
+    seen = observation(remask=True)
+    top = seen.denoised.log_probs.argmax(-1)
+    answers = torch.where(torch.rand(top.shape, generator=torch.Generator().manual_seed(3)) < 0.5, top, (top + 1) % V)
+    chosen = parallel.OracleSets().with_answers(answers).sample(seen, None)
+    close, reopen = chosen.split(L, 1)
+    right = seen.open & (top == answers)
+    some = right.any(1)
+    assert some.any()
+    assert torch.equal(close[some], right[some])
+    surest = reference.confidence(seen).masked_fill(~seen.open, -1.0).argmax(1)
+    assert close[~some].sum(1).eq(seen.open[~some].any(1)).all()
+    assert all(close[row, surest[row]] for row in (~some & seen.open.any(1)).nonzero().squeeze(1).tolist())
+    assert torch.equal(reopen, seen.reopenable & (seen.tokens != answers))
+    with pytest.raises(tasks.UnmaskError, match="sees the answers"):
+        parallel.OracleSets().sample(seen, None)
+    with pytest.raises(tasks.UnmaskError, match="takes no options"):
+        evaluate.load_order("oracle:theta=1", tasks.get("sudoku4"), actions="set")
