@@ -109,18 +109,20 @@ class States:
         self, task: Task, denoiser: Denoiser, instances: Instances, sure: float, generator: torch.Generator
     ) -> None:
         """Play ``instances`` by margin among the right positions, so that boards stay solvable; keep the states where
-        one open position's top symbol is right and another's wrong: all stuck ones, one in twenty of the others."""
+        one open position's top symbol is right and another's wrong: all stuck ones, one in twenty of the others. Where
+        several answers are right, a state's is the one that the denoiser finds likeliest there."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in (instances[rows] for rows in torch.arange(len(instances)).split(500)):
-            state, oracle = core.begin(part, task.mask_id), Oracle(part.answers)
+            state, oracle = core.begin(part, task.mask_id), Oracle(task.all_answers(part))
             while bool(state.open.any()):
                 observation = Observation(state.tokens, state.open, denoiser(state.tokens))
+                answer = oracle.answer(observation)
                 right = oracle.right(observation)
                 open_confidence = reference.confidence(observation).masked_fill(~state.open, 0.0)
                 stuck = open_confidence.max(1).values < sure
                 spared = torch.rand(stuck.shape, generator=generator, device=stuck.device) < 0.05
                 keep = (state.open & ~right).any(1) & right.any(1) & (stuck | spared)
-                found.append((state.tokens[keep].cpu(), part.answers[keep].cpu(), stuck[keep].cpu()))
+                found.append((state.tokens[keep].cpu(), answer[keep].cpu(), stuck[keep].cpu()))
                 action = reference.margin(observation).masked_fill(~right, -1.0).argmax(1)
                 state = core.step(task, state, core.fill(observation.denoised.log_probs), action).state
                 state = replace(state, open=state.open & right.any(1, keepdim=True))  # a lost board is given up

@@ -8,6 +8,7 @@ right, uses every number once and ends at the target, which is checked step by s
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -84,6 +85,22 @@ def _apply(operation: str, a: Fraction, b: Fraction) -> Fraction | None:
     if operation == "/":
         return a / b if b else None
     return a + b if operation == "+" else a - b if operation == "-" else a * b
+
+
+def _solutions(numbers: Sequence[int], target: int) -> list[str]:
+    """All answers, as steps with the larger number first and results between 1 and ``LARGEST``."""
+    if len(numbers) == 1:
+        return [""] if numbers[0] == target else []
+    found = []
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        a, b = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
+        rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
+        for operation in "+-*/":
+            result = _apply(operation, Fraction(a), Fraction(b))
+            if result is not None and result.denominator == 1 and 1 <= result <= LARGEST:
+                step = f"{a}{operation}{b}={result}"
+                found += [",".join(filter(None, (step, more))) for more in _solutions([*rest, int(result)], target)]
+    return list(dict.fromkeys(found))
 
 
 class Countdown(Task):
@@ -177,6 +194,22 @@ class Countdown(Task):
         return self.encode(self._draw(n, split != "train", generator))
 
     # ------------------------------------------------------------------ truth
+    def all_answers(self, instances: Instances) -> Tensor:
+        """(N, K, L): all that write the larger number of each step first, as the instances' own answers do."""
+        found = []
+        for own in instances.answers.cpu():
+            numbers, target = self._puzzle(own)
+            steps = dict.fromkeys([self.text(own[self.prompt_length :]).strip(), *_solutions(numbers, target)])
+            found.append(self.encode([(numbers, target, answer) for answer in steps]).answers)
+        most = max(len(answers) for answers in found)
+        padded = [torch.cat([answers, answers[:1].expand(most - len(answers), -1)]) for answers in found]
+        return torch.stack(padded).to(instances.answers.device)
+
+    def _puzzle(self, tokens: Tensor) -> tuple[list[int], int]:
+        """The numbers and the target of a board."""
+        numbers, target = self.text(tokens[: self.prompt_length]).split("|")
+        return [int(number) for number in numbers.split(",")], int(target)
+
     def text(self, tokens: Tensor) -> str:
         return "".join(self.symbol(int(token)) for token in tokens)
 
@@ -184,10 +217,7 @@ class Countdown(Task):
         """1 where the steps are right."""
         solved = []
         for row, given in zip(tokens.cpu(), instances.answers.cpu(), strict=True):
-            prompt = self.text(given[: self.prompt_length])
-            numbers, target = prompt.split("|")
-            answer = self.text(row[self.prompt_length :])
-            solved.append(check_steps(answer, [int(number) for number in numbers.split(",")], int(target)))
+            solved.append(check_steps(self.text(row[self.prompt_length :]), *self._puzzle(given)))
         return torch.tensor(solved, dtype=torch.float32, device=tokens.device)
 
     def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:

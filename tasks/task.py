@@ -124,6 +124,10 @@ class Task(ABC):
         hidden = torch.arange(self.length, device=answers.device) >= self.prompt_length
         return Instances(torch.where(hidden, self.mask_id, answers), answers)
 
+    def all_answers(self, instances: Instances) -> Tensor:
+        """(N, K, L): every right answer that can be listed, the instances' own first; rows with fewer repeat it."""
+        return instances.answers.unsqueeze(1)
+
     @abstractmethod
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
         """(N,) float32 reward in [0, 1] of the finished sequences ``tokens`` (N, L)."""

@@ -421,7 +421,7 @@ def rollout(
     if (temperature > 0) != (fill_generator is not None):
         raise UnmaskError("sampled filling needs both a temperature above 0 and a fill_generator")
     if hasattr(order, "with_answers"):
-        order = order.with_answers(instances.answers)
+        order = order.with_answers(task.all_answers(instances))
     rules = replace(rules, nfe_budget=rules.nfe_budget or 2 * task.length)
     state = begin(instances, task.mask_id)
     reward = torch.zeros(len(instances), device=state.tokens.device)

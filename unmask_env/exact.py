@@ -497,9 +497,9 @@ def fewest_forwards(task: Task, denoiser: Denoiser, instances: Instances, batch:
     """(N,) float64: the fewest forwards in which sets of positions, filled greedily and never opened again, can restore
     each instance's answer; inf where no sequence of sets does.
 
-    n(A) = 0 where every hole is filled, and else 1 + min n(A') over A' that adds to A some positions whose top symbol is
-    right on the board with the holes A filled: a recursion over the 2^H boards without a mistake, 3^H steps in all. No
-    order, learned or not, solves more instances in as many forwards.
+    n(A) = 0 where every hole is filled, and else 1 + min n(A') over A' that adds to A some positions whose top symbol
+    is right on the board with the holes A filled: a recursion over the 2^H boards without a mistake, 3^H steps in all.
+    No order, learned or not, solves more instances in as many forwards.
 
     Raises:
         TooLargeError: more than 12 holes in an instance. UnmaskError: a task with several right answers.

@@ -115,7 +115,7 @@ class OracleSets(_Deterministic):
     def log_inclusion(self, observation: Observation) -> Tensor:
         log_inclusion = super().log_inclusion(observation)
         if observation.reopenable is not None:
-            wrong = observation.reopenable & (observation.tokens != self.oracle.answers)
+            wrong = observation.reopenable & (observation.tokens != self.oracle.answer(observation))
             log_inclusion[:, wrong.shape[1] :].masked_fill_(wrong, 0.0)
         return log_inclusion
 

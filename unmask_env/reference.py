@@ -196,6 +196,9 @@ class Oracle(Reference):
 
     Uniform over the open positions whose top symbol is right; over all open ones where none is. For pretraining and
     as the upper-bound row of tables only. :func:`unmask_env.core.rollout` hands it the answers.
+
+    Args:
+        answers: (N, L), or (N, K, L) where several are right.
     """
 
     answers: Tensor | None = None
@@ -203,11 +206,23 @@ class Oracle(Reference):
     def with_answers(self, answers: Tensor) -> Oracle:
         return replace(self, answers=answers)
 
-    def right(self, observation: Observation) -> Tensor:
-        """(N, L) bool: open, and the denoiser's most likely symbol is the answer's."""
+    def answer(self, observation: Observation) -> Tensor:
+        """(N, L): the right answer that the denoiser finds likeliest among those that agree with the board so far, or
+        among all of them where none does."""
         if self.answers is None:
             raise UnmaskError("the oracle order sees the answers; give them with .with_answers(instances.answers)")
-        return observation.open & (observation.denoised.log_probs.argmax(-1) == self.answers)
+        if self.answers.ndim == 2:
+            return self.answers
+        log_probs, several = observation.denoised.log_probs, self.answers.transpose(1, 2)  # (N, L, V), (N, L, K)
+        hole = (observation.tokens == log_probs.shape[-1]).unsqueeze(-1)
+        agrees = (hole | (several == observation.tokens.unsqueeze(-1))).all(1)  # (N, K)
+        likelihood = (log_probs.gather(2, several).clamp(min=-30.0) * hole).sum(1)
+        best = (likelihood - 1e4 * ~agrees).argmax(1)
+        return self.answers[torch.arange(len(best), device=best.device), best]
+
+    def right(self, observation: Observation) -> Tensor:
+        """(N, L) bool: open, and the denoiser's most likely symbol is the answer's."""
+        return observation.open & (observation.denoised.log_probs.argmax(-1) == self.answer(observation))
 
     def log_prob(self, observation: Observation) -> Tensor:
         right = self.right(observation)

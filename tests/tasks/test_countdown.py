@@ -1,5 +1,6 @@
 """Countdown: what counts as right, what is refused, and what is drawn."""
 
+import itertools
 import time
 
 import pytest
@@ -126,3 +127,33 @@ def test_wrong_settings():
         Countdown(3).encode([([1, 2, 3], 6, "print(1)")])
     with pytest.raises(UnmaskError, match="unknown split"):
         Countdown(3).heldout(3, "rest")
+
+
+@pytest.mark.parametrize("numbers", [3, 4])
+def test_all_answers_are_right_and_complete(numbers: int) -> None:
+    task = tasks.get(f"countdown:numbers={numbers}")
+    instances = task.heldout(20)
+    found = task.all_answers(instances)
+    assert torch.equal(found[:, 0], instances.answers)
+    for answers in found.unbind(1):
+        assert task.reward(answers, instances).eq(1).all()
+    texts = {task.text(row[task.prompt_length :]).strip() for row in found[3]}
+    values, target = task._puzzle(instances.answers[3])
+    # Every way of writing steps with the larger number first, checked by the checker.
+    tried = set()
+
+    def write(there: tuple[int, ...], text: str) -> None:
+        if len(there) == 1:
+            tried.add(text.strip(","))
+            return
+        for i, j in itertools.permutations(range(len(there)), 2):
+            a, b = there[i], there[j]
+            if a < b:
+                continue
+            rest = tuple(there[k] for k in range(len(there)) if k not in (i, j))
+            for sign, result in (("+", a + b), ("-", a - b), ("*", a * b), ("/", a // b)):
+                if 1 <= result <= 999:
+                    write((*rest, result), f"{text},{a}{sign}{b}={result}")
+
+    write(tuple(values), "")
+    assert texts == {text for text in tried if check_steps(text, values, target)}

@@ -245,3 +245,21 @@ def test_get_knows_every_name_and_refuses_the_rest() -> None:
 def test_options_out_of_range_are_refused(name: str, option: str, value: float) -> None:
     with pytest.raises(UnmaskError, match=f"{option} must be a "):
         reference.get(name, **{option: value})
+
+
+def test_oracle_of_several_answers_takes_the_likeliest_that_agrees_with_the_board() -> None:
+    several = torch.tensor([[[0, 1, 2], [1, 1, 0], [1, 0, 2]]])
+    log_probs = torch.tensor([[[0.1, 0.6, 0.3], [0.3, 0.6, 0.1], [0.3, 0.2, 0.5]]]).log()
+
+    def board(*tokens: int) -> Observation:
+        tokens = torch.tensor([tokens])
+        return Observation(tokens, tokens == 3, Denoised(log_probs))
+
+    oracle = reference.Oracle().with_answers(several)
+    # By hand: .1 * .6 * .5 = .03, .6 * .6 * .3 = .108 and .6 * .3 * .5 = .09.
+    assert oracle.answer(board(3, 3, 3)).tolist() == [[1, 1, 0]]
+    assert oracle.right(board(3, 3, 3)).tolist() == [[True, True, False]]
+    assert oracle.answer(board(3, 3, 2)).tolist() == [[1, 0, 2]]  # .6 * .3 against .1 * .6
+    assert oracle.right(board(3, 3, 2)).tolist() == [[True, False, False]]
+    assert oracle.answer(board(0, 3, 3)).tolist() == [[0, 1, 2]]
+    assert oracle.answer(board(2, 3, 3)).tolist() == [[1, 1, 0]]  # lost: none agrees
