@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from agents import evaluate, frontier, imitation, upo
 from agents.frontier import Point
 from agents.imitation import ImitationConfig
 from agents.upo import UPOConfig
 from pretrain.checkpoint import write_json
-from unmask_env import registration
+from unmask_env import exact, parallel, registration
 from unmask_env.core import Rules
 
 
@@ -81,6 +82,16 @@ def against(point: Point, heuristics: list[Point], until: float) -> dict[str, An
     }
 
 
+def bound(fewest: Tensor) -> list[dict[str, float]]:
+    """The frontier that no order without positions opened again can pass, from the fewest forwards (N,) that each
+    instance needs: it gives up, in one forward, whatever takes more than n."""
+    points = []
+    for n in fewest[fewest.isfinite()].unique().tolist():
+        solved = fewest <= n
+        points.append({"nfe": float(fewest.where(solved, 1.0).mean()), "solved": float(solved.double().mean())})
+    return points
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--denoiser", default="sudoku6-tiny")
@@ -94,6 +105,7 @@ def main() -> None:
     parser.add_argument("--speed", type=float, default=1.0, help="exponent of the forwards in UPO's reward")
     parser.add_argument("--puzzles", type=int, default=2000, help="held-out puzzles")
     parser.add_argument("--split", choices=["validation", "test"], default="test")
+    parser.add_argument("--exact", type=int, default=200, help="of them for the exact bound")
     parser.add_argument("--until", type=float, default=6.0, help="forwards")
     parser.add_argument("--runs", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--out", type=Path, required=True)
@@ -110,11 +122,16 @@ def main() -> None:
         found[f"learned, seed {seed}"] = frontier.methods([str(folder)], task, denoiser, rules)[str(folder)]
     points = frontier.sweep(task, denoiser, found, instances, rules, progress=True)
     heuristics = [point for point in points if not point.learned]
+    ceiling = evaluate.evaluate(task, denoiser, {"oracle": parallel.OracleSets()}, instances, rules=rules)[0]
+    holes = (instances.tokens == task.mask_id).sum(1)
+    listable = args.actions == "set" and task.one_answer and int(holes.max()) <= exact.MAX_HOLES_OF_SETS
     report = {
         "command": "python benchmarks/frontier.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "points": [point.row() for point in points],
         "best_heuristics": [point.row() for point in frontier.best_of(points, False)],
+        "oracle": ceiling.row(),
+        "exact_bound": bound(exact.fewest_forwards(task, denoiser, instances[: args.exact])) if listable else None,
         "learned": [
             {"method": point.method, **point.knob, "nfe": point.result.nfe, "solved": float(point.result.solved.mean())}
             | {f"up to {args.until:g} forwards": against(point, heuristics, args.until)}
