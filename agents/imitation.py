@@ -96,11 +96,12 @@ class States:
             order = SoftThreshold(theta, tau=0.02, reopen=0.05)
             budget = replace(rules, nfe_budget=rules.nfe_budget or task.length)
             played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=generator, record=True)
+            oracle = Oracle(task.all_answers(part))
             for step in played.steps:
-                tokens, keep = step.observation.tokens, step.alive
+                tokens, keep, answer = step.observation.tokens, step.alive, oracle.answer(step.observation)
                 if rules.actions == "set":
-                    keep = keep & ((tokens == part.answers) | (tokens == task.mask_id)).all(1)
-                found.append((tokens[keep].cpu(), part.answers[keep].cpu(), part.tokens[keep].cpu()))
+                    keep = keep & ((tokens == answer) | (tokens == task.mask_id)).all(1)
+                found.append((tokens[keep].cpu(), answer[keep].cpu(), part.tokens[keep].cpu()))
         self.tokens, self.answers, self.given = (torch.cat(parts) for parts in zip(*found, strict=True))
         self.stuck = torch.ones(len(self.tokens), dtype=torch.bool)
 
