@@ -27,6 +27,8 @@ from unmask_env.denoiser import Denoiser
 from unmask_env.parallel import SoftThreshold
 from unmask_env.reference import Oracle, Reference
 
+MISTAKES = 2  # on a board from which opening positions again is learned
+
 
 @dataclass(frozen=True)
 class ImitationConfig:
@@ -87,8 +89,9 @@ class States:
     def collect_sets(
         self, task: Task, denoiser: Denoiser, instances: Instances, rules: Rules, generator: torch.Generator
     ) -> None:
-        """Play ``instances`` by confidence thresholds between 0.3 and 1, and keep the states on the way. Where mistakes
-        are final, those without one: on a lost board nothing is right however sure it looks."""
+        """Play ``instances`` by confidence thresholds between 0.3 and 1, and keep the states on the way with at most
+        two wrong symbols, none where mistakes are final: on a lost board nothing is right however sure it
+        looks."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows in torch.arange(len(instances)).split(200):
             part = instances[rows]
@@ -99,8 +102,8 @@ class States:
             oracle = Oracle(task.all_answers(part))
             for step in played.steps:
                 tokens, keep, answer = step.observation.tokens, step.alive, oracle.answer(step.observation)
-                if rules.actions == "set":
-                    keep = keep & ((tokens == answer) | (tokens == task.mask_id)).all(1)
+                wrong = (tokens != answer) & (tokens != task.mask_id)
+                keep = keep & (wrong.sum(1) <= (0 if rules.actions == "set" else MISTAKES))
                 found.append((tokens[keep].cpu(), answer[keep].cpu(), part.tokens[keep].cpu()))
         self.tokens, self.answers, self.given = (torch.cat(parts) for parts in zip(*found, strict=True))
         self.stuck = torch.ones(len(self.tokens), dtype=torch.bool)
@@ -189,9 +192,9 @@ def imitation_loss_of_sets(
     wanted = [observation.denoised.log_probs.argmax(-1) == answers]
     if observation.reopenable is not None:
         wanted.append(observation.tokens != answers)
-    # Odds of closing are those of being right over caution; a wrong symbol opened again makes up for that many, too.
-    shift = math.log(caution)
-    shifts = [shift, -shift]
+    # Odds of closing are those of being right over caution, of opening again those of being wrong: a wrong symbol costs
+    # the board, but a right one opened again leads back to where play was, and round in circles.
+    shifts = [math.log(caution), 0.0]
     loss = odds.new_zeros(())
     for own, right, by, among in zip(
         odds.split(policy.length, 1), wanted, shifts, observation.choices.split(policy.length, 1), strict=False
