@@ -71,42 +71,53 @@ class Zebra(Task):
         with np.load(self._path, allow_pickle=False) as arrays:
             return {key: torch.from_numpy(arrays[key]).long() for key in arrays.files}
 
-    def _shown(self, clues: Tensor, generator: torch.Generator) -> Instances:
-        """(N, M, 5) clues in a random guise."""
-        (n, many, _), size, device = clues.shape, self.houses, clues.device
+    def _plain(self, clues: Tensor) -> Instances:
+        """(N, M, 5) clues as instances: value v of every attribute is in house v."""
+        relation, a, v, b, w = clues.unbind(-1)  # each (N, M); -1 where there is no clue
+        first = a * self.houses + v
+        second = torch.where(relation == AT, self._first_house + w, b * self.houses + w)
+        tokens = torch.stack([self._first_relation + relation, first, second], -1)
+        tokens = torch.where((relation < 0).unsqueeze(-1), self._nothing, tokens).flatten(1)
+        table = torch.arange(self._first_house, device=clues.device).expand(len(clues), -1)
+        return self.behind_prompt(torch.cat([tokens, table], 1))
+
+    def augment(self, instances: Instances, generator: torch.Generator) -> Instances:
+        """The same puzzles, however far filled in, in another guise: values and attributes renamed, the row of houses
+        turned round or not, clues and what they treat alike in another order."""
+        n, size, device = len(instances), self.houses, instances.tokens.device
 
         def shuffled(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=device).argsort(-1)
 
-        clues = clues.gather(1, shuffled(n, many).unsqueeze(-1).expand(-1, -1, 5))
+        clue, either = shuffled(n, self.clues), shuffled(n, self.clues, 2)[..., 0] == 0
         named, row_of, turned = shuffled(n, size, size), shuffled(n, size), shuffled(n, 2)[:, :1] == 0
-        relation, a, v, b, w = clues.unbind(-1)  # each (N, M); -1 where there is no clue
+        houses = torch.arange(size, device=device)
+        columns = torch.where(turned, size - 1 - houses, houses)  # (N, H); its own inverse
+        # Attribute a's value v becomes value named[a, v] of attribute row_of[a]; what is no thing or house stays.
+        things = (row_of.unsqueeze(-1) * size + named).flatten(1)
+        others = torch.arange(self._first_relation, self.mask_id + 1, device=device).expand(n, -1)
+        renamed = torch.cat([things, self._first_house + columns, others], 1)
 
-        def thing(attribute: Tensor, value: Tensor) -> Tensor:
-            """Its token: attribute a is shown in row row_of[a], its value v by the name named[a, v]."""
-            attribute, value = attribute.clamp(min=0), value.clamp(min=0)
-            name = named.gather(1, attribute.unsqueeze(-1).expand(-1, -1, size)).gather(2, value.unsqueeze(-1))
-            return row_of.gather(1, attribute) * size + name.squeeze(-1)
+        def shown(tokens: Tensor) -> Tensor:
+            tokens = renamed.gather(1, tokens)
+            clues = tokens[:, : self.prompt_length].view(n, self.clues, 3)
+            clues = clues.gather(1, clue.unsqueeze(-1).expand(-1, -1, 3))
+            # Turned round, left becomes right; and what a relation treats alike may stand either way.
+            relation = clues[..., 0] - self._first_relation
+            alike = (relation != AT) & (relation < len(RELATIONS))
+            swapped = torch.where(relation == LEFT, turned, either & alike)
+            clues = torch.where(swapped.unsqueeze(-1), clues[..., [0, 2, 1]], clues)
+            table = tokens[:, self.prompt_length :].view(n, size, size)
+            table = table.gather(2, columns.unsqueeze(1).expand(-1, size, -1))
+            table = torch.empty_like(table).scatter(1, row_of.unsqueeze(-1).expand(-1, -1, size), table)
+            return torch.cat([clues.flatten(1), table.flatten(1)], 1)
 
-        house = torch.where(turned, size - 1 - w, w)
-        first, second = thing(a, v), torch.where(relation == AT, self._first_house + house, thing(b, w))
-        # Turned round, left becomes right; and what a relation treats alike may stand either way.
-        either = shuffled(n, many, 2)[..., 0] == 0
-        swapped = torch.where(relation == LEFT, turned, either & (relation != AT))
-        first, second = torch.where(swapped, second, first), torch.where(swapped, first, second)
-        tokens = torch.stack([self._first_relation + relation, first, second], -1)
-        tokens = torch.where((relation < 0).unsqueeze(-1), self._nothing, tokens).flatten(1)
-        # The value in column h of attribute a's row is the one of house h, or of the last but h where turned.
-        columns = torch.arange(size, device=device)
-        columns = torch.where(turned, size - 1 - columns, columns)  # (N, H)
-        values = named.gather(2, columns.unsqueeze(1).expand(-1, size, -1)) + (row_of * size).unsqueeze(-1)
-        table = torch.zeros_like(values).scatter(1, row_of.unsqueeze(-1).expand(-1, -1, size), values)
-        return self.behind_prompt(torch.cat([tokens, table.flatten(1)], 1))
+        return Instances(shown(instances.tokens), shown(instances.answers))
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:
         clues = self._files["train"]
         rows = torch.randint(len(clues), (n,), generator=generator, device=generator.device).cpu()
-        return self._shown(clues[rows].to(generator.device), generator)
+        return self.augment(self._plain(clues[rows].to(generator.device)), generator)
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
         if split not in SPLITS:
@@ -114,7 +125,7 @@ class Zebra(Task):
         clues = self._files[split]
         if n is not None and not 1 <= n <= len(clues):
             raise UnmaskError(f"{self.name} has {len(clues)} {split} puzzles; cannot take {n}")
-        shown = self._shown(clues, torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
+        shown = self.augment(self._plain(clues), torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
         return shown[: len(clues) if n is None else n]
 
     # ------------------------------------------------------------------ truth

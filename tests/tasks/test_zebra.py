@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tasks
-from tasks import UnmaskError, Zebra
+from tasks import Instances, UnmaskError, Zebra
 from tasks.generate_zebra import MOST, RELATIONS, count_solutions, minimal_clues, true_clues
 
 RULES = {
@@ -89,6 +89,27 @@ def test_a_guise_has_still_one_solution(seed):
     assert len(found) == 1
     table = answer[task.prompt_length :].view(3, 3) % 3
     assert [[row.tolist().index(v) for v in range(3)] for row in table] == [list(row) for row in found[0]]
+
+
+def test_boards_in_mid_play_keep_their_holes_and_mistakes_in_another_guise():
+    task, g = Zebra(3), torch.Generator().manual_seed(0)
+    answers = task.heldout(200).answers
+    tokens = answers.clone()
+    table = tokens[:, task.prompt_length :]  # a view
+    mistaken = torch.arange(200) % 2 == 0
+    table[mistaken, 0] = answers[mistaken, task.prompt_length + 1]
+    table[:, [2, 5, 6]] = task.mask_id
+    shown = task.augment(Instances(tokens, answers), g)
+    assert not torch.equal(shown.answers, answers)
+    assert ((shown.tokens == task.mask_id).sum(1) == 3).all()
+    differ = (shown.tokens != shown.answers) & (shown.tokens != task.mask_id)
+    assert torch.equal(differ.sum(1), mistaken.long())
+    assert not differ[:, : task.prompt_length].any()
+    assert len({tuple(row) for row in (shown.tokens == task.mask_id).tolist()}) > 5, "rows and columns move"
+    for answer in shown.answers:
+        house = {divmod(int(t), 3): h for row in answer[task.prompt_length :].view(3, 3) for h, t in enumerate(row)}
+        for name, first, second in clues_of(task, answer):
+            assert RULES[name](house[first], second if name == "at" else house[second])
 
 
 def test_heldout_puzzles_are_fixed_apart_from_training_and_scored():
