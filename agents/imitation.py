@@ -8,6 +8,7 @@ then trains on those, each time in a fresh symmetric guise and with a fresh deno
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from unmask_env.denoiser import Denoiser
 from unmask_env.parallel import SoftThreshold
 from unmask_env.reference import Oracle, Reference
 
+MANY_TIMES = 30  # over which a state that looks the same each time is learned by heart
 MISTAKES = 2  # on a board from which opening positions again is learned
 
 
@@ -259,6 +261,13 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
                     "try more puzzles"
                 )
             run.log({"states": len(states.stuck), "states/stuck": int(states.stuck.sum())})
+            times = config.steps * config.batch / len(states.stuck)
+            if times > MANY_TIMES and type(task).augment is Task.augment:
+                warnings.warn(
+                    f"{task.name} shows no guises, and each of {len(states.stuck)} states will be seen about "
+                    f"{times:.0f} times as it is, which learns them by heart; take more puzzles or fewer steps",
+                    stacklevel=2,
+                )
         policy.train()
         for step in run.loop():
             generator = step_generator(device, config.seed, step, 2 << 16)

@@ -244,6 +244,13 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert a != c
 
 
+def test_a_run_that_would_learn_its_states_by_heart_says_so(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="shows no guises, and each of .* states will be seen about .* take more puzzles"
+    ):
+        imitation.train(small(tmp_path / "run", puzzles=4, steps=10), *table())
+
+
 def test_a_run_without_a_state_to_learn_from_says_so(tmp_path: Path) -> None:
     """The denoiser is right everywhere: no order can go wrong."""
     joint = torch.zeros(2, 2, 2)
