@@ -38,7 +38,8 @@ class PolicyShape:
     """start from a copy of the denoiser's embeddings, last blocks and head, where it has them (dim and heads are then
     its own)"""
     layers: int | None = None
-    """the default is 3, or as many as there are to copy where there are fewer"""
+    """the default is all that there are to copy, or 3 where there is nothing to copy; without its first blocks a copy
+    has to learn to read anew"""
     dim: int = 48
     heads: int = 4
     readings: int = 2
@@ -305,7 +306,7 @@ def new_policy(
     model = getattr(denoiser, "model", None)
     backbone = model if shape.copy and isinstance(model, Backbone) else None
     to_copy = 3 if backbone is None else len(backbone.blocks)
-    layers = min(3, to_copy) if shape.layers is None else shape.layers
+    layers = to_copy if shape.layers is None else shape.layers
     require_at_least(1, layers=layers, dim=shape.dim, heads=shape.heads, readings=shape.readings)
     if backbone is not None and layers > to_copy:
         raise UnmaskError(f"the denoiser has {to_copy} blocks to copy, not {layers}; use fewer layers or --no-copy")
