@@ -261,11 +261,12 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
                     "try more puzzles"
                 )
             run.log({"states": len(states.stuck), "states/stuck": int(states.stuck.sum())})
-            times = config.steps * config.batch / len(states.stuck)
+            stuck = int(states.stuck.sum()) or len(states.stuck)
+            times = (1 - config.easy) * config.steps * config.batch / stuck
             if times > MANY_TIMES and type(task).augment is Task.augment:
                 warnings.warn(
-                    f"{task.name} shows no guises, and each of {len(states.stuck)} states will be seen about "
-                    f"{times:.0f} times as it is, which learns them by heart; take more puzzles or fewer steps",
+                    f"{task.name} shows no guises, and each of {stuck} states will be seen about {times:.0f} times as "
+                    "it is, which learns them by heart; take more puzzles or fewer steps",
                     stacklevel=2,
                 )
         policy.train()

@@ -41,6 +41,7 @@ class PolicyShape:
     """the default is all that there are to copy, or 3 where there is nothing to copy; without its first blocks a copy
     has to learn to read anew"""
     dim: int = 48
+    """on a line of positions attention sees distances where this is a multiple of 2 heads"""
     heads: int = 4
     readings: int = 2
     """how often the policy reads the board, each time with its last belief in place of the masks; weights are shared"""

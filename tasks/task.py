@@ -125,7 +125,7 @@ class Task(ABC):
         return Instances(torch.where(hidden, self.mask_id, answers), answers)
 
     def all_answers(self, instances: Instances) -> Tensor:
-        """(N, K, L): every right answer that can be listed, the instances' own first; rows with fewer repeat it."""
+        """(N, K, L): the right answers in the task's own form, the instances' own first; rows with fewer repeat it."""
         return instances.answers.unsqueeze(1)
 
     @abstractmethod

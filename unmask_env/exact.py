@@ -191,7 +191,7 @@ def _log_fill(denoised: Denoised, temperature: float) -> Tensor:
 
 def check_holes(task: Task, instances: Instances, most: int = MAX_HOLES) -> None:
     """Raises :class:`TooLargeError` if an instance has more than ``most`` holes."""
-    holes = int((instances.tokens == task.mask_id).sum(1).max())
+    holes = int((instances.tokens == task.mask_id).sum(1).max()) if len(instances) else 0
     if holes > most:
         raise TooLargeError(f"an instance has {holes} holes, and {most} are allowed; take instances of fewer blanks")
 
@@ -495,11 +495,11 @@ def _subset_log_prob(filled: Tensor, flow: Tensor) -> Tensor:
 @torch.no_grad()
 def fewest_forwards(task: Task, denoiser: Denoiser, instances: Instances, batch: int = 2048) -> Tensor:
     """(N,) float64: the fewest forwards in which sets of positions, filled greedily and never opened again, can restore
-    each instance's answer; inf where no sequence of sets does.
+    each instance's own answer; inf where no sequence of sets does.
 
     n(A) = 0 where every hole is filled, and else 1 + min n(A') over A' that adds to A some positions whose top symbol
     is right on the board with the holes A filled: a recursion over the 2^H boards without a mistake, 3^H steps in all.
-    No order, learned or not, solves more instances in as many forwards.
+    No order that plays so, learned or not, restores more answers in as many forwards.
 
     Raises:
         TooLargeError: more than 12 holes in an instance. UnmaskError: a task with several right answers.
@@ -516,7 +516,8 @@ def fewest_forwards(task: Task, denoiser: Denoiser, instances: Instances, batch:
         rows = (holes == count).nonzero().squeeze(1)
         for some in rows.split(max(1, 2**17 >> count)) if count else ():
             fewest[some] = _fewest(task, denoiser, instances[some], count, batch)
-    return fewest
+    possible = ((instances.tokens == task.mask_id) | (instances.tokens == instances.answers)).all(1)
+    return fewest.masked_fill(~possible, INF)
 
 
 def _fewest(task: Task, denoiser: Denoiser, instances: Instances, count: int, batch: int) -> Tensor:

@@ -95,9 +95,9 @@ class _Deterministic(SetReference):
 
 
 class OracleSets(_Deterministic):
-    """Sees the answers: closes every position whose top symbol is right, or the surest where none is, and opens again
-    every wrong one. How few forwards a denoiser needs when no mistake is made; a ceiling, not a rule to play by.
-    :func:`unmask_env.core.rollout` hands it the answers."""
+    """Sees the answers: closes every position whose top symbol is right, or the surest (a mistake) where none is, and
+    opens again every wrong one. A yardstick, not a bound: closing less can lead further
+    (:func:`unmask_env.exact.fewest_forwards`). :func:`unmask_env.core.rollout` hands it the answers."""
 
     def __init__(self) -> None:
         self.oracle = reference.Oracle()

@@ -207,21 +207,25 @@ class Oracle(Reference):
         return replace(self, answers=answers)
 
     def answer(self, observation: Observation) -> Tensor:
-        """(N, L): the right answer that the denoiser finds likeliest among those that agree with the board so far, or
-        among all of them where none does."""
+        """(N, L): of the right answers that contradict the board least, and of those the ones that are right about the
+        top symbol of an open position, if any, the one that the denoiser finds likeliest."""
         if self.answers is None:
             raise UnmaskError("the oracle order sees the answers; give them with .with_answers(instances.answers)")
         if self.answers.ndim == 2:
             return self.answers
         log_probs, several = observation.denoised.log_probs, self.answers.transpose(1, 2)  # (N, L, V), (N, L, K)
         hole = (observation.tokens == log_probs.shape[-1]).unsqueeze(-1)
-        agrees = (hole | (several == observation.tokens.unsqueeze(-1))).all(1)  # (N, K)
+        contradictions = (~hole & (several != observation.tokens.unsqueeze(-1))).sum(1)  # (N, K)
+        among = contradictions == contradictions.min(1, keepdim=True).values
+        right = (several == log_probs.argmax(-1, keepdim=True)) & observation.open.unsqueeze(-1)
+        helped = among & right.any(1)
+        among = torch.where(helped.any(1, keepdim=True), helped, among)
         likelihood = (log_probs.gather(2, several).clamp(min=-30.0) * hole).sum(1)
-        best = (likelihood - 1e4 * ~agrees).argmax(1)
+        best = likelihood.masked_fill(~among, -torch.inf).argmax(1)
         return self.answers[torch.arange(len(best), device=best.device), best]
 
     def right(self, observation: Observation) -> Tensor:
-        """(N, L) bool: open, and the denoiser's most likely symbol is the answer's."""
+        """(N, L) bool: open, and the denoiser's most likely symbol is that of :meth:`answer`."""
         return observation.open & (observation.denoised.log_probs.argmax(-1) == self.answer(observation))
 
     def log_prob(self, observation: Observation) -> Tensor:

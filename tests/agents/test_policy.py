@@ -181,7 +181,10 @@ def test_a_copied_policy_reads_a_full_board_as_the_denoiser_does(sudoku6, tiny) 
 
 
 def test_without_copying_the_shape_decides(sudoku6, tiny) -> None:
+    larger = load_denoiser("sudoku6", sudoku6)
+    assert len(new_policy(PolicyShape(), sudoku6, larger, seed=0).blocks) == len(larger.model.blocks) == 4
     model = new_policy(PolicyShape(copy=False, dim=16, layers=5, heads=2), sudoku6, tiny, seed=0)
+    assert not model.rotary
     assert (model.symbols.embedding_dim, len(model.blocks), model.blocks[0].heads) == (16, 5, 2)
     assert not torch.equal(model.norm.weight, tiny.model.norm.weight[:16])
 

@@ -135,6 +135,7 @@ def test_all_answers_are_right_and_complete(numbers: int) -> None:
     instances = task.heldout(20)
     found = task.all_answers(instances)
     assert torch.equal(found[:, 0], instances.answers)
+    assert task.all_answers(instances[:0]).shape[::2] == (0, task.length)
     for answers in found.unbind(1):
         assert task.reward(answers, instances).eq(1).all()
     texts = {task.text(row[task.prompt_length :]).strip() for row in found[3]}

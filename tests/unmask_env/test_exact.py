@@ -562,6 +562,10 @@ def test_fewest_forwards_is_the_best_of_all_sequences_of_sets(seed: int) -> None
     expected = [best(tuple(b), tuple(a)) for b, a in zip(instances.tokens.tolist(), answers.tolist(), strict=True)]
     assert {1.0, 2.0, INF} <= set(expected), set(expected)
     assert exact.fewest_forwards(task, denoiser, instances, batch=7).tolist() == expected
+    tokens = instances.tokens.clone()
+    tokens[:, 0] = 1 - instances.answers[:, 0]
+    assert exact.fewest_forwards(task, denoiser, Instances(tokens, answers)).eq(INF).all()
+    assert len(exact.fewest_forwards(task, denoiser, instances[:0])) == 0
 
 
 def test_fewest_forwards_asks_for_few_holes_and_one_answer() -> None:

@@ -263,3 +263,16 @@ def test_oracle_of_several_answers_takes_the_likeliest_that_agrees_with_the_boar
     assert oracle.right(board(3, 3, 2)).tolist() == [[True, False, False]]
     assert oracle.answer(board(0, 3, 3)).tolist() == [[0, 1, 2]]
     assert oracle.answer(board(2, 3, 3)).tolist() == [[0, 1, 2]]  # lost: none agrees; .6 * .5 is most
+
+
+def test_oracle_of_several_answers_takes_the_nearest_and_one_that_helps() -> None:
+    oracle = reference.Oracle().with_answers(torch.tensor([[[0, 0, 0, 0], [1, 1, 1, 1]]]))
+    tokens = torch.tensor([[1, 1, 0, 2]])
+    log_probs = torch.tensor([0.6, 0.4]).log().expand(1, 4, 2)
+    assert oracle.answer(Observation(tokens, tokens == 2, Denoised(log_probs))).tolist() == [[1, 1, 1, 1]]
+    # The likelier answer, (1, 1) at .39 * .45, is at no position the top symbol; (0, 2) is at the first.
+    tokens = torch.tensor([[3, 3]])
+    log_probs = torch.tensor([[[0.40, 0.39, 0.21], [0.50, 0.45, 0.05]]]).log()
+    seen = Observation(tokens, tokens == 3, Denoised(log_probs))
+    oracle = reference.Oracle().with_answers(torch.tensor([[[1, 1], [0, 2]]]))
+    assert oracle.right(seen).tolist() == [[True, False]]
