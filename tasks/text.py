@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections import Counter
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -138,11 +138,18 @@ def read(source: str, subset: str | None = None) -> Corpus:
     return from_files(files)
 
 
+def _code_points(text: str) -> np.ndarray:
+    """One number per character."""
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
+
+
 def _characters(documents: tuple[str, ...], rare: int) -> tuple[str, ...]:
-    counts: Counter[str] = Counter()
+    counts = np.zeros(sys.maxunicode + 1, dtype=np.int64)
     for document in documents:
-        counts.update(document)
-    return (*sorted(c for c, seen in counts.items() if seen >= rare and c != UNKNOWN), UNKNOWN)
+        seen = np.bincount(_code_points(document))
+        counts[: len(seen)] += seen
+    counts[ord(UNKNOWN)] = 0
+    return (*map(chr, np.flatnonzero(counts >= max(1, rare)).tolist()), UNKNOWN)
 
 
 @cache
@@ -211,10 +218,11 @@ class Text(Infilling):
                 return [found.ids for found in encoding.encode_batch(list(documents))]
         else:
             self.symbols = _characters((*corpus.train, *[BETWEEN] * rare * packed), rare)
-            number = {symbol: token for token, symbol in enumerate(self.symbols)}
+            number = np.full(sys.maxunicode + 1, self.symbols.index(UNKNOWN), dtype=np.int32)
+            number[[ord(symbol) for symbol in self.symbols]] = np.arange(len(self.symbols))
 
-            def encode(documents: Sequence[str]) -> list[list[int]]:
-                return [[number.get(c, number[UNKNOWN]) for c in text] for text in documents]
+            def encode(documents: Sequence[str]) -> list[np.ndarray]:
+                return [number[_code_points(text)] for text in documents]
 
         between = np.array(encode([BETWEEN])[0] if packed else [], dtype=np.int32)
         self.texts: dict[str, Tensor] = {}  # one line of symbols per split
