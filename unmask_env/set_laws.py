@@ -16,9 +16,10 @@ from pretrain.processes import gumbel
 
 def log_complement(log_probability: Tensor) -> Tensor:
     """log(1 - p) of log p; -inf at p = 1."""
-    return torch.where(
-        log_probability > -0.6931, (-torch.expm1(log_probability)).log(), torch.log1p(-log_probability.exp())
-    )
+    # Each formula sees harmless numbers where the other is taken: an infinite slope times 0 would be NaN.
+    likely = log_probability > -0.6931
+    above, below = log_probability.masked_fill(~likely, -0.5), log_probability.masked_fill(likely, -1.0)
+    return torch.where(likely, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
 
 
 def independent_log_prob(log_inclusion: Tensor, choices: Tensor, action: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def independent_log_prob(log_inclusion: Tensor, choices: Tensor, action: Tensor)
         log_inclusion: (N, A). choices: (N, A) bool, the entries that may be in a set; the others never are.
         action: (N, A) bool. A set with an entry that may not be in it has -inf.
     """
-    inside = log_inclusion.masked_fill(~choices, -torch.inf)
-    each = torch.where(action.bool(), inside, log_complement(inside))
+    inside, action = log_inclusion.masked_fill(~choices, -torch.inf), action.bool()
+    each = torch.where(action, inside, log_complement(inside.masked_fill(action, -1.0)))
     return each.sum(1)
 
 

@@ -90,3 +90,18 @@ def test_gradients_are_finite_and_right() -> None:
         assert torch.autograd.gradcheck(
             lambda x, s=s: set_laws.stopping_log_prob(x, choices, s[None]), (log_rates,), eps=1e-5, atol=1e-4
         )
+
+
+def test_gradients_are_finite_however_sure_an_entry_is() -> None:
+    """At odds of e^20, 1 - p is 0 in float32, and the formula that is not taken there has an infinite slope."""
+    odds = torch.tensor([[-30.0, -20.0, -1.0, 1.0, 20.0, 30.0]], requires_grad=True)
+    choices = torch.ones(1, 6, dtype=torch.bool)
+    for action in (odds > 0, odds < 0, odds > 10):
+        log_p = set_laws.log_odds_to_inclusion(odds, choices)
+        (gradient,) = torch.autograd.grad(set_laws.independent_log_prob(log_p, choices, action).sum(), odds)
+        # d log P / d odds is 1 - p inside the set and -p outside.
+        expected = torch.where(action, torch.sigmoid(-odds), -torch.sigmoid(odds))
+        torch.testing.assert_close(gradient, expected.detach(), atol=1e-5, rtol=1e-3)
+    log_p = set_laws.log_odds_to_inclusion(odds, choices)
+    kl = set_laws.independent_kl(log_p, torch.full_like(odds, -0.7).detach(), choices).sum()
+    assert torch.autograd.grad(kl, odds)[0].isfinite().all()
