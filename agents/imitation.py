@@ -92,7 +92,7 @@ class States:
         self, task: Task, denoiser: Denoiser, instances: Instances, rules: Rules, generator: torch.Generator
     ) -> None:
         """Play ``instances`` by confidence thresholds between 0.3 and 1, and keep the states on the way with at most
-        two wrong symbols, none where mistakes are final: on a lost board nothing is right however sure it
+        ``MISTAKES`` wrong symbols, none where mistakes are final: on a lost board nothing is right however sure it
         looks."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows in torch.arange(len(instances)).split(200):
@@ -123,7 +123,7 @@ class States:
             while bool(state.open.any()):
                 observation = Observation(state.tokens, state.open, denoiser(state.tokens))
                 answer = oracle.answer(observation)
-                right = oracle.right(observation)
+                right = Oracle(answer).right(observation)
                 open_confidence = reference.confidence(observation).masked_fill(~state.open, 0.0)
                 stuck = open_confidence.max(1).values < sure
                 spared = torch.rand(stuck.shape, generator=generator, device=stuck.device) < 0.05
