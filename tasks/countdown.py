@@ -88,7 +88,7 @@ def _apply(operation: str, a: Fraction, b: Fraction) -> Fraction | None:
 
 
 def _solutions(numbers: Sequence[int], target: int) -> list[str]:
-    """All answers, as steps with the larger number first and results between 1 and ``LARGEST``."""
+    """All answers, as steps with the larger number first and results between 1 and ``LARGEST``; some come twice."""
     if len(numbers) == 1:
         return [""] if numbers[0] == target else []
     found = []
@@ -100,7 +100,7 @@ def _solutions(numbers: Sequence[int], target: int) -> list[str]:
             if result is not None and result.denominator == 1 and 1 <= result <= LARGEST:
                 step = f"{a}{operation}{b}={result}"
                 found += [",".join(filter(None, (step, more))) for more in _solutions([*rest, int(result)], target)]
-    return list(dict.fromkeys(found))
+    return found
 
 
 class Countdown(Task):
