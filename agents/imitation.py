@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.divergences import cross_entropy
-from agents.policy import OrderPolicy, PolicyShape, new_policy
+from agents.policy import OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, require_at_least, require_seed, resolve_device, set_learning_rate
 from tasks import Instances, Task, UnmaskError
@@ -29,6 +29,7 @@ from unmask_env.parallel import SoftThreshold
 from unmask_env.reference import Oracle, Reference
 
 MANY_TIMES = 30  # over which a state that looks the same each time is learned by heart
+PLAYED = 4.0  # log-odds between which thresholds are drawn, both sides of 0
 MISTAKES = 2  # on a board from which opening positions again is learned
 
 
@@ -46,9 +47,12 @@ class ImitationConfig:
     )
     """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong. With another
     reference every board is read, and collected, not the stuck ones only"""
+    init: str | None = None
+    """an order policy to start from, in place of ``shape``. Over sets it also plays the boards to learn on, so that
+    they are boards of its own (DAgger, Ross et al. 2011)"""
     rules: Rules = SINGLE
     """with sets, the policy learns of every position how likely its top symbol is right, and of closed ones how likely
-    they are wrong, on boards played by thresholds of all heights"""
+    they are wrong, on boards played at thresholds of all heights"""
     caution: float = 20.0
     """of sets: how many right symbols make up for a wrong one. Even odds of closing a position then mean that its
     symbol is right with probability caution / (1 + caution)"""
@@ -89,18 +93,28 @@ class States:
 
     @torch.no_grad()
     def collect_sets(
-        self, task: Task, denoiser: Denoiser, instances: Instances, rules: Rules, generator: torch.Generator
+        self,
+        task: Task,
+        denoiser: Denoiser,
+        instances: Instances,
+        rules: Rules,
+        generator: torch.Generator,
+        player: OrderPolicy | None = None,
     ) -> None:
-        """Play ``instances`` by confidence thresholds between 0.3 and 1, and keep the states on the way with at most
-        ``MISTAKES`` wrong symbols, none where mistakes are final: on a lost board nothing is right however sure it
-        looks."""
+        """Play ``instances`` by confidence thresholds between 0.3 and 1, or by ``player`` at thresholds of all heights,
+        and keep the states on the way with at most ``MISTAKES`` wrong symbols, none where mistakes are final: on a lost
+        board nothing is right however sure it looks."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows in torch.arange(len(instances)).split(200):
             part = instances[rows]
-            theta = 0.3 + 0.69 * float(torch.rand((), generator=generator, device=generator.device))
-            order = SoftThreshold(theta, tau=0.02, reopen=0.05)
+            height = float(torch.rand((), generator=generator, device=generator.device))
             budget = replace(rules, nfe_budget=rules.nfe_budget or task.length)
-            played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=generator, record=True)
+            if player is None:
+                order = SoftThreshold(0.3 + 0.69 * height, tau=0.02, reopen=0.05)
+                played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=generator, record=True)
+            else:
+                player.threshold = 1 / (1 + math.exp(PLAYED * (1 - 2 * height)))
+                played = core.rollout(task, denoiser, player, part, rules=budget, record=True)
             oracle = Oracle(task.all_answers(part))
             for step in played.steps:
                 tokens, keep, answer = step.observation.tokens, step.alive, oracle.answer(step.observation)
@@ -203,9 +217,10 @@ def imitation_loss_of_sets(
     ):
         part = F.binary_cross_entropy_with_logits(own + by, right.to(own), reduction="none")
         loss = loss + (part * among).sum() / among.sum().clamp(min=1)
+    undecided = observation.open if observation.reopenable is None else observation.open | observation.reopenable
     for belief in beliefs:
-        reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * observation.open
-        loss = loss + reading.sum() / observation.open.sum().clamp(min=1) / len(beliefs)
+        reading = F.nll_loss(belief.transpose(1, 2), answers, reduction="none") * undecided
+        loss = loss + reading.sum() / undecided.sum().clamp(min=1) / len(beliefs)
     return loss
 
 
@@ -242,7 +257,10 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     sets = config.rules.actions != "single"
     if sets and config.reference != "oracle":
         raise UnmaskError(f"over sets the oracle is what can be imitated, not {config.reference}")
-    policy = new_policy(shape, task, denoiser, config.seed, gate=1.0, sets=sets).to(device)
+    if config.init is None:
+        policy = new_policy(shape, task, denoiser, config.seed, gate=1.0, sets=sets).to(device)
+    else:
+        policy = load_policy(config.init, task, denoiser, config.rules.actions).to(device)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     states = States(task)
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
@@ -252,9 +270,12 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
             generator = step_generator(device, config.seed, 0, 3 << 16)
             instances = task.sample(config.puzzles, generator)
             if sets:
-                states.collect_sets(task, denoiser, instances, config.rules, generator)
+                player = None  # not the policy itself, whose threshold would stay where play left it
+                if config.init is not None:
+                    player = load_policy(config.init, actions=config.rules.actions).to(device)
+                states.collect_sets(task, denoiser, instances, config.rules, generator, player)
             else:
-                states.collect(task, denoiser, instances, shape.sure, generator)
+                states.collect(task, denoiser, instances, policy.sure, generator)
             if not len(states.tokens):
                 raise UnmaskError(
                     f"no state of {config.puzzles} puzzles has a right and a wrong position to choose between; "

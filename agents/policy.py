@@ -154,6 +154,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if sets != "none":
             self.stop = nn.Linear(dim, 1)
             self.trust = nn.Parameter(torch.tensor(float(gate)))  # weight of the denoiser's own log-odds
+            self.doubt = nn.Parameter(torch.zeros(dim))  # marks what play filled in, and may open again
             nn.init.zeros_(self.stop.weight)
             nn.init.zeros_(self.stop.bias)
 
@@ -181,6 +182,9 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if self.hidden is not None:
             fixed = fixed + self.hidden(observation.denoised.hidden)
         fixed = fixed.expand(*observation.tokens.shape, -1)  # (N, L, D)
+        again = None if observation.reopenable is None else observation.reopenable.unsqueeze(-1)
+        if again is not None:
+            fixed = fixed + self.doubt * again
         thought = observation.denoised.log_probs.exp() * self.see_top_tokens
         beliefs = []
         rotation = (
@@ -193,14 +197,18 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             x = self.norm(x)
             beliefs.append(self.head(x).log_softmax(-1))
             thought = beliefs[-1].exp()
+            is_open = is_open if again is None else is_open | again  # the denoiser has no view of filled positions
         return beliefs, x
 
     def score(self, observation: Observation, belief: Tensor) -> Tensor:
         """(N, L) own scores given the (N, L, V) belief, meaningful on open positions; the base is not added."""
-        filled = observation.denoised.log_probs.argmax(-1, keepdim=True)
-        log_q = belief.gather(-1, filled).squeeze(-1).clamp(max=-1e-6)
-        log_odds = log_q - torch.log(-torch.expm1(log_q))
+        log_odds = self.belief_odds(observation.denoised.log_probs.argmax(-1), belief)
         return self.gate * log_odds + self.numbers(features(observation, self.top)).squeeze(-1)
+
+    def belief_odds(self, tokens: Tensor, belief: Tensor) -> Tensor:
+        """(N, L) log-odds of ``tokens`` in ``belief`` (N, L, V), of the last symbol where there is a mask."""
+        log_q = belief.gather(-1, tokens.clamp(max=self.vocab_size - 1).unsqueeze(-1)).squeeze(-1).clamp(max=-1e-6)
+        return log_q - torch.log(-torch.expm1(log_q))
 
     def allowed(self, observation: Observation) -> Tensor:
         """(N, L) bool: the open positions, or the most confident of them."""
@@ -257,7 +265,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             return close
         # A new policy opens again as its base does, or one position in a hundred.
         rare = parallel.SoftThreshold().reopen if self.set_base is None else self.set_base.reopen
-        return torch.cat([close, reopen + math.log(rare / (1 - rare))], 1)
+        reopen = reopen + math.log(rare / (1 - rare)) - self.gate * self.belief_odds(observation.tokens, belief)
+        return torch.cat([close, reopen], 1)
 
     def log_inclusion(self, observation: Observation) -> Tensor:
         """(N, A) log-probabilities that each entry is in the set."""

@@ -4,11 +4,13 @@
     python benchmarks/sequences.py antibodies --out benchmarks/results/antibodies.json
     python benchmarks/sequences.py reactions --out benchmarks/results/reactions.json
 
-Antibodies: AntiBERTy (26 M parameters; Ruffolo et al. 2021, arXiv 2112.07782) on the human V genes of IMGT that come
-with abnumber. Reactions: RXNMapper's ALBERT (Schwaller et al. 2021) on amide couplings and esterifications, every acid
+Antibodies: AntiBERTy (26 M parameters; Ruffolo et al. 2021, arXiv 2112.07782) fills the loops that bind (CDR1, CDR2
+and the gene's part of CDR3, all of them hidden) of the human V genes of IMGT that come with abnumber. Reactions:
+RXNMapper's ALBERT (Schwaller et al. 2021) fills half of the tokens of amide couplings and esterifications, every acid
 of a list with every amine and alcohol. Both packages' weights are read where pip put them and loaded without running
 pickled code. An order policy, which sees the model's hidden states, imitates the oracle and then trains by UPO (reward:
-the share of hidden tokens that come back right) on half of the genes or acids; the table is of the other half.
+the share of hidden tokens that come back right) on a third of the genes or half of the acids; the table is of the
+others.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from agents import evaluate, imitation, upo
 from agents.policy import PolicyShape
 from pretrain.backbone import parameter_count
 from pretrain.checkpoint import write_json
-from tasks import Lines, UnmaskError
+from tasks import Instances, Lines, UnmaskError
 from unmask_env.core import Order
 from unmask_env.huggingface import HFDenoiser
 
 ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "oracle")
 MODELS = {"antibodies": "antiberty/trained_models/AntiBERTy_md_smooth", "reactions": "rxnmapper/models/transformers"}
+HIDE = {"antibodies": 1.0, "reactions": 0.5}
+LOOPS = (26, 38, 55, 65, 104)  # where CDRs begin and end, in turn, in IMGT's numbering from 0
 RESIDUE = r"[A-Z]"
 ATOM = r"\[[^\]]+]|Br?|Cl?|>>|%[0-9]{2}|[NOSPFIbcnosp()\.=#\-+\\/:~@?>*$0-9]"  # RXNMapper's
 ACIDS = [
@@ -63,7 +67,7 @@ ALCOHOLS = ["C", "CC", "CCC", "CCCC", "C(C)C", "Cc1ccccc1", "CCOC", "CC(C)C", "C
 
 
 def v_genes(packages: Path) -> list[str]:
-    """Human V genes of all chains without their gaps, each once, in the order of their names."""
+    """Human V genes of all chains, each once, in the order of their names, with tabs around their loops (CDRs)."""
     text = (packages / "abnumber" / "germlines.py").read_text(encoding="utf-8")
     tree = next(
         node
@@ -73,7 +77,9 @@ def v_genes(packages: Path) -> list[str]:
     genes: dict[str, str] = {}
     for chain in ast.literal_eval(tree.value).values():
         genes |= {name: gapped for part in chain.values() if isinstance(part, dict) for name, gapped in part.items()}
-    return list(dict.fromkeys(genes[name].replace("-", "") for name in sorted(genes)))
+    cuts = list(itertools.pairwise((0, *LOOPS, None)))
+    parts = [[genes[name][start:end].replace("-", "") for start, end in cuts] for name in sorted(genes)]
+    return list(dict.fromkeys("\t".join(part) for part in parts))
 
 
 def reactions() -> list[str]:
@@ -99,12 +105,19 @@ def tokenizer_of(vocabulary: Path, token: str) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special)
 
 
+def distinct(instances: Instances) -> Instances:
+    """Each of them once, where it came first."""
+    rows = torch.cat([instances.tokens, instances.answers], 1).tolist()
+    first = {tuple(row): i for i, row in reversed(list(enumerate(rows)))}
+    return instances[torch.tensor(sorted(first.values()))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=sorted(MODELS))
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where pip put them")
-    parser.add_argument("--hide", type=float, default=0.5, help="share of the tokens")
-    parser.add_argument("--instances", type=int, default=300, help="of the table")
+    parser.add_argument("--hide", type=float, default=None, help="share of the tokens, of antibodies of their loops'")
+    parser.add_argument("--instances", type=int, default=300, help="drawn for the table, each kept once")
     parser.add_argument("--train-instances", type=int, default=300, help="played to collect states")
     parser.add_argument("--steps", type=int, default=150, help="of imitation")
     parser.add_argument("--iterations", type=int, default=10, help="of UPO")
@@ -122,16 +135,17 @@ def main() -> None:
         raise UnmaskError(f"{folder} is missing; the pip command is in this file's first lines")
     if args.kind == "antibodies":
         lines, tokenizer = v_genes(args.packages), tokenizer_of(folder.parent / "vocab.txt", RESIDUE)
-        known, new = lines[::2], lines[1::2]
+        known, new = lines[::3], [line for i, line in enumerate(lines) if i % 3]
     else:
         folder = next(path for path in folder.iterdir() if path.is_dir())
         lines, tokenizer = reactions(), tokenizer_of(folder / "vocab.txt", ATOM)
         known, new = lines[: len(lines) // 2], lines[len(lines) // 2 :]
-    length = max(len(tokenizer(line)["input_ids"]) for line in lines)
-    task, other = (Lines(part, tokenizer, length, args.hide) for part in (known, new))
+    hide = HIDE[args.kind] if args.hide is None else args.hide
+    length = Lines(lines, tokenizer).length
+    task, other = (Lines(part, tokenizer, length, hide) for part in (known, new))
     task.name = other.name = args.kind
     denoiser = HFDenoiser(folder, task, hidden=True)
-    instances = other.sample(args.instances, torch.Generator().manual_seed(2**31))
+    instances = distinct(other.sample(args.instances, torch.Generator().manual_seed(2**31)))
     orders: dict[str, Order] = {name: evaluate.load_order(name, task, denoiser) for name in ORDERS}
     for seed in args.seeds:
         first, second = (args.runs / f"{args.kind}-{seed}" / stage for stage in ("imitation", "upo"))

@@ -12,14 +12,15 @@ from torch import Tensor
 from tasks.errors import UnmaskError, first_line
 from tasks.task import SPLITS, Infilling, Instances
 
-ANSWER = "\t"  # divides a line into what is given and what is asked for
+ANSWER = "\t"  # divides a line into what is given and what is asked for, in turn
 
 
 class Lines(Infilling):
     """Lines of a text file, each padded to one length, as masked language models of ``transformers`` read them.
 
-    An instance hides tokens at random, never special ones. In a line with a tab, what stands before it is given and
-    tokens are hidden after it alone; the tab itself is not read. The reward is the share of them that comes back right.
+    An instance hides tokens at random, never special ones. In a line with tabs, what stands before the first is given
+    and what stands after it may be hidden, up to the next tab, and so on in turn; tabs themselves are not read. The
+    reward is the share of the hidden tokens that comes back right.
 
     Args:
         source: a UTF-8 file, of which the last tenth of the lines is for validation and test in equal parts; or lines.
@@ -73,12 +74,12 @@ class Lines(Infilling):
             self._lines[split] = tokens, hideable
 
     def _encode(self, number: int, line: str) -> tuple[list[int], list[bool]]:
-        given, tab, asked = line.partition(ANSWER)
-        found = self.tokenizer(given + asked, return_special_tokens_mask=True, return_offsets_mapping=True)
-        start = len(given) if tab else 0
+        parts = line.split(ANSWER)
+        asked = [len(parts) == 1 or i % 2 == 1 for i, part in enumerate(parts) for _ in part]  # per character
+        found = self.tokenizer("".join(parts), return_special_tokens_mask=True, return_offsets_mapping=True)
         may = [
-            not special and end > start
-            for special, (_, end) in zip(found["special_tokens_mask"], found["offset_mapping"], strict=True)
+            not special and any(asked[start:end])
+            for special, (start, end) in zip(found["special_tokens_mask"], found["offset_mapping"], strict=True)
         ]
         if not any(may):
             raise UnmaskError(f"line {number} has nothing to hide")

@@ -11,10 +11,11 @@ import tasks
 from agents import imitation
 from agents.imitation import ImitationConfig, States, choose_right_loss, imitation_loss
 from agents.policy import OrderPolicy, PolicyShape, load_policy
+from pretrain.checkpoint import CheckpointError
 from tasks import Instances, Task, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
 from unmask_env import reference
-from unmask_env.core import Denoised, Observation
+from unmask_env.core import Actions, Denoised, Observation, Rules
 from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
 
 INF = math.inf
@@ -233,6 +234,38 @@ def test_a_short_run_lowers_the_loss(tmp_path: Path, name: str) -> None:
     saved = load_policy(tmp_path / "run", task)
     assert measure(saved, target) == measure(trained, target)
     assert not saved.training
+
+
+@pytest.mark.parametrize("actions", ["single", "set+remask"])
+def test_a_run_may_start_from_a_policy(tmp_path: Path, actions: Actions) -> None:
+    """Over sets that policy plays the boards, too; its own threshold stays as it is."""
+    rules = Rules(actions)
+    first = imitation.train(small(tmp_path / "first", steps=20, rules=rules), *table())
+    start = {"init": str(tmp_path / "first"), "rules": rules, "steps": 1, "seed": 5}
+    still = imitation.train(small(tmp_path / "still", lr=0.0, **start), *table())
+    assert still.threshold == first.threshold
+    for name, weights in first.state_dict().items():
+        assert torch.equal(still.state_dict()[name], weights), name
+    moved = imitation.train(small(tmp_path / "moved", **start), *table())
+    assert not torch.equal(moved.head.weight, first.head.weight)
+    other = Rules("set" if actions == "single" else "single")
+    with pytest.raises(CheckpointError, match="cannot play with actions"):
+        imitation.train(small(tmp_path / "other", **start | {"rules": other}), *table())
+
+
+@torch.no_grad()
+def test_boards_played_by_a_policy_are_those_it_meets(sudoku6: Task, tiny: FrozenDenoiser) -> None:
+    """One that closes a position at a time, at whatever threshold, meets every number of holes up to a mistake."""
+    task, denoiser = sudoku6, tiny
+    timid = imitation.new_policy(PolicyShape(), task, denoiser, seed=0, sets=True)
+    timid.together.bias.fill_(-50.0)
+    instances, generator = task.heldout(1, "validation"), torch.Generator().manual_seed(0)
+    states = States(task)
+    states.collect_sets(task, denoiser, instances, Rules("set"), generator, timid)
+    holes = (states.tokens == task.mask_id).sum(1)
+    assert holes[0] == (instances.tokens == task.mask_id).sum()
+    assert len(holes) > 5
+    assert (holes.diff() == -1).all()
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:

@@ -58,6 +58,18 @@ def test_probabilities_of_all_sets_sum_to_one(law: str, remask: bool) -> None:
 
 
 @torch.no_grad()
+def test_a_policy_tells_what_was_given_from_what_play_filled_in() -> None:
+    policy, seen = policy_of("bernoulli"), observation(remask=True)
+    nothing = dataclasses.replace(seen, reopenable=torch.zeros_like(seen.open))
+    rows = seen.reopenable.any(1)
+    assert rows.any()
+    filled, given = (policy.log_odds(o)[rows, :L] for o in (seen, nothing))
+    assert (filled - given).abs().amax(1).min() > 1e-4
+    plain = dataclasses.replace(seen, reopenable=None)
+    assert torch.equal(policy.log_odds(plain), policy.log_odds(nothing)[:, :L]), "as where nothing may be opened again"
+
+
+@torch.no_grad()
 def test_a_new_policy_is_its_base() -> None:
     policy, seen = policy_of("bernoulli", "soft_threshold", jiggle=False), observation(remask=True)
     base = parallel.SoftThreshold().log_inclusion(seen)

@@ -220,6 +220,8 @@ def test_prompts_are_given_and_answers_hidden():
     instances = task.heldout(split="test")
     assert task.draw(instances.tokens[0]) == "<s> a b _ _ _ </s>"
     assert task.draw(instances.answers[0]) == "<s> a b c d e </s>"
+    task = Lines(["a \tb\t c\t d \te"] * 20, tokenizer(), hide=1.0)
+    assert task.draw(task.heldout(split="test").tokens[0]) == "<s> a _ c _ e </s>"
 
 
 def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
