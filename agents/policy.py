@@ -155,6 +155,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             self.stop = nn.Linear(dim, 1)
             self.trust = nn.Parameter(torch.tensor(float(gate)))  # weight of the denoiser's own log-odds
             self.doubt = nn.Parameter(torch.zeros(dim))  # marks what play filled in, and may open again
+            self.regret = nn.Parameter(torch.zeros(()))  # weight of its own belief against those
             nn.init.zeros_(self.stop.weight)
             nn.init.zeros_(self.stop.bias)
 
@@ -265,7 +266,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             return close
         # A new policy opens again as its base does, or one position in a hundred.
         rare = parallel.SoftThreshold().reopen if self.set_base is None else self.set_base.reopen
-        reopen = reopen + math.log(rare / (1 - rare)) - self.gate * self.belief_odds(observation.tokens, belief)
+        reopen = reopen + math.log(rare / (1 - rare)) - self.regret * self.belief_odds(observation.tokens, belief)
         return torch.cat([close, reopen], 1)
 
     def log_inclusion(self, observation: Observation) -> Tensor:

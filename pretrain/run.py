@@ -192,6 +192,17 @@ class Run:
             self.progress.update(self._bar, note=text)
 
     def save(self) -> None:
+        """Write the state to resume from.
+
+        Raises:
+            UnmaskError: weights that are not finite; what was saved before stays.
+        """
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
+                raise UnmaskError(
+                    f"the {name} has weights that are not finite after step {self.step}; {self.out} keeps the state of "
+                    "the save before. Try a lower lr in another --out"
+                )
         if self.main:
             state = {
                 "step": self.step,

@@ -308,3 +308,9 @@ def test_settings_that_do_not_fit(tmp_path: Path, changes: dict) -> None:
         imitation.train(small(tmp_path / "run", **few | changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    with pytest.raises(UnmaskError, match=r"policy has weights that are not finite after step 2; .* lower lr"):
+        imitation.train(small(tmp_path / "run", lr=math.inf, grad_clip=math.inf, steps=2), *table())
+    assert not (tmp_path / "run" / "model.safetensors").exists()
