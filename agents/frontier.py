@@ -99,10 +99,11 @@ def sweep(
     instances: Instances,
     rules: Rules,
     seed: int = 0,
-    batch: int = 500,
+    batch: int = 50,
     progress: bool = False,
 ) -> list[Point]:
-    """Every setting of every method of :func:`methods` on the same instances."""
+    """Every setting of every method of :func:`methods` on the same instances. In small batches less is computed for
+    rows that have ended."""
     points = []
     with Progress(transient=True, disable=not progress) as bar:
         work = bar.add_task("frontier", total=sum(len(settings) for settings in found.values()))

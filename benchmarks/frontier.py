@@ -1,11 +1,15 @@
-"""Solve rate against forwards: policies over sets beside every reference, several training seeds, one JSON and a PNG.
+r"""Solve rate against forwards: policies over sets beside every reference, several training seeds, one JSON and a PNG.
 
     python benchmarks/frontier.py --threads 1 --out benchmarks/results/frontier-sudoku6-tiny.json
 
 trains per seed the recipe of policies over sets (imitation on boards played by thresholds, then UPO with rewards that
 count forwards), sweeps thresholds and the knobs of all references on the same held-out puzzles, and compares each
 learned point with the best heuristic that takes as many forwards or more: up to ``--until`` of them, and any number.
-Differences are paired by puzzle. A run that was cut off goes on where it stopped.
+Differences are paired by puzzle. A run that was cut off goes on where it stopped. A policy sees the denoiser's
+distributions and not the denoiser, so one that a small denoiser trained may start the training for a larger one:
+
+    python benchmarks/frontier.py --denoiser sudoku6 --init runs/frontier/sudoku6-tiny-set-seed{seed}/imitation \
+        --train-puzzles 5000 --steps 1000 --iterations 0 --threads 1 --out benchmarks/results/frontier-sudoku6.json
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ def train(args: argparse.Namespace, seed: int) -> Path:
     imitation.train(
         ImitationConfig(
             out=str(first),
+            init=None if args.init is None else args.init.format(seed=seed),
             rules=rules,
             puzzles=args.train_puzzles,
             steps=args.steps,
@@ -98,6 +103,7 @@ def main() -> None:
     parser.add_argument("--env", default="Unmask/Sudoku6x6-v0")
     parser.add_argument("--actions", choices=["set", "set+remask"], default="set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--init", default=None, help="a policy over sets to start from; {seed} in it is the seed")
     parser.add_argument("--train-puzzles", type=int, default=10000)
     parser.add_argument("--steps", type=int, default=3000, help="of imitation")
     parser.add_argument("--iterations", type=int, default=20, help="of UPO; 0: imitation alone")
