@@ -1,7 +1,8 @@
-"""Masked residues of antibodies and masked atoms of reactions, filled by models that others trained, in every order.
+r"""Masked residues of antibodies and masked atoms of reactions, filled by models that others trained, in every order.
 
     pip install --no-deps --target runs/packages antiberty==0.1.3 abnumber==0.4.4 rxnmapper==0.4.3
-    python benchmarks/sequences.py antibodies --out benchmarks/results/antibodies.json
+    python benchmarks/sequences.py antibodies --instances 1000 --train-hide 0.8 --train-instances 100 --steps 100 \
+        --batch 32 --iterations 3 --out benchmarks/results/antibodies.json
     python benchmarks/sequences.py reactions --out benchmarks/results/reactions.json
 
 Antibodies: AntiBERTy (26 M parameters; Ruffolo et al. 2021, arXiv 2112.07782) fills the loops that bind (CDR1, CDR2
@@ -38,7 +39,7 @@ from unmask_env.huggingface import HFDenoiser
 ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "oracle")
 MODELS = {"antibodies": "antiberty/trained_models/AntiBERTy_md_smooth", "reactions": "rxnmapper/models/transformers"}
 HIDE = {"antibodies": 1.0, "reactions": 0.5}
-LOOPS = (26, 38, 55, 65, 104)  # where CDRs begin and end, in turn, in IMGT's numbering from 0
+LOOPS = (range(27, 39), range(56, 66), range(105, 118))  # CDR1, CDR2, CDR3 in IMGT's numbering
 RESIDUE = r"[A-Z]"
 ATOM = r"\[[^\]]+]|Br?|Cl?|>>|%[0-9]{2}|[NOSPFIbcnosp()\.=#\-+\\/:~@?>*$0-9]"  # RXNMapper's
 ACIDS = [
@@ -66,20 +67,27 @@ AMINES = ["C", "CC", "CCC", "CCCC", "C(C)C", "Cc1ccccc1", "c1ccccc1", "CCO", "CC
 ALCOHOLS = ["C", "CC", "CCC", "CCCC", "C(C)C", "Cc1ccccc1", "CCOC", "CC(C)C", "C1CCCCC1", "CC=C"]
 
 
-def v_genes(packages: Path) -> list[str]:
-    """Human V genes of all chains, each once, in the order of their names, with tabs around their loops (CDRs)."""
+def v_genes(packages: Path) -> dict[str, list[str]]:
+    """Per human V gene of all chains its alleles, with tabs around the loops (CDRs), those of new loops alone."""
     text = (packages / "abnumber" / "germlines.py").read_text(encoding="utf-8")
     tree = next(
         node
         for node in ast.parse(text).body
         if isinstance(node, ast.Assign) and node.targets[0].id == "HUMAN_IMGT_IG_V"  # type: ignore[attr-defined]
     )
-    genes: dict[str, str] = {}
+    genes: dict[str, list[str]] = {}
+    seen = set()
     for chain in ast.literal_eval(tree.value).values():
-        genes |= {name: gapped for part in chain.values() if isinstance(part, dict) for name, gapped in part.items()}
-    cuts = list(itertools.pairwise((0, *LOOPS, None)))
-    parts = [[genes[name][start:end].replace("-", "") for start, end in cuts] for name in sorted(genes)]
-    return list(dict.fromkeys("\t".join(part) for part in parts))
+        loops = [
+            any(int(re.findall("[0-9]+", position)[0]) in loop for loop in LOOPS) for position in chain["positions"]
+        ]
+        for allele, gapped in sorted(chain["aligned_sequences"].items()):
+            residues = [pair for pair in zip(gapped, loops, strict=True) if pair[0] != "-"]
+            parts = ["".join(letter for letter, _ in part) for _, part in itertools.groupby(residues, lambda p: p[1])]
+            if tuple(parts[1::2]) not in seen:
+                seen.add(tuple(parts[1::2]))
+                genes.setdefault(allele.partition("*")[0], []).append("\t".join(parts))
+    return genes
 
 
 def reactions() -> list[str]:
@@ -117,6 +125,7 @@ def main() -> None:
     parser.add_argument("kind", choices=sorted(MODELS))
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where pip put them")
     parser.add_argument("--hide", type=float, default=None, help="share of the tokens, of antibodies of their loops'")
+    parser.add_argument("--train-hide", type=float, default=None, help="the same in training; default: as --hide")
     parser.add_argument("--instances", type=int, default=300, help="drawn for the table, each kept once")
     parser.add_argument("--train-instances", type=int, default=300, help="played to collect states")
     parser.add_argument("--steps", type=int, default=150, help="of imitation")
@@ -134,15 +143,17 @@ def main() -> None:
     if not folder.exists():
         raise UnmaskError(f"{folder} is missing; the pip command is in this file's first lines")
     if args.kind == "antibodies":
-        lines, tokenizer = v_genes(args.packages), tokenizer_of(folder.parent / "vocab.txt", RESIDUE)
-        known, new = lines[::3], [line for i, line in enumerate(lines) if i % 3]
+        genes, tokenizer = list(v_genes(args.packages).values()), tokenizer_of(folder.parent / "vocab.txt", RESIDUE)
+        known = [line for gene in genes[::3] for line in gene]
+        new = [line for i, gene in enumerate(genes) if i % 3 for line in gene]
     else:
         folder = next(path for path in folder.iterdir() if path.is_dir())
         lines, tokenizer = reactions(), tokenizer_of(folder / "vocab.txt", ATOM)
         known, new = lines[: len(lines) // 2], lines[len(lines) // 2 :]
     hide = HIDE[args.kind] if args.hide is None else args.hide
-    length = Lines(lines, tokenizer).length
-    task, other = (Lines(part, tokenizer, length, hide) for part in (known, new))
+    length = Lines(known + new, tokenizer).length
+    task = Lines(known, tokenizer, length, hide if args.train_hide is None else args.train_hide)
+    other = Lines(new, tokenizer, length, hide)
     task.name = other.name = args.kind
     denoiser = HFDenoiser(folder, task, hidden=True)
     instances = distinct(other.sample(args.instances, torch.Generator().manual_seed(2**31)))
