@@ -48,8 +48,8 @@ class ImitationConfig:
     """what to imitate; the oracle sees the answers and never picks a position whose top symbol is wrong. With another
     reference every board is read, and collected, not the stuck ones only"""
     init: str | None = None
-    """an order policy to start from, in place of ``shape``. Over sets it also plays the boards to learn on, so that
-    they are boards of its own (DAgger, Ross et al. 2011)"""
+    """an order policy to start from, in place of ``shape``, where the oracle is imitated. Over sets it also plays the
+    boards to learn on, so that they are boards of its own (DAgger, Ross et al. 2011)"""
     rules: Rules = SINGLE
     """with sets, the policy learns of every position how likely its top symbol is right, and of closed ones how likely
     they are wrong, on boards played at thresholds of all heights"""
@@ -202,7 +202,7 @@ def imitation_loss_of_sets(
     policy: OrderPolicy, observation: Observation, answers: Tensor, caution: float = 1.0
 ) -> Tensor:
     """Scalar: cross-entropies of every open position's top symbol being right, of every position that may be opened
-    again holding a wrong one, and of each reading's belief at the open positions; each a mean over positions."""
+    again holding a wrong one, and of each reading's belief at both; each a mean over positions."""
     beliefs, states = policy.read(observation)
     odds = policy.read_log_odds(observation, beliefs[-1], states)
     wanted = [observation.denoised.log_probs.argmax(-1) == answers]
@@ -254,6 +254,8 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     shape = config.shape
     if not isinstance(target, Oracle):  # other references decide on sure boards too
         shape = replace(shape, sure=2.0)
+        if config.init is not None:
+            raise UnmaskError(f"init is for imitating the oracle, not {config.reference}; leave out one of the two")
     sets = config.rules.actions != "single"
     if sets and config.reference != "oracle":
         raise UnmaskError(f"over sets the oracle is what can be imitated, not {config.reference}")

@@ -82,8 +82,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
 
     A policy over sets turns the same scores into the log-odds that an entry is in the set, adds the denoiser's log-odds
     of its top symbol and a linear function of its own states, which see the positions together, and always reads the
-    board. Where positions may be opened again,
-    their log-odds are such a function alone.
+    board. Where positions may be opened again, a learned mark tells them from what an instance gave; their log-odds are
+    such a function, less the log-odds that its belief gives the symbol on the board, by a weight that begins at 0.
 
     Args:
         vocab_size: V of the denoiser. coordinates: (L, C) as nested lists.
@@ -198,7 +198,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             x = self.norm(x)
             beliefs.append(self.head(x).log_softmax(-1))
             thought = beliefs[-1].exp()
-            is_open = is_open if again is None else is_open | again  # the denoiser has no view of filled positions
+            is_open = is_open if again is None else is_open | again  # a masked denoiser says nothing of these
         return beliefs, x
 
     def score(self, observation: Observation, belief: Tensor) -> Tensor:

@@ -35,13 +35,10 @@ from unmask_env.core import Rules
 
 
 def train(args: argparse.Namespace, seed: int) -> Path:
-    """The folder of the trained policy; a finished run is not repeated."""
+    """The folder of the trained policy; a run that was begun goes on, a finished one is not repeated."""
     out = args.runs / f"{args.denoiser.replace('/', '-')}-{args.actions.replace('+', '-')}-seed{seed}"
     shared = {"env": args.env, "denoiser": args.denoiser, "seed": seed, "threads": args.threads}
     first, second = out / "imitation", out / "upo"
-    last = second if args.iterations > 0 else first
-    if (last / "config.json").exists():
-        return last
     rules = Rules(args.actions)
     imitation.train(
         ImitationConfig(
@@ -67,7 +64,7 @@ def train(args: argparse.Namespace, seed: int) -> Path:
                 **shared,
             )
         )
-    return last
+    return second if args.iterations > 0 else first
 
 
 def against(point: Point, heuristics: list[Point], until: float) -> dict[str, Any] | None:

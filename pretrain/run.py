@@ -157,7 +157,8 @@ class Run:
         self._stop = True
 
     def loop(self) -> Iterator[int]:
-        """The steps still to do. After each: save when due; on Ctrl-C save and raise :class:`Interrupted`."""
+        """The steps still to do. After each: save when due; on Ctrl-C save and raise :class:`Interrupted`. Weights that
+        are not finite are an :class:`UnmaskError` in place of the save."""
         while self.step < self.steps:
             yield self.step
             self.step += 1
@@ -165,6 +166,7 @@ class Run:
                 self.progress.update(self._bar, completed=self.step)
             self._agree_to_stop()
             if self._stop or self.step % self.settings.save_every == 0 or self.step == self.steps:
+                self._require_finite()
                 self.save()
             if self._stop:
                 raise Interrupted(
@@ -177,6 +179,14 @@ class Run:
             flag = torch.tensor(float(self._stop), device=self._flag_device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self._stop = bool(flag)
+
+    def _require_finite(self) -> None:
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
+                raise UnmaskError(
+                    f"the {name} has weights that are not finite after step {self.step}; {self.out} keeps the state of "
+                    "the save before. Try a lower lr in another --out"
+                )
 
     def log(self, values: dict[str, float], note: str = "") -> None:
         """Scalars of the current step to TensorBoard; ``note`` beside the progress bar."""
@@ -192,17 +202,6 @@ class Run:
             self.progress.update(self._bar, note=text)
 
     def save(self) -> None:
-        """Write the state to resume from.
-
-        Raises:
-            UnmaskError: weights that are not finite; what was saved before stays.
-        """
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
-                raise UnmaskError(
-                    f"the {name} has weights that are not finite after step {self.step}; {self.out} keeps the state of "
-                    "the save before. Try a lower lr in another --out"
-                )
         if self.main:
             state = {
                 "step": self.step,

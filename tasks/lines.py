@@ -78,8 +78,8 @@ class Lines(Infilling):
         asked = [len(parts) == 1 or i % 2 == 1 for i, part in enumerate(parts) for _ in part]  # per character
         found = self.tokenizer("".join(parts), return_special_tokens_mask=True, return_offsets_mapping=True)
         may = [
-            not special and any(asked[start:end])
-            for special, (start, end) in zip(found["special_tokens_mask"], found["offset_mapping"], strict=True)
+            not special and end > 0 and asked[end - 1]
+            for special, (_, end) in zip(found["special_tokens_mask"], found["offset_mapping"], strict=True)
         ]
         if not any(may):
             raise UnmaskError(f"line {number} has nothing to hide")

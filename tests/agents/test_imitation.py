@@ -237,17 +237,31 @@ def test_a_short_run_lowers_the_loss(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("actions", ["single", "set+remask"])
-def test_a_run_may_start_from_a_policy(tmp_path: Path, actions: Actions) -> None:
+def test_a_run_may_start_from_a_policy(tmp_path: Path, actions: Actions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over sets that policy plays the boards, too; its own threshold stays as it is."""
     rules = Rules(actions)
     first = imitation.train(small(tmp_path / "first", steps=20, rules=rules), *table())
+    played_by = []
+    collect = States.collect_sets
+
+    def spied(self: States, *args: object) -> None:
+        played_by.append(args[-1])
+        collect(self, *args)
+
+    monkeypatch.setattr(States, "collect_sets", spied)
     start = {"init": str(tmp_path / "first"), "rules": rules, "steps": 1, "seed": 5}
     still = imitation.train(small(tmp_path / "still", lr=0.0, **start), *table())
     assert still.threshold == first.threshold
     for name, weights in first.state_dict().items():
         assert torch.equal(still.state_dict()[name], weights), name
+    for player in played_by:
+        assert player is not still
+        assert torch.equal(player.head.weight, first.head.weight)
+    assert len(played_by) == (actions != "single")
     moved = imitation.train(small(tmp_path / "moved", **start), *table())
     assert not torch.equal(moved.head.weight, first.head.weight)
+    with pytest.raises(UnmaskError, match="init is for imitating the oracle, not margin"):
+        imitation.train(small(tmp_path / "other", reference="margin", **start), *table())
     other = Rules("set" if actions == "single" else "single")
     with pytest.raises(CheckpointError, match="cannot play with actions"):
         imitation.train(small(tmp_path / "other", **start | {"rules": other}), *table())
