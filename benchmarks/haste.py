@@ -4,7 +4,7 @@
 
 With the factor r ((H - NFE + 1) / H)^alpha a wrong board earns nothing however fast; with the summand
 r + alpha (H - NFE + 1) / H it earns its speed, and from some alpha on, filling the whole board at once earns most. The
-start is the policy that imitation left (``benchmarks/frontier.py`` trains it); puzzles are validation puzzles.
+start is the soft threshold, where policies over sets begin by default; puzzles are validation puzzles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 from agents import evaluate, upo
 from agents.policy import load_policy
 from pretrain.checkpoint import write_json
-from unmask_env import registration
+from unmask_env import parallel, registration
 from unmask_env.core import Rules
 
 
@@ -30,11 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--denoiser", default="sudoku6-tiny")
     parser.add_argument("--env", default="Unmask/Sudoku6x6-v0")
-    parser.add_argument("--init", type=Path, default=Path("runs/frontier/sudoku6-tiny-set-seed0/imitation"))
-    parser.add_argument("--weights", type=float, nargs="+", default=[1.0, 3.0, 10.0], help="alpha")
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--init", default=None, help="a policy over sets to start from, instead of the reference")
+    parser.add_argument("--weights", type=float, nargs="+", default=[10.0], help="alpha")
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--groups", type=int, default=16, help="puzzles per iteration, 8 trajectories each")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--puzzles", type=int, default=500, help="validation puzzles")
     parser.add_argument("--runs", type=Path, default=Path("runs/haste"))
@@ -51,7 +51,8 @@ def main() -> None:
         result = evaluate.evaluate(task, denoiser, {name: policy}, instances, rules=Rules("set"))[0]
         rows.append(settings | result.row())
 
-    add("before", load_policy(args.init, task, denoiser, "set"))
+    before = parallel.SoftThreshold() if args.init is None else load_policy(args.init, task, denoiser, "set")
+    add("before", before)
     for form in ("product", "sum"):
         for weight in args.weights:
             out = args.runs / f"{form}-{weight:g}-seed{args.seed}"
@@ -59,7 +60,7 @@ def main() -> None:
                 out=str(out),
                 env=args.env,
                 denoiser=args.denoiser,
-                init=str(args.init),
+                init=args.init,
                 rules=Rules("set", speed=weight, speed_form=form),
                 iterations=args.iterations,
                 puzzles=args.groups,
