@@ -7,6 +7,7 @@ then trains on those, each time in a fresh symmetric guise and with a fresh deno
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, require_at_least, require_seed, resolve_device, set_learning_rate
 from tasks import Instances, Task, UnmaskError
 from unmask_env import core, reference, registration
-from unmask_env.core import SINGLE, Observation, Rules
+from unmask_env.core import SINGLE, Observation, Rules, SetOrder
 from unmask_env.denoiser import Denoiser
 from unmask_env.parallel import SoftThreshold
 from unmask_env.reference import Oracle, Reference
@@ -109,12 +110,13 @@ class States:
             part = instances[rows]
             height = float(torch.rand((), generator=generator, device=generator.device))
             budget = replace(rules, nfe_budget=rules.nfe_budget or task.length)
+            order: SetOrder
             if player is None:
-                order = SoftThreshold(0.3 + 0.69 * height, tau=0.02, reopen=0.05)
-                played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=generator, record=True)
+                order, draws = SoftThreshold(0.3 + 0.69 * height, tau=0.02, reopen=0.05), generator
             else:
+                order, draws = player, None
                 player.threshold = 1 / (1 + math.exp(PLAYED * (1 - 2 * height)))
-                played = core.rollout(task, denoiser, player, part, rules=budget, record=True)
+            played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=draws, record=True)
             oracle = Oracle(task.all_answers(part))
             for step in played.steps:
                 tokens, keep, answer = step.observation.tokens, step.alive, oracle.answer(step.observation)
@@ -272,9 +274,8 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
             generator = step_generator(device, config.seed, 0, 3 << 16)
             instances = task.sample(config.puzzles, generator)
             if sets:
-                player = None  # not the policy itself, whose threshold would stay where play left it
-                if config.init is not None:
-                    player = load_policy(config.init, actions=config.rules.actions).to(device)
+                # Not the policy itself, whose threshold would stay where play left it.
+                player = None if config.init is None else copy.deepcopy(policy)
                 states.collect_sets(task, denoiser, instances, config.rules, generator, player)
             else:
                 states.collect(task, denoiser, instances, policy.sure, generator)

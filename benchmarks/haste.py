@@ -1,4 +1,4 @@
-"""Speed as a factor of the reward or as a summand: UPO over sets under both, from one policy, at several weights.
+"""Speed as a factor of the reward or as a summand: UPO over sets under both, from the same start.
 
     python benchmarks/haste.py --threads 1 --out benchmarks/results/haste.json
 
