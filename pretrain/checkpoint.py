@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from tasks import UnknownNameError, UnmaskError
@@ -163,7 +163,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write nested dictionaries of tensors and plain values to one safetensors file, atomically."""
     tensors: dict[str, Tensor] = {}
     packed = json.dumps(_pack(state, tensors))
-    write_atomically(path, lambda p: save_file(tensors, p, metadata={"unmask_state": packed}))
+    # Not save_file: it writes to a file of a random name first, which a killed run would leave behind.
+    content = save(tensors, metadata={"unmask_state": packed})
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_state(path: Path) -> dict[str, Any]:

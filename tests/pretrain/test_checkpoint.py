@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -358,6 +359,25 @@ def test_nothing_to_resume(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         load_state(tmp_path / "none")
     assert_one_line(caught, "nothing to resume", str(tmp_path / "none"))
+
+
+def test_saving_writes_to_one_name_that_the_next_save_takes_over(tmp_path):
+    """Whatever the moment of a kill, nothing is left for ever: no file with a name of its own is written."""
+    seen: set[str] = set()
+    saved = threading.Event()
+
+    def watch() -> None:
+        while not saved.is_set():
+            seen.update(path.name for path in tmp_path.iterdir())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(3):
+        save_state(tmp_path / "state", {"a": torch.zeros(4_000_000)})
+    saved.set()
+    watcher.join()
+    assert seen <= {"state", ".state.tmp"}
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])
