@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.divergences import cross_entropy
-from agents.policy import OrderPolicy, PolicyShape, load_policy, new_policy
+from agents.policy import RECALL, OrderPolicy, PolicyShape, load_policy, new_policy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, require_at_least, require_seed, resolve_device, set_learning_rate
 from tasks import Instances, Task, UnmaskError
@@ -31,7 +31,8 @@ from unmask_env.reference import Oracle, Reference
 
 MANY_TIMES = 30  # over which a state that looks the same each time is learned by heart
 PLAYED = 4.0  # log-odds between which thresholds are drawn, both sides of 0
-MISTAKES = 2  # on a board from which opening positions again is learned
+MISTAKES = 8  # on a board from which opening positions again is learned
+TUTORED, STRAY = 0.3, 0.01  # shares of wrong and of right symbols that are opened again for the player
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,20 @@ class ImitationConfig:
 
 
 class States:
-    """Boards in mid-play: ``tokens``, ``answers`` and ``given``, what they began with, (S, L) each, and which of them
-    are ``stuck`` (S,) bool."""
+    """Boards in mid-play: ``tokens``, ``answers``, ``given``, what they began with, and ``reopened``, how often each
+    position was opened again, (S, L) each; and which of them are ``stuck`` (S,) bool."""
 
     def __init__(self, task: Task) -> None:
         empty = torch.zeros(0, task.length, dtype=torch.long)
-        self.tokens, self.answers, self.given = empty, empty.clone(), empty.clone()
+        self.tokens, self.answers, self.given, self.reopened = (empty.clone() for _ in range(4))
         self.stuck = torch.zeros(0, dtype=torch.bool)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "answers": self.answers, "given": self.given, "stuck": self.stuck}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tokens, self.answers = state["tokens"], state["answers"]
-        self.given, self.stuck = state["given"], state["stuck"]
+        for name in vars(self):
+            setattr(self, name, state[name])
 
     @torch.no_grad()
     def collect_sets(
@@ -105,25 +106,28 @@ class States:
         """Play ``instances`` by confidence thresholds between 0.3 and 1, or by ``player`` at thresholds of all heights,
         and keep the states on the way with at most ``MISTAKES`` wrong symbols, none where mistakes are final: on a lost
         board nothing is right however sure it looks."""
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        found: list[tuple[Tensor, ...]] = []
         for rows in torch.arange(len(instances)).split(200):
             part = instances[rows]
             height = float(torch.rand((), generator=generator, device=generator.device))
             budget = replace(rules, nfe_budget=rules.nfe_budget or task.length)
             order: SetOrder
             if player is None:
-                order, draws = SoftThreshold(0.3 + 0.69 * height, tau=0.02, reopen=0.05), generator
+                order, draws = SoftThreshold(0.3 + 0.69 * height, tau=0.02), generator
             else:
                 order, draws = player, None
                 player.threshold = 1 / (1 + math.exp(PLAYED * (1 - 2 * height)))
-            played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=draws, record=True)
             oracle = Oracle(task.all_answers(part))
+            if rules.actions == "set+remask":
+                order, draws = _Tutored(order, draws, oracle, generator), generator
+            played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=draws, record=True)
             for step in played.steps:
                 tokens, keep, answer = step.observation.tokens, step.alive, oracle.answer(step.observation)
                 wrong = (tokens != answer) & (tokens != task.mask_id)
                 keep = keep & (wrong.sum(1) <= (0 if rules.actions == "set" else MISTAKES))
-                found.append((tokens[keep].cpu(), answer[keep].cpu(), part.tokens[keep].cpu()))
-        self.tokens, self.answers, self.given = (torch.cat(parts) for parts in zip(*found, strict=True))
+                reopened = torch.zeros_like(tokens) if rules.actions == "set" else step.observation.reopened
+                found.append(tuple(x[keep].cpu() for x in (tokens, answer, part.tokens, reopened)))
+        self.tokens, self.answers, self.given, self.reopened = map(torch.cat, zip(*found, strict=True))
         self.stuck = torch.ones(len(self.tokens), dtype=torch.bool)
 
     @torch.no_grad()
@@ -149,11 +153,11 @@ class States:
                 state = core.step(task, state, core.fill(observation.denoised.log_probs), action).state
                 state = replace(state, open=state.open & right.any(1, keepdim=True))  # a lost board is given up
         self.tokens, self.answers, self.stuck = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.given = self.tokens
+        self.given, self.reopened = self.tokens, torch.zeros_like(self.tokens)
 
-    def sample(self, task: Task, n: int, easy: float, generator: torch.Generator) -> tuple[Instances, Tensor]:
-        """``n`` states in new guises, and (n, L) what they began with; a share ``easy`` of them not stuck (all of one
-        kind where the other is empty)."""
+    def sample(self, task: Task, n: int, easy: float, generator: torch.Generator) -> tuple[Instances, Tensor, Tensor]:
+        """``n`` states in new guises, (n, L) what they began with, and (n, L) how often each position was opened again
+        (up to ``RECALL``); a share ``easy`` of them not stuck (all of one kind where the other is empty)."""
         stuck, rest = self.stuck.nonzero().squeeze(1), (~self.stuck).nonzero().squeeze(1)
         few = n if not len(stuck) else 0 if not len(rest) else int(n * easy)
         parts = []
@@ -162,10 +166,39 @@ class States:
                 pick = torch.randint(len(pool), (count,), generator=generator, device=generator.device).cpu()
                 parts.append(pool[pick])
         rows, before = torch.cat(parts), generator.get_state()
-        given = task.augment(Instances(self.given[rows], self.answers[rows]).to(generator.device), generator)
-        generator.set_state(before)  # the same guises again
-        states = Instances(self.tokens[rows], self.answers[rows]).to(generator.device)
-        return task.augment(states, generator), given.tokens
+        answers, reopened = self.answers[rows], self.reopened[rows]
+
+        def in_guise(tokens: Tensor) -> Instances:
+            generator.set_state(before)  # the same guises each time
+            return task.augment(Instances(tokens, answers).to(generator.device), generator)
+
+        # Guises move symbols about and leave masks masks, so counts travel as masks.
+        times = range(1, min(RECALL, int(reopened.max())) + 1)
+        marks = [in_guise(answers.masked_fill(reopened >= k, task.mask_id)).tokens == task.mask_id for k in times]
+        given, states = in_guise(self.given[rows]).tokens, in_guise(self.tokens[rows])
+        return states, given, torch.stack([torch.zeros_like(given), *(mark.long() for mark in marks)]).sum(0)
+
+
+@dataclass(frozen=True)
+class _Tutored:
+    """``player``, and a hand that opens again one wrong symbol in three, and few others: what a policy has opened
+    again before is then mostly what it was wrong about, as it is once it has learned."""
+
+    player: SetOrder
+    draws: torch.Generator | None
+    oracle: Oracle
+    generator: torch.Generator
+
+    def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
+        action = self.player.sample(observation, self.draws).bool()
+        wrong = observation.tokens != self.oracle.answer(observation)
+        chance = torch.rand(wrong.shape, generator=self.generator, device=wrong.device)
+        again = observation.reopenable & (chance < torch.where(wrong, TUTORED, STRAY))
+        length = again.shape[1]
+        return torch.cat([action[:, :length], action[:, length:] | again], 1)
+
+    def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
+        return action.new_zeros(len(action), dtype=torch.float)
 
 
 def choose_right_loss(log_prob: Tensor, right: Tensor) -> Tensor:
@@ -296,11 +329,12 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         policy.train()
         for step in run.loop():
             generator = step_generator(device, config.seed, step, 2 << 16)
-            boards, given = states.sample(task, config.batch, config.easy, generator)
-            is_open, again = boards.tokens == task.mask_id, None
+            boards, given, reopened = states.sample(task, config.batch, config.easy, generator)
+            is_open = boards.tokens == task.mask_id
+            observation = Observation(boards.tokens, is_open, denoiser(boards.tokens))
             if config.rules.actions == "set+remask":
                 again = ~is_open & (given == task.mask_id)
-            observation = Observation(boards.tokens, is_open, denoiser(boards.tokens), again)
+                observation = replace(observation, reopenable=again, reopened=reopened)
             if sets:
                 loss = imitation_loss_of_sets(policy, observation, boards.answers, config.caution)
             else:

@@ -25,6 +25,8 @@ from unmask_env.denoiser import Denoiser
 
 PACKAGED_POLICIES = Path(__file__).parent / "models"
 TOP = 8  # most likely symbols that a policy sees per position, as in UPO's released head
+WARY = 5.0  # by which a new policy's log-odds of closing a position fall each time that it was opened again
+RECALL = 3  # times; more are as many
 
 Base = Literal["none", "softmax_confidence", "softmax_margin", "learned", "soft_threshold"]
 Sets = Literal["none", "bernoulli", "plackett_luce"]
@@ -103,9 +105,11 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     Attributes:
         threshold: how likely an entry must be in a set to be in the most likely one, which is played without a
             generator: the knob between few forwards and sure ones.
+        reopening: the same of entries that open positions again.
     """
 
     threshold = 0.5
+    reopening = 0.5
 
     def __init__(
         self,
@@ -156,6 +160,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             self.trust = nn.Parameter(torch.tensor(float(gate)))  # weight of the denoiser's own log-odds
             self.doubt = nn.Parameter(torch.zeros(dim))  # marks what play filled in, and may open again
             self.regret = nn.Parameter(torch.zeros(()))  # weight of its own belief against those
+            self.recall = nn.Parameter(torch.zeros(dim))  # marks, as often, what was opened again
+            self.wary = nn.Parameter(torch.tensor(WARY * float(gate)))  # weight of each time against closing it
             nn.init.zeros_(self.stop.weight)
             nn.init.zeros_(self.stop.bias)
 
@@ -169,6 +175,10 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         self.symbols.weight.copy_(backbone.symbols.weight[:-1])
         if self.hidden is not None:
             self.hidden.weight.mul_(0.1)
+
+    def recalled(self, observation: Observation) -> Tensor:
+        """(N, L) how often each position was opened again, up to ``RECALL``."""
+        return observation.reopened.clamp(max=RECALL)
 
     def beliefs(self, observation: Observation) -> list[Tensor]:
         """Per reading (N, L, V) log-probabilities: the policy's own view of the board, the last one its belief."""
@@ -185,7 +195,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         fixed = fixed.expand(*observation.tokens.shape, -1)  # (N, L, D)
         again = None if observation.reopenable is None else observation.reopenable.unsqueeze(-1)
         if again is not None:
-            fixed = fixed + self.doubt * again
+            fixed = fixed + self.doubt * again + self.recall * self.recalled(observation).unsqueeze(-1)
         thought = observation.denoised.log_probs.exp() * self.see_top_tokens
         beliefs = []
         rotation = (
@@ -264,6 +274,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             close = close - self.stop(states.mean(1))
         if observation.reopenable is None:
             return close
+        # Without a memory the symbol that was opened again would be closed again, and round in circles.
+        close = close - self.wary * self.recalled(observation)
         # A new policy opens again as its base does, or one position in a hundred.
         rare = parallel.SoftThreshold().reopen if self.set_base is None else self.set_base.reopen
         reopen = reopen + math.log(rare / (1 - rare)) - self.regret * self.belief_odds(observation.tokens, belief)
@@ -284,15 +296,18 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
         """(N,) positions or (N, A) sets drawn from the policy; without a generator the most likely choice.
 
-        The most likely set has the entries whose probability is above ``threshold``, and the likeliest to be closed.
+        The most likely set closes what is above ``threshold`` and the likeliest position, and opens again what is above
+        ``reopening``.
         """
         if self.sets == "none":
             return choose(self.log_prob(observation), generator)
         odds, choices = self.log_odds(observation), observation.choices
         if generator is None:
-            likely = (odds > math.log(self.threshold / (1 - self.threshold))) & choices
-            best = parallel.ranked(odds[:, : self.length], observation.open) == 0
-            return torch.cat([likely[:, : self.length] | best, likely[:, self.length :]], 1)
+            close, reopen = odds[:, : self.length], odds[:, self.length :]
+            best = parallel.ranked(close, observation.open) == 0
+            likely = [close > math.log(self.threshold / (1 - self.threshold))]
+            likely.append(reopen > math.log(self.reopening / (1 - self.reopening)))
+            return torch.cat([likely[0] | best, likely[1]], 1) & choices
         if self.sets == "plackett_luce":
             return set_laws.stopping_sample(odds, choices, generator)
         return set_laws.independent_sample(set_laws.log_odds_to_inclusion(odds, choices), choices, generator)

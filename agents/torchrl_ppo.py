@@ -40,7 +40,7 @@ from unmask_env.core import Observation
 from unmask_env.denoiser import Denoiser
 from unmask_env.torchrl import KLReward, UnmaskTorchEnv
 
-SHOWN = ["tokens", "action_mask", "top_tokens", "top_log_probs"]  # what policy and critic read
+SHOWN = ["tokens", "action_mask", "top_tokens", "top_log_probs", "reopened"]  # what policy and critic read
 
 
 # ---------------------------------------------------------------------- the policy as TorchRL sees it

@@ -117,12 +117,13 @@ def flatten(played: Rollout, advantage: Tensor) -> Batch:
     steps = played.steps
     alive = torch.stack([s.alive for s in steps])  # (steps, T)
     time, trajectory = alive.nonzero(as_tuple=True)
-    again = [s.observation.reopenable for s in steps]
+    remask = steps[0].observation.reopenable is not None
     observation = Observation(
         torch.stack([s.observation.tokens for s in steps])[alive],
         torch.stack([s.observation.open for s in steps])[alive],
         Denoised.join([s.observation.denoised for s in steps], lambda part: torch.stack(list(part))[alive]),
-        None if again[0] is None else torch.stack(again)[alive],
+        torch.stack([s.observation.reopenable for s in steps])[alive] if remask else None,
+        torch.stack([s.observation.reopened for s in steps])[alive] if remask else None,
     )
     action = torch.stack([s.action for s in steps])[alive]
     old = torch.stack([s.log_prob for s in steps])[alive]

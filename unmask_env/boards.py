@@ -29,11 +29,12 @@ LOG_ZERO = -1e4  # shown where the reference's log-probability is -inf, or below
 _AHEAD = 16  # instances drawn per call of task.sample
 _FILLING = 0x5DEECE66D  # sets the seeds of the filling streams apart from those of the instances
 
-Key = Literal["tokens", "action_mask", "top_tokens", "top_log_probs", "log_reference"]
+Key = Literal["tokens", "action_mask", "top_tokens", "top_log_probs", "log_reference", "reopened"]
 View = dict[Key, Tensor]
 """What an agent is shown: ``tokens`` (N, L) int64; ``action_mask`` (N, A) bool, which entries an action may contain:
 A = L, or 2 L where positions may be opened again; ``top_tokens`` (N, L, K) int64 and ``top_log_probs`` (N, L, K), the
-K = min(8, V) most likely symbols; ``log_reference`` (N, A): log g(i|s), or of sets that entry i is in one."""
+K = min(8, V) most likely symbols; ``log_reference`` (N, A): log g(i|s), or of sets that entry i is in one; where
+positions may be opened again ``reopened`` (N, L) int64, how often each was."""
 
 
 def show(observation: Observation, log_reference: Tensor) -> View:
@@ -42,7 +43,8 @@ def show(observation: Observation, log_reference: Tensor) -> View:
     k = min(TOP, log_probs.shape[-1])
     # Sorting everything is the faster way to the top of a small vocabulary.
     values, indices = log_probs.sort(-1, descending=True) if log_probs.shape[-1] <= 2 * k else log_probs.topk(k, -1)
-    return {
+    reopened: View = {} if observation.reopened is None else {"reopened": observation.reopened}
+    return reopened | {
         "tokens": observation.tokens,
         "action_mask": observation.choices,
         "top_tokens": indices[..., :k],
@@ -51,17 +53,11 @@ def show(observation: Observation, log_reference: Tensor) -> View:
     }
 
 
-def blank(tokens: Tensor, choices: Tensor, top: int) -> View:
+def blank(tokens: Tensor, choices: Tensor, reopened: Tensor, top: int) -> View:
     """The view of boards on which the denoiser was not run: its parts are zeros, the reference's -inf."""
     zeros = tokens.new_zeros((*tokens.shape, top))
     none = torch.full(choices.shape, LOG_ZERO, device=tokens.device)
-    return {
-        "tokens": tokens,
-        "action_mask": choices,
-        "top_tokens": zeros,
-        "top_log_probs": zeros.float(),
-        "log_reference": none,
-    }
+    return show(_observation(tokens, choices, reopened, Denoised(zeros.float())), none) | {"top_tokens": zeros}
 
 
 def read(view: View, vocab_size: int) -> Observation:
@@ -80,9 +76,15 @@ def read(view: View, vocab_size: int) -> Observation:
     else:
         # Blank boards name one symbol K times: the others must not be left to chance.
         log_probs = torch.full((n, length, vocab_size), FLOOR, device=values.device).scatter(-1, top, values)
-    choices = view["action_mask"].bool()
-    reopenable = choices[:, length:] if choices.shape[1] > length else None
-    return Observation(view["tokens"].long(), choices[:, :length], Denoised(log_probs), reopenable)
+    return _observation(view["tokens"].long(), view["action_mask"].bool(), view.get("reopened"), Denoised(log_probs))
+
+
+def _observation(tokens: Tensor, choices: Tensor, reopened: Tensor | None, denoised: Denoised) -> Observation:
+    """What orders see, of (N, L) or (N, 2 L) ``choices``."""
+    length = tokens.shape[1]
+    if choices.shape[1] == length:
+        return Observation(tokens, choices, denoised)
+    return Observation(tokens, choices[:, :length], denoised, choices[:, length:], reopened.long())
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,9 @@ class Boards:
         return open if reopenable is None else torch.cat([open, reopenable], 1)
 
     @torch.no_grad()  # a learned order may be the reference
-    def _see(self, tokens: Tensor, choices: Tensor) -> tuple[Denoised, View]:
-        denoised, length = self.denoiser(tokens), self.task.length
-        reopenable = choices[:, length:] if self.rules.actions == "set+remask" else None
-        observation = Observation(tokens, choices[:, :length], denoised, reopenable)
+    def _see(self, tokens: Tensor, choices: Tensor, reopened: Tensor) -> tuple[Denoised, View]:
+        denoised = self.denoiser(tokens)
+        observation = _observation(tokens, choices, reopened, denoised)
         sets = self.rules.actions != "single"
         log_reference = (self.reference.log_inclusion if sets else self.reference.log_prob)(observation)
         return denoised, show(observation, log_reference)
@@ -265,7 +266,7 @@ class Boards:
 
     def look(self, state: State, drawing: Sequence[int] | None = None) -> Look:
         """One forward for all rows. ``drawing``: the rows whose filling streams advance, by default all."""
-        denoised, view = self._see(state.tokens, self.choices(state))
+        denoised, view = self._see(state.tokens, self.choices(state), state.reopened)
         return Look(view, self._symbols(denoised.log_probs, range(self.n) if drawing is None else drawing))
 
     def step(self, state: State, look: Look, action: Tensor) -> Transition:
@@ -289,12 +290,13 @@ class Boards:
         left = transition.state
         rows = (transition.terminated | transition.truncated).nonzero().flatten()
         state = self.begin(left, rows.tolist())
-        last = blank(left.tokens[rows], self.choices(left)[rows], self.top)
+        ended = left.tokens[rows], self.choices(left)[rows], left.reopened[rows]
+        last = blank(*ended, self.top)
         cut = transition.truncated[rows].nonzero().flatten()
         if not len(cut):
             return state, self.look(state), rows, last
-        tokens, choices = last["tokens"][cut], last["action_mask"][cut]
-        denoised, view = self._see(torch.cat([state.tokens, tokens]), torch.cat([self.choices(state), choices]))
+        playing = state.tokens, self.choices(state), state.reopened
+        denoised, view = self._see(*(torch.cat([a, b[cut]]) for a, b in zip(playing, ended, strict=True)))
         last = {key: value.index_copy(0, cut, view[key][self.n :]) for key, value in last.items()}
         symbols = self._symbols(denoised.log_probs[: self.n], range(self.n))
         return state, Look({key: value[: self.n] for key, value in view.items()}, symbols), rows, last

@@ -135,6 +135,7 @@ class Observation:
         open: (N, L) bool, the positions that may be closed now: the undecided ones, or those of the current block.
         denoised: the denoiser's output for ``tokens``.
         reopenable: (N, L) bool, the positions that may be opened again; None where the rules have none.
+        reopened: (N, L) int64, how often each position was opened again in this episode; None likewise.
         memory: of sets in rollouts.
     """
 
@@ -142,15 +143,16 @@ class Observation:
     open: Tensor
     denoised: Denoised
     reopenable: Tensor | None = None
+    reopened: Tensor | None = None
     memory: Memory | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> Observation:
         denoised = Denoised.join([self.denoised], lambda part: part[0][rows])
-        reopenable = None if self.reopenable is None else self.reopenable[rows]
+        reopenable, reopened = (None if part is None else part[rows] for part in (self.reopenable, self.reopened))
         memory = None
         if self.memory is not None:
             memory = Memory(*[None if part is None else part[rows] for part in self.memory])
-        return Observation(self.tokens[rows], self.open[rows], denoised, reopenable, memory)
+        return Observation(self.tokens[rows], self.open[rows], denoised, reopenable, reopened, memory)
 
     @property
     def choices(self) -> Tensor:
@@ -166,7 +168,7 @@ class State:
         tokens: (N, L) int64. open: (N, L) bool.
         instances: the problems, with their answers, that the rows came from.
         steps: (N,) int64, actions taken so far in the episode: its denoiser forwards (NFE).
-        reopened: (N,) int64, positions opened again so far in the episode.
+        reopened: (N, L) int64, how often each position was opened again so far in the episode.
     """
 
     tokens: Tensor
@@ -210,7 +212,7 @@ def begin(instances: Instances, mask_id: int) -> State:
     """The first state of each instance: its holes are open."""
     hole = instances.tokens == mask_id
     zeros = torch.zeros(len(instances), dtype=torch.long, device=hole.device)
-    return State(instances.tokens, hole, instances, zeros, zeros)
+    return State(instances.tokens, hole, instances, zeros, torch.zeros_like(instances.tokens))
 
 
 def reset_rows(state: State, rows: Tensor, instances: Instances, mask_id: int) -> State:
@@ -242,7 +244,9 @@ def choices(task: Task, state: State, rules: Rules) -> tuple[Tensor, Tensor | No
     open = state.open & within
     if rules.actions != "set+remask":
         return open, None
-    may = torch.ones_like(open) if rules.remask_budget is None else (state.reopened < rules.remask_budget).unsqueeze(1)
+    may = torch.ones_like(open)
+    if rules.remask_budget is not None:
+        may = state.reopened.sum(1, keepdim=True) < rules.remask_budget
     # A finished board has no current block, and nothing to open again.
     undone = state.open.any(1, keepdim=True)
     return open, ~state.open & (state.instances.tokens == task.mask_id) & within & may & undone
@@ -305,7 +309,7 @@ def step(
             reopen = action[:, length:]
             legal &= ~(reopen & ~reopenable).any(1)
             if rules.remask_budget is not None:
-                legal &= state.reopened + reopen.sum(1) <= rules.remask_budget
+                legal &= state.reopened.sum(1) + reopen.sum(1) <= rules.remask_budget
     illegal = ~legal & ~done_before
     if rules.on_illegal == "raise" and bool(illegal.any()):
         raise InvalidActionError(_why_illegal(int(illegal.nonzero()[0]), action, open, reopenable, state, rules))
@@ -326,7 +330,7 @@ def step(
         if rules.speed > 0:
             holes = (state.instances.tokens == task.mask_id).sum(1)
             reward = torch.where(complete, rules.shaped(reward, steps, holes), reward)
-    following = State(tokens, still_open, state.instances, steps, state.reopened + reopen.sum(1))
+    following = State(tokens, still_open, state.instances, steps, state.reopened + reopen.long())
     return Transition(following, reward, terminated, truncated, illegal)
 
 
@@ -343,7 +347,7 @@ def _why_illegal(row: int, action: Tensor, open: Tensor, reopenable: Tensor | No
     wrong = [] if reopenable is None else (again & ~reopenable[row]).nonzero().flatten().tolist()
     if wrong:
         return f"row {row}: positions {wrong} cannot be opened again: given, not closed, or no budget left"
-    left = (rules.remask_budget or 0) - int(state.reopened[row])
+    left = (rules.remask_budget or 0) - int(state.reopened[row].sum())
     return f"row {row}: {int(again.sum())} positions to open again, where the budget leaves {left}"
 
 
@@ -429,7 +433,8 @@ def rollout(
     memory = Memory(state.steps, torch.ones(state.tokens.shape, device=state.tokens.device))
     while bool(state.open.any()):
         open, reopenable = choices(task, state, rules)
-        observation = Observation(state.tokens, open, denoiser(state.tokens), reopenable)
+        reopened = None if reopenable is None else state.reopened
+        observation = Observation(state.tokens, open, denoiser(state.tokens), reopenable, reopened)
         if rules.actions == "single":
             log_prob = order.log_prob(observation)
             action = choose(log_prob, order_generator)

@@ -29,10 +29,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 def arrays(view: View) -> dict[str, np.ndarray]:
     """A view as numpy arrays of its own; the mask is int8, as Gymnasium's ``MultiBinary`` is.
 
-    Tokens and mask are the state's, so they are copied; the rest was computed for this view.
+    Tokens, counts and mask are the state's, so they are copied; the rest was computed for this view.
     """
     shown = {key: value.numpy(force=True) for key, value in view.items()}
-    return shown | {"tokens": shown["tokens"].copy(), "action_mask": shown["action_mask"].astype(np.int8)}
+    copies = {key: shown[key].copy() for key in ("tokens", "reopened") if key in shown}
+    return shown | copies | {"action_mask": shown["action_mask"].astype(np.int8)}
 
 
 def for_sampling(boards: Boards, action_mask: np.ndarray) -> np.ndarray:
@@ -50,15 +51,16 @@ def maskable(boards: Boards, choices: np.ndarray) -> np.ndarray:
 def spaces_of(boards: Boards) -> tuple[spaces.Dict, spaces.Discrete | spaces.MultiBinary]:
     """(observation space, action space) of one board."""
     length, vocab, top, entries = boards.task.length, boards.task.vocab_size, boards.top, boards.entries
-    observation = spaces.Dict(
-        {
-            "tokens": spaces.Box(0, vocab, (length,), np.int64),
-            "action_mask": spaces.MultiBinary(entries),
-            "top_tokens": spaces.Box(0, vocab - 1, (length, top), np.int64),
-            "top_log_probs": spaces.Box(FLOOR, 0.0, (length, top), np.float32),
-            "log_reference": spaces.Box(LOG_ZERO, 0.0, (entries,), np.float32),
-        }
-    )
+    shown: dict[str, spaces.Space] = {
+        "tokens": spaces.Box(0, vocab, (length,), np.int64),
+        "action_mask": spaces.MultiBinary(entries),
+        "top_tokens": spaces.Box(0, vocab - 1, (length, top), np.int64),
+        "top_log_probs": spaces.Box(FLOOR, 0.0, (length, top), np.float32),
+        "log_reference": spaces.Box(LOG_ZERO, 0.0, (entries,), np.float32),
+    }
+    if boards.rules.actions == "set+remask":
+        shown["reopened"] = spaces.Box(0, boards.rules.nfe_budget, (length,), np.int64)
+    observation = spaces.Dict(shown)
     return observation, spaces.Discrete(length) if boards.rules.actions == "single" else spaces.MultiBinary(entries)
 
 
@@ -83,7 +85,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     ``tokens`` (L,) int64, V is a hole; ``action_mask`` (L,) int8; ``top_tokens`` (L, K) int64 the denoiser's most
     likely symbols; ``top_log_probs`` (L, K) float32 their log-probabilities, clipped to [-20, 0]; ``log_reference``
     (L,) float32 the reference policy's log g(i|s), -1e4 for -inf; of sets, the log-probability that each bit is 1. On a
-    complete board the denoiser is not run: its two parts are zeros and the reference's is -1e4.
+    complete board the denoiser is not run: its two parts are zeros and the reference's is -1e4. With
+    ``actions="set+remask"`` also ``reopened`` (L,) int64: how often each position was emptied in this episode.
 
     ## Rewards
     0 until the board is complete, then ``task.reward`` in [0, 1]; with ``speed``, less the more forwards it took.
@@ -153,7 +156,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
         self.state = transition.state
         terminated, truncated = bool(transition.terminated), bool(transition.truncated)
         if terminated:
-            view, self._look = blank(self.state.tokens, self.boards.choices(self.state), self.boards.top), None
+            choices = self.boards.choices(self.state)
+            view, self._look = blank(self.state.tokens, choices, self.state.reopened, self.boards.top), None
         else:
             look = self.boards.look(self.state, drawing=[] if truncated else None)
             view, self._look = look.view, None if truncated else look

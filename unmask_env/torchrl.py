@@ -30,7 +30,7 @@ class UnmaskTorchEnv(EnvBase):
     The state of play is in the tensordict, so a rollout can be forked: put rows of an earlier tensordict, in any
     arrangement, into ``reset(td, set_state=True)``. Five keys are for the environment and not for policies: ``given``
     and ``answers`` (the instance), ``symbols`` (what each position would become; with sampled filling it is drawn ahead
-    of the action), ``steps`` and ``reopened``.
+    of the action), ``steps``, and ``reopened`` (N, L), which policies may see where positions may be opened again.
 
     A step makes one denoiser forward, even where rows finish: their next boards ride in it and wait for the reset.
 
@@ -86,7 +86,7 @@ class UnmaskTorchEnv(EnvBase):
             log_reference=Bounded(LOG_ZERO, 0.0, shape=(n, entries), **where),
             symbols=Categorical(vocab, shape=(n, length), **where),
             steps=Unbounded(shape=(n, 1), dtype=torch.long, **where),
-            reopened=Unbounded(shape=(n, 1), dtype=torch.long, **where),
+            reopened=Unbounded(shape=(n, length), dtype=torch.long, **where),
             shape=(n,),
             **where,
         )
@@ -171,13 +171,9 @@ class UnmaskTorchEnv(EnvBase):
                 "the tensordict has lost its instances: go on from what reset and step returned. SerialEnv and "
                 "ParallelEnv drop them; this environment is a batch already, so raise num_envs, or use a MultiCollector"
             )
-        counts = [tensordict.get(key, None) for key in ("steps", "reopened")]
-        return State(
-            tokens,
-            tokens == self.task.mask_id,
-            Instances(tensordict.get("given", tokens), answers),
-            *(tokens.new_zeros(len(tokens)) if count is None else count.squeeze(1) for count in counts),
-        )
+        steps = tensordict.get("steps", tokens.new_zeros(len(tokens), 1)).squeeze(1)
+        given, reopened = tensordict.get("given", tokens), tensordict.get("reopened", torch.zeros_like(tokens))
+        return State(tokens, tokens == self.task.mask_id, Instances(given, answers), steps, reopened)
 
     def _pack(self, state: State, view: View, symbols: Tensor) -> TensorDict:
         hidden = {
@@ -185,7 +181,7 @@ class UnmaskTorchEnv(EnvBase):
             "answers": state.instances.answers,
             "symbols": symbols,
             "steps": state.steps.unsqueeze(1),
-            "reopened": state.reopened.unsqueeze(1),
+            "reopened": state.reopened,
         }
         return TensorDict(view | hidden, batch_size=self.batch_size, device=self.device)
 

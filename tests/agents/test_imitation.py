@@ -174,24 +174,26 @@ def test_sampling_states(sudoku6) -> None:
     instances = sudoku6.heldout(20)
     stuck = torch.arange(20) < 5
     given = instances.answers
-    states.load_state_dict({"tokens": instances.tokens, "answers": instances.answers, "given": given, "stuck": stuck})
+    boards = {"tokens": instances.tokens, "answers": instances.answers, "given": given}
+    states.load_state_dict(boards | {"stuck": stuck, "reopened": torch.zeros_like(given)})
     holes = {tuple(h): i for i, h in enumerate((instances.tokens == 6).sum(1, keepdim=True).tolist())}
     assert len(holes) > 1
 
-    drawn, given = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
+    drawn, given, reopened = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
     assert len(drawn) == 40
     assert torch.equal(given, drawn.answers), "what they began with is in the same guise"
+    assert torch.equal(reopened, torch.zeros_like(given))
     blank = drawn.tokens == sudoku6.mask_id
     assert torch.equal(drawn.tokens[~blank], drawn.answers[~blank])
     assert sudoku6.valid(drawn.answers, drawn).all()
-    again, _ = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
+    again, *_ = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
     assert torch.equal(again.tokens, drawn.tokens)
     assert len({tuple(row) for row in drawn.tokens.tolist()}) == 40, "in new guises"
 
     plain = TableTask(torch.ones(2, 2))  # without symmetries, rows can be told apart
     few = States(plain)
     tokens = torch.tensor([[2, 0], [2, 1], [0, 2], [1, 2]])
-    both = {"tokens": tokens, "answers": tokens, "given": tokens}
+    both = {"tokens": tokens, "answers": tokens, "given": tokens, "reopened": torch.zeros_like(tokens)}
     few.load_state_dict(both | {"stuck": torch.tensor([True, True, False, False])})
     for easy, expected in ((0.25, 10), (0.0, 0), (1.0, 40)):
         got = few.sample(plain, 40, easy, torch.Generator().manual_seed(0))[0].tokens

@@ -40,7 +40,9 @@ def observation(n: int = 5, remask: bool = False) -> Observation:
     is_open[0] = True
     tokens = torch.randint(V, (n, L), generator=g).masked_fill(is_open, V)
     log_probs = torch.randn(n, L, V, generator=g).log_softmax(-1)
-    return Observation(tokens, is_open, Denoised(log_probs), ~is_open if remask else None)
+    if not remask:
+        return Observation(tokens, is_open, Denoised(log_probs))
+    return Observation(tokens, is_open, Denoised(log_probs), ~is_open, torch.randint(3, (n, L), generator=g))
 
 
 def every_set(entries: int) -> torch.Tensor:
@@ -65,8 +67,29 @@ def test_a_policy_tells_what_was_given_from_what_play_filled_in() -> None:
     assert rows.any()
     filled, given = (policy.log_odds(o)[rows, :L] for o in (seen, nothing))
     assert (filled - given).abs().amax(1).min() > 1e-4
-    plain = dataclasses.replace(seen, reopenable=None)
+    plain = dataclasses.replace(seen, reopenable=None, reopened=None)
+    nothing = dataclasses.replace(nothing, reopened=torch.zeros_like(seen.tokens))
     assert torch.equal(policy.log_odds(plain), policy.log_odds(nothing)[:, :L]), "as where nothing may be opened again"
+
+
+@torch.no_grad()
+def test_a_policy_remembers_what_it_opened_again_up_to_three_times() -> None:
+    policy, seen = policy_of("bernoulli"), observation(remask=True)
+
+    def odds(times: int) -> torch.Tensor:
+        counts = torch.zeros_like(seen.tokens)
+        counts[:, 2] = times
+        return policy.log_odds(dataclasses.replace(seen, reopened=counts))
+
+    assert (odds(1) - odds(0)).abs().min() > 1e-6, "the whole board is read with it"
+    assert torch.equal(odds(3), odds(4))
+    assert not torch.equal(odds(2), odds(3))
+    policy.recall.zero_()
+    before = odds(0)
+    policy.wary.fill_(2.0)
+    expected = torch.zeros_like(before)
+    expected[:, 2] = 2.0 * 3
+    torch.testing.assert_close(odds(0) - odds(3), expected, msg="by hand: the odds of closing it fall by so much each")
 
 
 @torch.no_grad()
@@ -187,7 +210,9 @@ def test_both_libraries_see_the_law_of_the_policy() -> None:
     envs = UnmaskVectorEnv(6, task=task, denoiser=denoiser, actions="set+remask")
     envs.reset(seed=0)
     envs.step(np.eye(6, 2 * L, dtype=np.int8) * (np.arange(2 * L) < L))
+    envs.step(np.eye(6, 2 * L, k=L, dtype=np.int8))  # open it again
     view = envs._look.view
+    assert view["reopened"].sum() > 0
     action = torch.rand(6, 2 * L, generator=torch.Generator().manual_seed(0)) < 0.5
     action &= view["action_mask"]
     from unmask_env.boards import read
@@ -209,6 +234,36 @@ def test_both_libraries_see_the_law_of_the_policy() -> None:
     assert torch.equal(law.deterministic_sample, (policy.log_odds(read(view, V)) > 0) & view["action_mask"])
 
 
+def test_boards_to_learn_opening_again_on_show_mistakes_and_what_was_opened() -> None:
+    task = tasks.get("sudoku6")
+    denoiser, states = load_denoiser("sudoku6-tiny", task), States(task)
+    instances = task.heldout(40, "validation")
+    player = load_policy("sudoku6-tiny-sets", task, denoiser, "set+remask")
+    rules, generator = Rules("set+remask"), torch.Generator().manual_seed(11)  # draws a low threshold
+    states.collect_sets(task, denoiser, instances, rules, generator, player)
+    holes, closed = states.given == task.mask_id, states.tokens != task.mask_id
+    wrong = (states.tokens != states.answers) & closed
+    assert wrong.any(1).float().mean() > 0.05
+    assert wrong.sum(1).max() <= imitation.MISTAKES
+    assert states.reopened.sum() > 10
+    assert states.reopened[~holes].sum() == 0
+
+
+def test_counts_of_opening_again_follow_a_board_into_its_guises() -> None:
+    task = tasks.get("sudoku6")
+    instances = task.heldout(20, "validation")
+    states = States(task)
+    states.tokens, states.answers, states.given = instances.tokens, instances.answers, instances.tokens
+    states.reopened = instances.answers  # 0 to 5 times, by symbol: more than three are three
+    states.stuck = torch.ones(20, dtype=torch.bool)
+    boards, given, reopened = states.sample(task, 64, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(given, boards.tokens)
+    assert not (reopened == boards.answers.clamp(max=3)).all(), "symbols have other names now"
+    for row in range(64):
+        times = [reopened[row][boards.answers[row] == symbol].unique().tolist() for symbol in range(6)]
+        assert sorted(times) == [[0], [1], [2], [3], [3], [3]]
+
+
 def test_imitation_learns_what_is_right_and_what_is_wrong(tmp_path) -> None:
     task, denoiser = board()
     config = ImitationConfig(
@@ -226,7 +281,7 @@ def test_imitation_learns_what_is_right_and_what_is_wrong(tmp_path) -> None:
     is_open = states.tokens == V
     again = ~is_open & (states.given == V)
     assert (states.given[~is_open & ~again] == states.tokens[~is_open & ~again]).all()
-    seen = Observation(states.tokens, is_open, denoiser(states.tokens), again)
+    seen = Observation(states.tokens, is_open, denoiser(states.tokens), again, states.reopened)
     with torch.no_grad():
         trained = imitation.imitation_loss_of_sets(policy, seen, states.answers)
         untrained = imitation.imitation_loss_of_sets(

@@ -150,7 +150,7 @@ def boards(draw, n: int) -> core.State:
     tokens = torch.tensor(draw(st.lists(st.integers(0, M), min_size=n * 3, max_size=n * 3))).view(n, 3)
     answers = torch.tensor(draw(st.lists(st.integers(0, M - 1), min_size=n * 3, max_size=n * 3))).view(n, 3)
     steps = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)))
-    return core.State(tokens, tokens == M, Instances(tokens, answers), steps, torch.zeros_like(steps))
+    return core.State(tokens, tokens == M, Instances(tokens, answers), steps, torch.zeros_like(tokens))
 
 
 @st.composite
@@ -353,7 +353,10 @@ def test_opening_again_by_hand() -> None:
     assert again.tolist() == [[True, False, False], [False, False, False]]  # given ones and finished boards never
     after = step_sets(state, [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]], **REMASK)
     assert after.state.tokens.tolist() == [[M, 1, 2], [2, 2, 0]]
-    assert after.state.reopened.tolist() == [1, 0]
+    assert after.state.reopened.tolist() == [[1, 0, 0], [0, 0, 0]]
+    twice = step_sets(after.state, [[1, 0, 0, 0, 0, 0], [0] * 6], **REMASK)
+    assert twice.terminated.tolist() == [True, False]
+    assert core.reset_rows(after.state, torch.tensor([0]), INSTANCES[:1], M).reopened.tolist() == [[0] * 3] * 2
     assert after.illegal.tolist() == [False, False]
     assert not after.terminated.any()
     spent = core.Rules(**REMASK, remask_budget=1)
@@ -372,7 +375,7 @@ def test_no_more_positions_are_opened_again_than_the_budget_leaves() -> None:
     both = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
     after = step_sets(state, both, **REMASK, remask_budget=1)
     assert after.illegal.tolist() == [True, False]
-    assert after.state.reopened.tolist() == [0, 1]
+    assert after.state.reopened.tolist() == [[0, 0, 0], [1, 0, 0]]
     with pytest.raises(core.InvalidActionError, match="row 0: 2 positions to open again, where the budget leaves 1"):
         step_sets(state, both, **REMASK, remask_budget=1, on_illegal="raise")
 
