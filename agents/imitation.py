@@ -30,7 +30,7 @@ from unmask_env.parallel import SoftThreshold
 from unmask_env.reference import Oracle, Reference
 
 MANY_TIMES = 30  # over which a state that looks the same each time is learned by heart
-PLAYED = 4.0  # log-odds between which thresholds are drawn, both sides of 0
+PLAYED = {"set": 4.0, "set+remask": 2.5}  # log-odds between which thresholds are drawn, both sides of 0
 MISTAKES = 8  # on a board from which opening positions again is learned
 TUTORED, STRAY = 0.3, 0.01  # shares of wrong and of right symbols that are opened again for the player
 
@@ -51,7 +51,8 @@ class ImitationConfig:
     reference every board is read, and collected, not the stuck ones only"""
     init: str | None = None
     """an order policy to start from, in place of ``shape``, where the oracle is imitated. Over sets it also plays the
-    boards to learn on, so that they are boards of its own (DAgger, Ross et al. 2011)"""
+    boards to learn on, so that they are boards of its own (DAgger, Ross et al. 2011); where positions may be opened
+    again, only when to do so is learned, by a ``doubter`` of its own, and closing stays as it is"""
     rules: Rules = SINGLE
     """with sets, the policy learns of every position how likely its top symbol is right, and of closed ones how likely
     they are wrong, on boards played at thresholds of all heights"""
@@ -116,7 +117,7 @@ class States:
                 order, draws = SoftThreshold(0.3 + 0.69 * height, tau=0.02), generator
             else:
                 order, draws = player, None
-                player.threshold = 1 / (1 + math.exp(PLAYED * (1 - 2 * height)))
+                player.threshold = 1 / (1 + math.exp(PLAYED[rules.actions] * (1 - 2 * height)))
             oracle = Oracle(task.all_answers(part))
             if rules.actions == "set+remask":
                 order, draws = _Tutored(order, draws, oracle, generator), generator
@@ -240,16 +241,18 @@ def imitation_loss_of_sets(
     again holding a wrong one, and of each reading's belief at both; each a mean over positions."""
     beliefs, states = policy.read(observation)
     odds = policy.read_log_odds(observation, beliefs[-1], states)
-    wanted = [observation.denoised.log_probs.argmax(-1) == answers]
+    wanted, asked = [observation.denoised.log_probs.argmax(-1) == answers], [observation.open]
     if observation.reopenable is not None:
-        wanted.append(observation.tokens != answers)
+        wrong = observation.reopenable & (observation.tokens != answers)
+        wanted.append(wrong)
+        # With a mistake on the board nothing is sure, and a policy that doubts every board would hardly close. What to
+        # do about mistakes is the other half's part.
+        asked = [observation.open & ~wrong.any(1, keepdim=True), observation.reopenable]
     # Odds of closing are those of being right over caution, of opening again those of being wrong: a wrong symbol costs
     # the board, but a right one opened again leads back to where play was, and round in circles.
     shifts = [math.log(caution), 0.0]
     loss = odds.new_zeros(())
-    for own, right, by, among in zip(
-        odds.split(policy.length, 1), wanted, shifts, observation.choices.split(policy.length, 1), strict=False
-    ):
+    for own, right, by, among in zip(odds.split(policy.length, 1), wanted, shifts, asked, strict=False):
         part = F.binary_cross_entropy_with_logits(own + by, right.to(own), reduction="none")
         loss = loss + (part * among).sum() / among.sum().clamp(min=1)
     undecided = observation.open if observation.reopenable is None else observation.open | observation.reopenable
@@ -298,7 +301,12 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         policy = new_policy(shape, task, denoiser, config.seed, gate=1.0, sets=sets).to(device)
     else:
         policy = load_policy(config.init, task, denoiser, config.rules.actions).to(device)
-    optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    trained = policy
+    if config.init is not None and config.rules.actions == "set+remask":
+        if policy.doubter is None:
+            policy.begin_doubting()
+        trained = policy.doubter
+    optimizer = torch.optim.AdamW(decayed_groups(trained, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     states = States(task)
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
     with run:
@@ -336,12 +344,12 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
                 again = ~is_open & (given == task.mask_id)
                 observation = replace(observation, reopenable=again, reopened=reopened)
             if sets:
-                loss = imitation_loss_of_sets(policy, observation, boards.answers, config.caution)
+                loss = imitation_loss_of_sets(trained, observation, boards.answers, config.caution)
             else:
                 loss = imitation_loss(policy, target, observation, boards.answers)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+            nn.utils.clip_grad_norm_(trained.parameters(), config.grad_clip)
             decay = 0.52 + 0.48 * math.cos(math.pi * step / config.steps)
             set_learning_rate(optimizer, config.lr * decay * min(1.0, (step + 1) / 50))
             optimizer.step()

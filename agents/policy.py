@@ -5,9 +5,10 @@ Shapes: N boards, L positions, V symbols, C coordinates, D channels.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -101,15 +102,18 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         places: the score has a linear function of the states, too, which policies over sets have in any case.
         sets: ``none`` for one position at a time, else the law of its sets (:mod:`unmask_env.set_laws`); ``base`` is
             then ``soft_threshold``, or ``none``: even odds before anything is learned.
+        doubts: it has a ``doubter``.
 
     Attributes:
         threshold: how likely an entry must be in a set to be in the most likely one, which is played without a
             generator: the knob between few forwards and sure ones.
         reopening: the same of entries that open positions again.
+        doubter: a policy of its own, of the same shape, that says what to open again; closing is then as if nothing
+            could be, so that learning the one never unlearns the other. None: one network for both.
     """
 
     threshold = 0.5
-    reopening = 0.5
+    reopening = 0.3
 
     def __init__(
         self,
@@ -130,6 +134,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         rotary: bool = False,
         sets: Sets = "none",
         places: bool = False,
+        doubts: bool = False,
     ) -> None:
         super().__init__()
         self.vocab_size, self.length, self.rotary, self.sets = vocab_size, len(coordinates), rotary, sets
@@ -164,6 +169,14 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             self.wary = nn.Parameter(torch.tensor(WARY * float(gate)))  # weight of each time against closing it
             nn.init.zeros_(self.stop.weight)
             nn.init.zeros_(self.stop.bias)
+        self.doubter: OrderPolicy | None = None
+        if doubts:
+            self.begin_doubting()
+
+    def begin_doubting(self) -> None:
+        """Give it a ``doubter``, which starts as its own copy."""
+        self.doubter = copy.deepcopy(self)
+        self._hub_mixin_config["doubts"] = True  # so that it is saved with it
 
     @torch.no_grad()
     def copy_from(self, backbone: Backbone) -> None:
@@ -259,6 +272,10 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     # ------------------------------------------------------------------ over sets
     def log_odds(self, observation: Observation) -> Tensor:
         """(N, A) log-odds that each entry is in the set; meaningless outside ``observation.choices``."""
+        if self.doubter is not None and observation.reopenable is not None:
+            close = self.log_odds(replace(observation, reopenable=None, reopened=None))
+            reopen = self.doubter.log_odds(observation)[:, self.length :]
+            return torch.cat([close, reopen], 1) - self.wary * self.recalled(observation).repeat(1, 2)
         beliefs, states = self.read(observation)
         return self.read_log_odds(observation, beliefs[-1], states)
 

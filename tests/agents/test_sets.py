@@ -93,6 +93,46 @@ def test_a_policy_remembers_what_it_opened_again_up_to_three_times() -> None:
 
 
 @torch.no_grad()
+def test_a_doubter_says_what_to_open_again_and_leaves_closing_alone(tmp_path) -> None:
+    policy, seen = policy_of("bernoulli"), observation(remask=True)
+    fresh = dataclasses.replace(seen, reopened=torch.zeros_like(seen.tokens))
+    plain = policy.log_odds(dataclasses.replace(seen, reopenable=None, reopened=None))
+    policy.begin_doubting()
+    before = policy.log_odds(fresh)
+    assert torch.equal(before[:, :L], plain)
+    for parameter in policy.doubter.parameters():
+        parameter.add_(0.5)
+    after = policy.log_odds(fresh)
+    assert torch.equal(after[:, :L], plain)
+    assert (after[:, L:] - before[:, L:]).abs().min() > 1e-3
+    # What was opened again once is neither closed nor opened once more as easily: by hand.
+    policy.doubter.recall.zero_()
+    policy.doubter.wary.zero_()
+    twice = fresh.tokens.new_full(fresh.tokens.shape, 2)
+    expected = policy.log_odds(fresh) - 2 * policy.wary
+    torch.testing.assert_close(policy.log_odds(dataclasses.replace(fresh, reopened=twice)), expected)
+    save_model(policy, tmp_path)
+    loaded = load_policy(tmp_path, actions="set+remask")
+    assert torch.equal(loaded.log_odds(seen), policy.log_odds(seen))
+    assert not hasattr(loaded.doubter.doubter, "log_odds")
+
+
+def test_from_a_policy_only_the_doubter_is_trained(tmp_path) -> None:
+    task, denoiser = board()
+    small = ImitationConfig(
+        out=str(tmp_path / "first"), rules=SET, puzzles=50, steps=5, batch=8, shape=PolicyShape(copy=False, dim=16)
+    )
+    imitation.train(small, task, denoiser)
+    again = dataclasses.replace(small, out=str(tmp_path / "second"), init=small.out, rules=REMASK)
+    policy = imitation.train(again, task, denoiser)
+    first = load_policy(small.out, actions="set").state_dict()
+    own = policy.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in first.items())
+    assert any(not torch.equal(own[f"doubter.{name}"], value) for name, value in first.items())
+    assert sum(name.startswith("doubter.") for name in own) == len(first), "one doubter, without one of its own"
+
+
+@torch.no_grad()
 def test_a_new_policy_is_its_base() -> None:
     policy, seen = policy_of("bernoulli", "soft_threshold", jiggle=False), observation(remask=True)
     base = parallel.SoftThreshold().log_inclusion(seen)
