@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from agents.policy import TOP, features
+from agents.policy import RECALL, TOP, features
 from pretrain.backbone import Block, CoordinateEmbedding, init_weights
 from tasks import Task
 from unmask_env.core import Observation
@@ -32,6 +32,7 @@ class Critic(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.value = nn.Linear(dim, 1)
+        self.recall = nn.Parameter(torch.zeros(dim))  # marks, as often, what was opened again
         init_weights(self, layers)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
@@ -41,6 +42,8 @@ class Critic(nn.Module):
         likely = observation.denoised.log_probs.exp() @ self.likely.weight  # (N, L, D)
         x = self.symbols(observation.tokens) + self.positions() + likely * observation.open.unsqueeze(-1)
         x = x + self.numbers(features(observation, self.top))
+        if observation.reopened is not None:
+            x = x + self.recall * observation.reopened.clamp(max=RECALL).unsqueeze(-1)
         for block in self.blocks:
             x = block(x)
         return self.value(self.norm(x).mean(1)).squeeze(1)

@@ -237,8 +237,9 @@ def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observat
 def imitation_loss_of_sets(
     policy: OrderPolicy, observation: Observation, answers: Tensor, caution: float = 1.0
 ) -> Tensor:
-    """Scalar: cross-entropies of every open position's top symbol being right, of every position that may be opened
-    again holding a wrong one, and of each reading's belief at both; each a mean over positions."""
+    """Scalar: cross-entropies of every open position's top symbol being right, on boards without a mistake, of every
+    position that may be opened again holding a wrong one, and of each reading's belief at both; each a mean over
+    positions. Of a doubter the first is never played; it keeps alive the reading that the second follows from."""
     beliefs, states = policy.read(observation)
     odds = policy.read_log_odds(observation, beliefs[-1], states)
     wanted, asked = [observation.denoised.log_probs.argmax(-1) == answers], [observation.open]
@@ -295,6 +296,8 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         if config.init is not None:
             raise UnmaskError(f"init is for imitating the oracle, not {config.reference}; leave out one of the two")
     sets = config.rules.actions != "single"
+    if config.rules.remask_budget is not None:
+        raise UnmaskError("imitation does not count a remask_budget; leave it out, and give it to what comes after")
     if sets and config.reference != "oracle":
         raise UnmaskError(f"over sets the oracle is what can be imitated, not {config.reference}")
     if config.init is None:
@@ -303,8 +306,12 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         policy = load_policy(config.init, task, denoiser, config.rules.actions).to(device)
     trained = policy
     if config.init is not None and config.rules.actions == "set+remask":
-        if policy.doubter is None:
-            policy.begin_doubting()
+        if policy.doubter is None and bool(policy.doubt.any()):
+            raise UnmaskError(
+                f"{config.init} opens positions again with the network that closes them; start from a policy that was "
+                "trained with --actions set"
+            )
+        policy.begin_doubting()
         trained = policy.doubter
     optimizer = torch.optim.AdamW(decayed_groups(trained, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     states = States(task)

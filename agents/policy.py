@@ -26,7 +26,7 @@ from unmask_env.denoiser import Denoiser
 
 PACKAGED_POLICIES = Path(__file__).parent / "models"
 TOP = 8  # most likely symbols that a policy sees per position, as in UPO's released head
-WARY = 5.0  # by which a new policy's log-odds of closing a position fall each time that it was opened again
+WARY = 5.0  # times the gate: how far a new policy's log-odds of closing fall each time a position was opened again
 RECALL = 3  # times; more are as many
 
 Base = Literal["none", "softmax_confidence", "softmax_margin", "learned", "soft_threshold"]
@@ -109,7 +109,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             generator: the knob between few forwards and sure ones.
         reopening: the same of entries that open positions again.
         doubter: a policy of its own, of the same shape, that says what to open again; closing is then as if nothing
-            could be, so that learning the one never unlearns the other. None: one network for both.
+            could be, so that learning the one never unlearns the other. Each time that a position was opened again
+            counts against closing it and against opening it once more. None: one network for both.
     """
 
     threshold = 0.5
@@ -174,7 +175,9 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             self.begin_doubting()
 
     def begin_doubting(self) -> None:
-        """Give it a ``doubter``, which starts as its own copy."""
+        """Give it a ``doubter``, which starts as its own copy, if it has none."""
+        if self.doubter is not None:
+            return
         self.doubter = copy.deepcopy(self)
         self._hub_mixin_config["doubts"] = True  # so that it is saved with it
 

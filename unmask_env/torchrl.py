@@ -28,9 +28,9 @@ class UnmaskTorchEnv(EnvBase):
     ``log_reference`` as in the Gymnasium face; ``reward``, ``done``, ``terminated``, ``truncated`` (N, 1).
 
     The state of play is in the tensordict, so a rollout can be forked: put rows of an earlier tensordict, in any
-    arrangement, into ``reset(td, set_state=True)``. Five keys are for the environment and not for policies: ``given``
+    arrangement, into ``reset(td, set_state=True)``. Four keys are for the environment and not for policies: ``given``
     and ``answers`` (the instance), ``symbols`` (what each position would become; with sampled filling it is drawn ahead
-    of the action), ``steps``, and ``reopened`` (N, L), which policies may see where positions may be opened again.
+    of the action) and ``steps``. ``reopened`` (N, L) is here whatever the rules, zeros where nothing is opened again.
 
     A step makes one denoiser forward, even where rows finish: their next boards ride in it and wait for the reset.
 
@@ -173,6 +173,10 @@ class UnmaskTorchEnv(EnvBase):
             )
         steps = tensordict.get("steps", tokens.new_zeros(len(tokens), 1)).squeeze(1)
         given, reopened = tensordict.get("given", tokens), tensordict.get("reopened", torch.zeros_like(tokens))
+        if reopened.shape != tokens.shape:
+            raise UnmaskError(
+                f"reopened must count per position, as {tuple(tokens.shape)}, not {tuple(reopened.shape)}"
+            )
         return State(tokens, tokens == self.task.mask_id, Instances(given, answers), steps, reopened)
 
     def _pack(self, state: State, view: View, symbols: Tensor) -> TensorDict:

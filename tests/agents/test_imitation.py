@@ -241,8 +241,8 @@ def test_a_short_run_lowers_the_loss(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("actions", ["single", "set+remask"])
 def test_a_run_may_start_from_a_policy(tmp_path: Path, actions: Actions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over sets that policy plays the boards, too; its own threshold stays as it is."""
-    rules = Rules(actions)
-    first = imitation.train(small(tmp_path / "first", steps=20, rules=rules), *table())
+    rules, before = Rules(actions), Rules("single" if actions == "single" else "set")
+    first = imitation.train(small(tmp_path / "first", steps=20, rules=before), *table())
     played_by = []
     collect = States.collect_sets
 

@@ -114,7 +114,10 @@ def test_a_doubter_says_what_to_open_again_and_leaves_closing_alone(tmp_path) ->
     save_model(policy, tmp_path)
     loaded = load_policy(tmp_path, actions="set+remask")
     assert torch.equal(loaded.log_odds(seen), policy.log_odds(seen))
-    assert not hasattr(loaded.doubter.doubter, "log_odds")
+    assert loaded.doubter.doubter is None
+    own = loaded.doubter
+    loaded.begin_doubting()
+    assert loaded.doubter is own, "it has one already"
 
 
 def test_from_a_policy_only_the_doubter_is_trained(tmp_path) -> None:
@@ -130,6 +133,15 @@ def test_from_a_policy_only_the_doubter_is_trained(tmp_path) -> None:
     assert all(torch.equal(own[name], value) for name, value in first.items())
     assert any(not torch.equal(own[f"doubter.{name}"], value) for name, value in first.items())
     assert sum(name.startswith("doubter.") for name in own) == len(first), "one doubter, without one of its own"
+
+    one = dataclasses.replace(small, out=str(tmp_path / "one"), rules=REMASK)
+    imitation.train(one, task, denoiser)
+    both = dataclasses.replace(again, out=str(tmp_path / "both"), init=one.out)
+    with pytest.raises(UnmaskError, match="opens positions again with the network that closes them"):
+        imitation.train(both, task, denoiser)
+    budget = dataclasses.replace(one, out=str(tmp_path / "budget"), rules=Rules("set+remask", remask_budget=2))
+    with pytest.raises(UnmaskError, match="does not count a remask_budget"):
+        imitation.train(budget, task, denoiser)
 
 
 @torch.no_grad()

@@ -39,7 +39,10 @@ def test_ansi_is_the_drawn_text() -> None:
     assert render.board(TASK, state, 1, "ansi") == TASK.draw(state.tokens[1])
     tokens = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 3, 2, 1, 0, 4, 4, 4, 4])
     drawn = render.board(
-        TASK, core.State(tokens[None], tokens[None] == 4, START, torch.zeros(1), torch.zeros(1)), 0, "ansi"
+        TASK,
+        core.State(tokens[None], tokens[None] == 4, START, torch.zeros(1), torch.zeros_like(tokens[None])),
+        0,
+        "ansi",
     )
     assert drawn == "1 2 | 3 4\n. . | . .\n\n4 3 | 2 1\n. . | . ."
 
