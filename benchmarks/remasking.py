@@ -27,7 +27,7 @@ from pretrain.checkpoint import write_json
 from unmask_env import registration
 from unmask_env.core import Rules
 
-THRESHOLDS = (0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+THRESHOLDS = (0.35, 0.5, 0.6, 0.7, 0.85, 0.95)
 
 
 def main() -> None:
@@ -88,8 +88,8 @@ def main() -> None:
                     else [best.nfe, *evaluate.paired_difference(doubting.solved, best.solved)],
                 }
             )
-    command = "python benchmarks/remasking.py " + " ".join(sys.argv[1:])
-    write_json(args.out, {"command": command, "date": datetime.date.today().isoformat(), "rows": rows})
+        command = "python benchmarks/remasking.py " + " ".join(sys.argv[1:])
+        write_json(args.out, {"command": command, "date": datetime.date.today().isoformat(), "rows": rows})
 
 
 if __name__ == "__main__":
