@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from agents.policy import RECALL, TOP, features
+from agents.policy import TOP, features, recalled
 from pretrain.backbone import Block, CoordinateEmbedding, init_weights
 from tasks import Task
 from unmask_env.core import Observation
@@ -43,7 +43,7 @@ class Critic(nn.Module):
         x = self.symbols(observation.tokens) + self.positions() + likely * observation.open.unsqueeze(-1)
         x = x + self.numbers(features(observation, self.top))
         if observation.reopened is not None:
-            x = x + self.recall * observation.reopened.clamp(max=RECALL).unsqueeze(-1)
+            x = x + self.recall * recalled(observation).unsqueeze(-1)
         for block in self.blocks:
             x = block(x)
         return self.value(self.norm(x).mean(1)).squeeze(1)

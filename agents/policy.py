@@ -192,10 +192,6 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if self.hidden is not None:
             self.hidden.weight.mul_(0.1)
 
-    def recalled(self, observation: Observation) -> Tensor:
-        """(N, L) how often each position was opened again, up to ``RECALL``."""
-        return observation.reopened.clamp(max=RECALL)
-
     def beliefs(self, observation: Observation) -> list[Tensor]:
         """Per reading (N, L, V) log-probabilities: the policy's own view of the board, the last one its belief."""
         return self.read(observation)[0]
@@ -211,7 +207,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         fixed = fixed.expand(*observation.tokens.shape, -1)  # (N, L, D)
         again = None if observation.reopenable is None else observation.reopenable.unsqueeze(-1)
         if again is not None:
-            fixed = fixed + self.doubt * again + self.recall * self.recalled(observation).unsqueeze(-1)
+            fixed = fixed + self.doubt * again + self.recall * recalled(observation).unsqueeze(-1)
         thought = observation.denoised.log_probs.exp() * self.see_top_tokens
         beliefs = []
         rotation = (
@@ -278,7 +274,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if self.doubter is not None and observation.reopenable is not None:
             close = self.log_odds(replace(observation, reopenable=None, reopened=None))
             reopen = self.doubter.log_odds(observation)[:, self.length :]
-            return torch.cat([close, reopen], 1) - self.wary * self.recalled(observation).repeat(1, 2)
+            return torch.cat([close, reopen], 1) - self.wary * recalled(observation).repeat(1, 2)
         beliefs, states = self.read(observation)
         return self.read_log_odds(observation, beliefs[-1], states)
 
@@ -295,7 +291,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if observation.reopenable is None:
             return close
         # Without a memory the symbol that was opened again would be closed again, and round in circles.
-        close = close - self.wary * self.recalled(observation)
+        close = close - self.wary * recalled(observation)
         # A new policy opens again as its base does, or one position in a hundred.
         rare = parallel.SoftThreshold().reopen if self.set_base is None else self.set_base.reopen
         reopen = reopen + math.log(rare / (1 - rare)) - self.regret * self.belief_odds(observation.tokens, belief)
@@ -331,6 +327,11 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if self.sets == "plackett_luce":
             return set_laws.stopping_sample(odds, choices, generator)
         return set_laws.independent_sample(set_laws.log_odds_to_inclusion(odds, choices), choices, generator)
+
+
+def recalled(observation: Observation) -> Tensor:
+    """(N, L) how often each position was opened again, up to ``RECALL``: what policies and critics remember."""
+    return observation.reopened.clamp(max=RECALL)
 
 
 def new_policy(
