@@ -30,9 +30,9 @@ from unmask_env.parallel import SoftThreshold
 from unmask_env.reference import Oracle, Reference
 
 MANY_TIMES = 30  # over which a state that looks the same each time is learned by heart
-PLAYED = {"set": 4.0, "set+remask": 2.5}  # log-odds between which thresholds are drawn, both sides of 0
-MISTAKES = 8  # on a board from which opening positions again is learned
-TUTORED, STRAY = 0.3, 0.01  # shares of wrong and of right symbols that are opened again for the player
+PLAYED = {"set": (-4.0, 4.0), "set+remask": (-4.0, 0.5)}  # log-odds between which thresholds are drawn
+EASY = {"single": 0.15, "set": 0.15, "set+remask": 0.4}
+TUTORED, STRAY = (0.0, 0.3, 1.0), 0.01  # shares of wrong, by board, and of right symbols opened again for the player
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class ImitationConfig:
     symbol is right with probability caution / (1 + caution)"""
     puzzles: int = 3000
     """instances played to collect states"""
-    easy: float = 0.15
-    """share of each batch that is not stuck"""
+    easy: float | None = None
+    """share of each batch that is not stuck or, where positions may be opened again, holds no wrong symbol; the default
+    is 0.15 or 0.4"""
     steps: int = 800
     batch: int = 128
     lr: float = 2e-3
@@ -105,8 +106,8 @@ class States:
         player: OrderPolicy | None = None,
     ) -> None:
         """Play ``instances`` by confidence thresholds between 0.3 and 1, or by ``player`` at thresholds of all heights,
-        and keep the states on the way with at most ``MISTAKES`` wrong symbols, none where mistakes are final: on a lost
-        board nothing is right however sure it looks."""
+        and keep the states on the way, but for those with a wrong symbol where mistakes are final: on a lost board
+        nothing is right however sure it looks. Where they are not, ``stuck`` are the boards with a wrong symbol."""
         found: list[tuple[Tensor, ...]] = []
         for rows in torch.arange(len(instances)).split(200):
             part = instances[rows]
@@ -117,19 +118,24 @@ class States:
                 order, draws = SoftThreshold(0.3 + 0.69 * height, tau=0.02), generator
             else:
                 order, draws = player, None
-                player.threshold = 1 / (1 + math.exp(PLAYED[rules.actions] * (1 - 2 * height)))
+                low, high = PLAYED[rules.actions]
+                player.threshold = 1 / (1 + math.exp(-low - (high - low) * height))
             oracle = Oracle(task.all_answers(part))
             if rules.actions == "set+remask":
-                order, draws = _Tutored(order, draws, oracle, generator), generator
+                which = torch.randint(len(TUTORED), (len(part), 1), generator=generator, device=generator.device)
+                rates = torch.tensor(TUTORED, device=which.device)[which]
+                order, draws = _Tutored(order, draws, oracle, rates, generator), generator
             played = core.rollout(task, denoiser, order, part, rules=budget, order_generator=draws, record=True)
             for step in played.steps:
                 tokens, keep, answer = step.observation.tokens, step.alive, oracle.answer(step.observation)
                 wrong = (tokens != answer) & (tokens != task.mask_id)
-                keep = keep & (wrong.sum(1) <= (0 if rules.actions == "set" else MISTAKES))
-                reopened = torch.zeros_like(tokens) if rules.actions == "set" else step.observation.reopened
-                found.append(tuple(x[keep].cpu() for x in (tokens, answer, part.tokens, reopened)))
-        self.tokens, self.answers, self.given, self.reopened = map(torch.cat, zip(*found, strict=True))
-        self.stuck = torch.ones(len(self.tokens), dtype=torch.bool)
+                lost = wrong.any(1)
+                if rules.actions == "set":
+                    keep, reopened, stuck = keep & ~lost, torch.zeros_like(tokens), torch.ones_like(lost)
+                else:
+                    reopened, stuck = step.observation.reopened, lost
+                found.append(tuple(x[keep].cpu() for x in (tokens, answer, part.tokens, reopened, stuck)))
+        self.tokens, self.answers, self.given, self.reopened, self.stuck = map(torch.cat, zip(*found, strict=True))
 
     @torch.no_grad()
     def collect(
@@ -182,21 +188,26 @@ class States:
 
 @dataclass(frozen=True)
 class _Tutored:
-    """``player``, and a hand that opens again one wrong symbol in three, and few others: what a policy has opened
-    again before is then mostly what it was wrong about, as it is once it has learned."""
+    """``player``, and a hand that opens again none, some or all of the wrong symbols and few others: what a policy has
+    opened again before is then mostly what it was wrong about, as it is once it has learned. In a forward that opens
+    positions the one that the denoiser is surest of is all that is closed.
+
+    ``rates`` (N, 1): the share of the wrong symbols, by board.
+    """
 
     player: SetOrder
     draws: torch.Generator | None
     oracle: Oracle
+    rates: Tensor
     generator: torch.Generator
 
     def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
         action = self.player.sample(observation, self.draws).bool()
         wrong = observation.tokens != self.oracle.answer(observation)
         chance = torch.rand(wrong.shape, generator=self.generator, device=wrong.device)
-        again = observation.reopenable & (chance < torch.where(wrong, TUTORED, STRAY))
-        length = again.shape[1]
-        return torch.cat([action[:, :length], action[:, length:] | again], 1)
+        length = wrong.shape[1]
+        again = action[:, length:] | observation.reopenable & (chance < torch.where(wrong, self.rates, STRAY))
+        return torch.cat([action[:, :length] & ~again.any(1, keepdim=True), again], 1)
 
     def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
         return action.new_zeros(len(action), dtype=torch.float)
@@ -235,11 +246,11 @@ def imitation_loss(policy: OrderPolicy, target: Reference, observation: Observat
 
 
 def imitation_loss_of_sets(
-    policy: OrderPolicy, observation: Observation, answers: Tensor, caution: float = 1.0
+    policy: OrderPolicy, observation: Observation, answers: Tensor, caution: float = 1.0, closes: bool = True
 ) -> Tensor:
-    """Scalar: cross-entropies of every open position's top symbol being right, on boards without a mistake, of every
-    position that may be opened again holding a wrong one, and of each reading's belief at both; each a mean over
-    positions. Of a doubter the first is never played; it keeps alive the reading that the second follows from."""
+    """Scalar: cross-entropies of every open position's top symbol being right, on boards without a mistake and where
+    the policy ``closes`` (a doubter does not), of every position that may be opened again holding a wrong one, and of
+    each reading's belief at both; each a mean over positions."""
     beliefs, states = policy.read(observation)
     odds = policy.read_log_odds(observation, beliefs[-1], states)
     wanted, asked = [observation.denoised.log_probs.argmax(-1) == answers], [observation.open]
@@ -248,7 +259,7 @@ def imitation_loss_of_sets(
         wanted.append(wrong)
         # With a mistake on the board nothing is sure, and a policy that doubts every board would hardly close. What to
         # do about mistakes is the other half's part.
-        asked = [observation.open & ~wrong.any(1, keepdim=True), observation.reopenable]
+        asked = [observation.open & closes & ~wrong.any(1, keepdim=True), observation.reopenable]
     # Odds of closing are those of being right over caution, of opening again those of being wrong: a wrong symbol costs
     # the board, but a right one opened again leads back to where play was, and round in circles.
     shifts = [math.log(caution), 0.0]
@@ -286,8 +297,9 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     require_seed(config.seed)
     if not 0 < config.caution < math.inf:
         raise UnmaskError(f"caution must be greater than 0 and finite, not {config.caution}")
-    if not 0 <= config.easy <= 1:
-        raise UnmaskError(f"easy must be between 0 and 1, not {config.easy}")
+    easy = EASY[config.rules.actions] if config.easy is None else config.easy
+    if not 0 <= easy <= 1:
+        raise UnmaskError(f"easy must be between 0 and 1, not {easy}")
     task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
     target = reference.get(config.reference)
     shape = config.shape
@@ -334,7 +346,7 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
                 )
             run.log({"states": len(states.stuck), "states/stuck": int(states.stuck.sum())})
             stuck = int(states.stuck.sum()) or len(states.stuck)
-            times = (1 - config.easy) * config.steps * config.batch / stuck
+            times = (1 - easy) * config.steps * config.batch / stuck
             if times > MANY_TIMES and type(task).augment is Task.augment:
                 warnings.warn(
                     f"{task.name} shows no guises, and each of {stuck} states will be seen about {times:.0f} times as "
@@ -344,14 +356,14 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
         policy.train()
         for step in run.loop():
             generator = step_generator(device, config.seed, step, 2 << 16)
-            boards, given, reopened = states.sample(task, config.batch, config.easy, generator)
+            boards, given, reopened = states.sample(task, config.batch, easy, generator)
             is_open = boards.tokens == task.mask_id
             observation = Observation(boards.tokens, is_open, denoiser(boards.tokens))
             if config.rules.actions == "set+remask":
                 again = ~is_open & (given == task.mask_id)
                 observation = replace(observation, reopenable=again, reopened=reopened)
             if sets:
-                loss = imitation_loss_of_sets(trained, observation, boards.answers, config.caution)
+                loss = imitation_loss_of_sets(trained, observation, boards.answers, config.caution, trained is policy)
             else:
                 loss = imitation_loss(policy, target, observation, boards.answers)
             optimizer.zero_grad(set_to_none=True)

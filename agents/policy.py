@@ -26,7 +26,8 @@ from unmask_env.denoiser import Denoiser
 
 PACKAGED_POLICIES = Path(__file__).parent / "models"
 TOP = 8  # most likely symbols that a policy sees per position, as in UPO's released head
-WARY = 5.0  # times the gate: how far a new policy's log-odds of closing fall each time a position was opened again
+WARY = 2.0  # times the gate: how far a new policy's log-odds of closing fall each time a position was opened again
+ONCE = 5.0  # how far a doubter's log-odds of opening a position again fall each time that it was
 RECALL = 3  # times; more are as many
 
 Base = Literal["none", "softmax_confidence", "softmax_margin", "learned", "soft_threshold"]
@@ -107,14 +108,15 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     Attributes:
         threshold: how likely an entry must be in a set to be in the most likely one, which is played without a
             generator: the knob between few forwards and sure ones.
-        reopening: the same of entries that open positions again.
-        doubter: a policy of its own, of the same shape, that says what to open again; closing is then as if nothing
-            could be, so that learning the one never unlearns the other. Each time that a position was opened again
-            counts against closing it and against opening it once more. None: one network for both.
+        reopening: the same of entries that open positions again: where one passes it, all that pass half of it open
+            with it, since much follows from a wrong guess; and of what is open the likeliest position alone is closed.
+        doubter: a policy of its own, of the same shape, that says what to open again and reads twice as often; closing
+            is then as if nothing could be, so that learning the one never unlearns the other. Each time that a position
+            was opened again counts against closing it and against opening it once more. None: one network for both.
     """
 
     threshold = 0.5
-    reopening = 0.3
+    reopening = 0.4
 
     def __init__(
         self,
@@ -179,6 +181,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if self.doubter is not None:
             return
         self.doubter = copy.deepcopy(self)
+        self.doubter.readings = 2 * self.readings
         self._hub_mixin_config["doubts"] = True  # so that it is saved with it
 
     @torch.no_grad()
@@ -274,7 +277,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if self.doubter is not None and observation.reopenable is not None:
             close = self.log_odds(replace(observation, reopenable=None, reopened=None))
             reopen = self.doubter.log_odds(observation)[:, self.length :]
-            return torch.cat([close, reopen], 1) - self.wary * recalled(observation).repeat(1, 2)
+            times = recalled(observation)
+            return torch.cat([close - self.wary * times, reopen - ONCE * times], 1)
         beliefs, states = self.read(observation)
         return self.read_log_odds(observation, beliefs[-1], states)
 
@@ -312,8 +316,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
         """(N,) positions or (N, A) sets drawn from the policy; without a generator the most likely choice.
 
-        The most likely set closes what is above ``threshold`` and the likeliest position, and opens again what is above
-        ``reopening``.
+        The most likely set closes the likeliest position and, on boards that it leaves otherwise as they are, what is
+        above ``threshold``; where something is above ``reopening``, it opens again what is above half of it.
         """
         if self.sets == "none":
             return choose(self.log_prob(observation), generator)
@@ -321,9 +325,12 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
         if generator is None:
             close, reopen = odds[:, : self.length], odds[:, self.length :]
             best = parallel.ranked(close, observation.open) == 0
-            likely = [close > math.log(self.threshold / (1 - self.threshold))]
-            likely.append(reopen > math.log(self.reopening / (1 - self.reopening)))
-            return torch.cat([likely[0] | best, likely[1]], 1) & choices
+            likely = (close > math.log(self.threshold / (1 - self.threshold))) & observation.open
+            if observation.reopenable is None:
+                return likely | best
+            wrong = reopen.sigmoid().masked_fill(~observation.reopenable, 0.0)
+            again = (wrong > self.reopening / 2) & (wrong > self.reopening).any(1, keepdim=True)
+            return torch.cat([best | likely & ~again.any(1, keepdim=True), again], 1)
         if self.sets == "plackett_luce":
             return set_laws.stopping_sample(odds, choices, generator)
         return set_laws.independent_sample(set_laws.log_odds_to_inclusion(odds, choices), choices, generator)

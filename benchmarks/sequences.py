@@ -128,7 +128,9 @@ def main() -> None:
     parser.add_argument("--train-hide", type=float, default=None, help="the same in training; default: as --hide")
     parser.add_argument("--instances", type=int, default=300, help="drawn for the table, each kept once")
     parser.add_argument("--train-instances", type=int, default=300, help="played to collect states")
-    parser.add_argument("--steps", type=int, default=150, help="of imitation")
+    parser.add_argument("--steps", type=int, default=150, help="of imitation; 0: UPO starts at --reference")
+    parser.add_argument("--reference", choices=["softmax_confidence", "softmax_margin"], help="of UPO")
+    parser.add_argument("--tau", type=float, default=0.05, help="its temperature")
     parser.add_argument("--iterations", type=int, default=10, help="of UPO")
     parser.add_argument("--puzzles", type=int, default=4, help="groups per iteration")
     parser.add_argument("--batch", type=int, default=64, help="states per step of imitation")
@@ -161,19 +163,24 @@ def main() -> None:
     for seed in args.seeds:
         first, second = (args.runs / f"{args.kind}-{seed}" / stage for stage in ("imitation", "upo"))
         shared: dict[str, Any] = {"seed": seed, "threads": args.threads}
-        imitate = imitation.ImitationConfig(
-            out=str(first),
-            puzzles=args.train_instances,
-            steps=args.steps,
-            batch=args.batch,
-            shape=PolicyShape(copy=False, layers=2, hidden=True, sure=2.0),
-            resume=(first / "state.safetensors").exists(),
-            **shared,
-        )
-        imitation.train(imitate, task, denoiser)
+        shape = PolicyShape(copy=False, layers=2, hidden=True, sure=2.0)
+        if args.steps > 0:
+            imitate = imitation.ImitationConfig(
+                out=str(first),
+                puzzles=args.train_instances,
+                steps=args.steps,
+                batch=args.batch,
+                shape=shape,
+                resume=(first / "state.safetensors").exists(),
+                **shared,
+            )
+            imitation.train(imitate, task, denoiser)
         practise = upo.UPOConfig(
             out=str(second),
-            init=str(first),
+            init=str(first) if args.steps > 0 else None,
+            reference=args.reference,
+            tau=args.tau,
+            shape=shape,
             iterations=args.iterations,
             puzzles=args.puzzles,
             mine=0.0,
