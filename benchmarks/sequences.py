@@ -1,17 +1,17 @@
 r"""Masked residues of antibodies and masked atoms of reactions, filled by models that others trained, in every order.
 
     pip install --no-deps --target runs/packages antiberty==0.1.3 abnumber==0.4.4 rxnmapper==0.4.3
-    python benchmarks/sequences.py antibodies --instances 1000 --train-hide 0.8 --train-instances 100 --steps 100 \
-        --batch 32 --iterations 3 --out benchmarks/results/antibodies.json
+    python benchmarks/sequences.py antibodies --steps 0 --reference softmax_margin --tau 0.3 --instances 1000 \
+        --iterations 6 --out benchmarks/results/antibodies.json
     python benchmarks/sequences.py reactions --out benchmarks/results/reactions.json
 
 Antibodies: AntiBERTy (26 M parameters; Ruffolo et al. 2021, arXiv 2112.07782) fills the loops that bind (CDR1, CDR2
 and the gene's part of CDR3, all of them hidden) of the human V genes of IMGT that come with abnumber. Reactions:
 RXNMapper's ALBERT (Schwaller et al. 2021) fills half of the tokens of amide couplings and esterifications, every acid
 of a list with every amine and alcohol. Both packages' weights are read where pip put them and loaded without running
-pickled code. An order policy, which sees the model's hidden states, imitates the oracle and then trains by UPO (reward:
-the share of hidden tokens that come back right) on a third of the genes or half of the acids; the table is of the
-others.
+pickled code. An order policy, which sees the model's hidden states, imitates the oracle, or starts at a reference, and
+then trains by UPO (reward: the share of hidden tokens that come back right) on a third of the genes or half of the
+acids; the table is of the others.
 """
 
 from __future__ import annotations
