@@ -5,14 +5,16 @@
 
 trains per seed a doubter (``unmask train imitation --actions set+remask --init ...``) for a policy that
 ``benchmarks/frontier.py`` made, and plays both at several thresholds on the same held-out puzzles. Closing is the same
-network's in both. Each point is compared, puzzle by puzzle, with the best point of the policy without that takes as
-many forwards or more. A run that was cut off goes on where it stopped.
+network's in both. Each point is compared, puzzle by puzzle, with the policy without at the same threshold, and at equal
+forwards: with a coin that plays each puzzle at one of two neighbouring thresholds, weighted to take as many forwards on
+average. A run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,24 @@ import torch
 from rich.progress import track
 
 from agents import evaluate, imitation
+from agents.evaluate import Result
 from agents.imitation import ImitationConfig
 from agents.policy import load_policy
 from pretrain.checkpoint import write_json
 from unmask_env import registration
 from unmask_env.core import Rules
 
-THRESHOLDS = (0.35, 0.5, 0.6, 0.7, 0.85, 0.95)
+THRESHOLDS = (0.1, 0.2, 0.35, 0.5, 0.6, 0.7, 0.85, 0.95)
+
+
+def at_equal_forwards(points: list[Result], doubting: Result) -> tuple[float, float, float] | None:
+    """Paired difference to a mixture of two neighbours of ``points`` with ``doubting``'s number of forwards; None where
+    it has fewer or more than all of them."""
+    for fewer, more in itertools.pairwise(sorted(points, key=lambda result: result.nfe)):
+        if fewer.nfe <= doubting.nfe <= more.nfe:
+            weight = (doubting.nfe - fewer.nfe) / (more.nfe - fewer.nfe)
+            return evaluate.paired_difference(doubting.solved, fewer.solved.lerp(more.solved, weight))
+    return None
 
 
 def main() -> None:
@@ -65,7 +78,7 @@ def main() -> None:
                 resume=(out / "state.safetensors").exists(),
             )
         )
-        played: dict[str, list[evaluate.Result]] = {}
+        played: dict[str, list[Result]] = {}
         for actions, folder in (("set", init), ("set+remask", str(out))):
             policy = load_policy(folder, task, denoiser, actions).to(denoiser.device)
             played[actions] = []
@@ -74,8 +87,6 @@ def main() -> None:
                 rules = Rules(actions)
                 played[actions] += evaluate.evaluate(task, denoiser, {actions: policy}, instances, 0, 50, rules=rules)
         for threshold, without, doubting in zip(THRESHOLDS, *played.values(), strict=True):
-            rivals = [result for result in played["set"] if result.nfe >= doubting.nfe]
-            best = max(rivals, key=lambda result: float(result.solved.mean()), default=None)
             rows.append(
                 {
                     "seed": seed,
@@ -83,9 +94,7 @@ def main() -> None:
                     "set": without.row(),
                     "set+remask": doubting.row(),
                     "at this threshold": evaluate.paired_difference(doubting.solved, without.solved),
-                    "at as many forwards or more": None
-                    if best is None
-                    else [best.nfe, *evaluate.paired_difference(doubting.solved, best.solved)],
+                    "at equal forwards": at_equal_forwards(played["set"], doubting),
                 }
             )
         command = "python benchmarks/remasking.py " + " ".join(sys.argv[1:])
