@@ -32,7 +32,8 @@ from unmask_env.reference import Oracle, Reference
 MANY_TIMES = 30  # over which a state that looks the same each time is learned by heart
 PLAYED = {"set": (-4.0, 4.0), "set+remask": (-4.0, 0.5)}  # log-odds between which thresholds are drawn
 EASY = {"single": 0.15, "set": 0.15, "set+remask": 0.4}
-TUTORED, STRAY = (0.0, 0.3, 1.0), 0.01  # shares of wrong, by board, and of right symbols opened again for the player
+TUTORED = (0.0, 0.3, 1.0)  # shares, by board, of the wrong symbols that are opened again for the player
+STRAY = 0.36  # right symbols opened again for it in each forward, were the board full
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class States:
             part = instances[rows]
             height = float(torch.rand((), generator=generator, device=generator.device))
             # Boards that open again what they close again go in circles, and teach the same each time.
-            enough = task.length if rules.actions == "set" else math.ceil(task.length / 3)
+            enough = task.length if rules.actions == "set" else max(8, math.ceil(task.length / 3))
             budget = replace(rules, nfe_budget=rules.nfe_budget or enough)
             order: SetOrder
             if player is None:
@@ -208,7 +209,7 @@ class _Tutored:
         wrong = observation.tokens != self.oracle.answer(observation)
         chance = torch.rand(wrong.shape, generator=self.generator, device=wrong.device)
         length = wrong.shape[1]
-        again = action[:, length:] | observation.reopenable & (chance < torch.where(wrong, self.rates, STRAY))
+        again = action[:, length:] | observation.reopenable & (chance < torch.where(wrong, self.rates, STRAY / length))
         return torch.cat([action[:, :length] & ~again.any(1, keepdim=True), again], 1)
 
     def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
@@ -300,6 +301,7 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
     if not 0 < config.caution < math.inf:
         raise UnmaskError(f"caution must be greater than 0 and finite, not {config.caution}")
     easy = EASY[config.rules.actions] if config.easy is None else config.easy
+    config = replace(config, easy=easy)  # what a run is resumed with is what it was, not what was left out
     if not 0 <= easy <= 1:
         raise UnmaskError(f"easy must be between 0 and 1, not {easy}")
     task, denoiser = registration.given_or_resolved(task, denoiser, config.env, config.denoiser, device)
@@ -346,12 +348,19 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
                     f"no state of {config.puzzles} puzzles has a right and a wrong position to choose between; "
                     "try more puzzles"
                 )
-            run.log({"states": len(states.stuck), "states/stuck": int(states.stuck.sum())})
-            stuck = int(states.stuck.sum()) or len(states.stuck)
-            times = (1 - easy) * config.steps * config.batch / stuck
+            stuck = int(states.stuck.sum())
+            if config.rules.actions == "set+remask" and not stuck:
+                warnings.warn(
+                    f"no board of {config.puzzles} puzzles came to hold a wrong symbol, so the policy learns to open "
+                    "nothing again; take more puzzles, or an environment in which a mistake does not end the episode",
+                    stacklevel=2,
+                )
+            share = 1 - easy if 0 < stuck < len(states.stuck) else 1.0
+            recurring = stuck or len(states.stuck)
+            times = share * config.steps * config.batch / recurring
             if times > MANY_TIMES and type(task).augment is Task.augment:
                 warnings.warn(
-                    f"{task.name} shows no guises, and each of {stuck} states will be seen about {times:.0f} times as "
+                    f"{task.name} shows no guises, and each of {recurring} states will be seen about {times:.0f} times as "
                     "it is, which learns them by heart; take more puzzles or fewer steps",
                     stacklevel=2,
                 )

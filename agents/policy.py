@@ -116,7 +116,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     """
 
     threshold = 0.5
-    reopening = 0.4
+    reopening = 0.5
 
     def __init__(
         self,
@@ -182,6 +182,8 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
             return
         self.doubter = copy.deepcopy(self)
         self.doubter.readings = 2 * self.readings
+        with torch.no_grad():
+            self.wary.fill_(WARY)  # also of a policy that began with a gate of 0
         self._hub_mixin_config["doubts"] = True  # so that it is saved with it
 
     @torch.no_grad()
@@ -316,8 +318,9 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
     def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
         """(N,) positions or (N, A) sets drawn from the policy; without a generator the most likely choice.
 
-        The most likely set closes the likeliest position and, on boards that it leaves otherwise as they are, what is
-        above ``threshold``; where something is above ``reopening``, it opens again what is above half of it.
+        The most likely set closes what is above ``threshold``, and the likeliest position in any case. Where something
+        is above ``reopening``, it opens again what is above half of that (the likeliest that a budget leaves, in a
+        rollout) and closes the likeliest position alone.
         """
         if self.sets == "none":
             return choose(self.log_prob(observation), generator)
@@ -330,6 +333,9 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
                 return likely | best
             wrong = reopen.sigmoid().masked_fill(~observation.reopenable, 0.0)
             again = (wrong > self.reopening / 2) & (wrong > self.reopening).any(1, keepdim=True)
+            left = None if observation.memory is None else observation.memory.reopenings
+            if left is not None:
+                again &= parallel.ranked(wrong, again) < left.unsqueeze(1)
             return torch.cat([best | likely & ~again.any(1, keepdim=True), again], 1)
         if self.sets == "plackett_luce":
             return set_laws.stopping_sample(odds, choices, generator)

@@ -118,12 +118,13 @@ class Memory(NamedTuple):
 
     ``steps`` (N,) int64 forwards before this one; ``chosen_with`` (N, L) the probability that each closed position's
     symbol had when it was chosen, 1 of given ones; ``previous`` (N, L, V) the last forward's log-probabilities, None
-    before the second one.
+    before the second one; ``reopenings`` (N,) int64 how many the ``remask_budget`` leaves, None without one.
     """
 
     steps: Tensor
     chosen_with: Tensor
     previous: Tensor | None = None
+    reopenings: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -439,6 +440,8 @@ def rollout(
             log_prob = order.log_prob(observation)
             action = choose(log_prob, order_generator)
         else:
+            if rules.remask_budget is not None:
+                memory = memory._replace(reopenings=rules.remask_budget - state.reopened.sum(1))
             observation = replace(observation, memory=memory)
             action = order.sample(observation, order_generator)
         if record:
