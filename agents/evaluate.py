@@ -44,19 +44,23 @@ class Result:
 
     Attributes:
         metrics: per metric of the task, (n,) values per instance; the first one is the solve rate of tables.
-        nfe: mean denoiser forwards per instance.
+        forwards: (n,) float, of the denoiser, per instance; ``nfe`` is their mean.
         exact: on small boards, if asked for.
     """
 
     order: str
     metrics: dict[str, Tensor]
-    nfe: float
+    forwards: Tensor
     seconds: float
     exact: Exact | None = None
 
     @property
     def solved(self) -> Tensor:
         return next(iter(self.metrics.values()))
+
+    @property
+    def nfe(self) -> float:
+        return float(self.forwards.double().mean())
 
     def row(self) -> dict[str, Any]:
         """The JSON row."""
@@ -175,7 +179,7 @@ def evaluate(
             generator = torch.Generator(device).manual_seed(seed) if sampled else None
             filling = torch.Generator(device).manual_seed(seed + 1) if temperature > 0 else None
             measured: dict[str, list[Tensor]] = {}
-            nfe = 0.0
+            forwards: list[Tensor] = []
             for rows in by_length.split(batch):
                 part = instances[rows].to(device)
                 played = rollout(
@@ -190,11 +194,11 @@ def evaluate(
                 )
                 for metric, values in task.metrics(played.state.tokens, part).items():
                     measured.setdefault(metric, []).append(values.cpu())
-                nfe += float(played.nfe.sum())
+                forwards.append(played.nfe.float().cpu())
                 bar.advance(work, len(rows))
             back = by_length.argsort()
             metrics = {metric: torch.cat(values)[back] for metric, values in measured.items()}
-            results.append(Result(name, metrics, nfe / len(instances), time.perf_counter() - started))
+            results.append(Result(name, metrics, torch.cat(forwards)[back], time.perf_counter() - started))
     return results
 
 

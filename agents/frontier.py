@@ -6,6 +6,7 @@ greedy but for the stochastic references.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from agents.evaluate import Result, evaluate, interval
+from agents.evaluate import Result, evaluate, interval, paired_difference
 from agents.policy import OrderPolicy, load_policy
 from pretrain.checkpoint import write_atomically, write_json
 from tasks import Instances, Task, UnknownNameError, UnmaskError
@@ -114,6 +115,24 @@ def sweep(
                 points.append(Point(method, knob, isinstance(order, OrderPolicy), result))
                 bar.advance(work)
     return points
+
+
+def at_equal_forwards(points: Sequence[Result], result: Result) -> tuple[float, float, float] | None:
+    """Paired difference (mean, low, high; 95 %) of ``result`` to a coin that plays each instance at one of two
+    neighbours among ``points``, weighted to take as many forwards on average; None where ``result`` takes fewer than
+    all of them or more.
+
+    The weight is measured on the same instances, and so is the slope between the neighbours: the interval counts both
+    (delta method), each instance with its difference less the slope times its surplus of forwards.
+    """
+    for fewer, more in itertools.pairwise(sorted(points, key=lambda point: point.nfe)):
+        if fewer.nfe <= result.nfe <= more.nfe and fewer.nfe < more.nfe:
+            weight = (result.nfe - fewer.nfe) / (more.nfe - fewer.nfe)
+            slope = float((more.solved - fewer.solved).mean()) / (more.nfe - fewer.nfe)
+            mixed = fewer.solved.lerp(more.solved, weight)
+            surplus = result.forwards - fewer.forwards.lerp(more.forwards, weight)
+            return paired_difference(result.solved - slope * surplus, mixed)
+    return None
 
 
 def best_of(points: Sequence[Point], learned: bool) -> list[Point]:

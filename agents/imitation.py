@@ -360,8 +360,8 @@ def train(config: ImitationConfig, task: Task | None = None, denoiser: Denoiser 
             times = share * config.steps * config.batch / recurring
             if times > MANY_TIMES and type(task).augment is Task.augment:
                 warnings.warn(
-                    f"{task.name} shows no guises, and each of {recurring} states will be seen about {times:.0f} times as "
-                    "it is, which learns them by heart; take more puzzles or fewer steps",
+                    f"{task.name} shows no guises, and each of {recurring} states will be seen about {times:.0f} times "
+                    "as it is, which learns them by heart; take more puzzles or fewer steps",
                     stacklevel=2,
                 )
         policy.train()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from agents import evaluate, imitation
+from agents import evaluate, frontier, imitation
 from agents.evaluate import Result
 from agents.imitation import ImitationConfig
 from agents.policy import load_policy
@@ -31,16 +30,7 @@ from unmask_env import registration
 from unmask_env.core import Rules
 
 THRESHOLDS = (0.1, 0.2, 0.35, 0.5, 0.6, 0.7, 0.85, 0.95)
-
-
-def at_equal_forwards(points: list[Result], doubting: Result) -> tuple[float, float, float] | None:
-    """Paired difference to a mixture of two neighbours of ``points`` with ``doubting``'s number of forwards; None where
-    it has fewer or more than all of them."""
-    for fewer, more in itertools.pairwise(sorted(points, key=lambda result: result.nfe)):
-        if fewer.nfe <= doubting.nfe <= more.nfe:
-            weight = (doubting.nfe - fewer.nfe) / (more.nfe - fewer.nfe)
-            return evaluate.paired_difference(doubting.solved, fewer.solved.lerp(more.solved, weight))
-    return None
+ABOVE = 0.99  # without a doubter also here, for the highest of those to be between two points
 
 
 def main() -> None:
@@ -82,11 +72,12 @@ def main() -> None:
         for actions, folder in (("set", init), ("set+remask", str(out))):
             policy = load_policy(folder, task, denoiser, actions).to(denoiser.device)
             played[actions] = []
-            for threshold in track(THRESHOLDS, f"{actions}, seed {seed}", transient=True):
+            heights = (*THRESHOLDS, ABOVE) if actions == "set" else THRESHOLDS
+            for threshold in track(heights, f"{actions}, seed {seed}", transient=True):
                 policy.threshold = threshold
                 rules = Rules(actions)
                 played[actions] += evaluate.evaluate(task, denoiser, {actions: policy}, instances, 0, 50, rules=rules)
-        for threshold, without, doubting in zip(THRESHOLDS, *played.values(), strict=True):
+        for threshold, without, doubting in zip(THRESHOLDS, *played.values(), strict=False):
             rows.append(
                 {
                     "seed": seed,
@@ -94,7 +85,7 @@ def main() -> None:
                     "set": without.row(),
                     "set+remask": doubting.row(),
                     "at this threshold": evaluate.paired_difference(doubting.solved, without.solved),
-                    "at equal forwards": at_equal_forwards(played["set"], doubting),
+                    "at equal forwards": frontier.at_equal_forwards(played["set"], doubting),
                 }
             )
         command = "python benchmarks/remasking.py " + " ".join(sys.argv[1:])

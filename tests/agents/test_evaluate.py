@@ -131,7 +131,7 @@ def test_a_row_by_hand() -> None:
         "valid": torch.tensor([1.0, 1, 0, 0]),
     }
     low, high = wilson(1, 4)
-    assert Result("margin", metrics, nfe=7.5, seconds=0.25).row() == {
+    assert Result("margin", metrics, forwards=torch.tensor([7.0, 8.0]), seconds=0.25).row() == {
         "order": "margin",
         "solve_rate": 0.25,
         "cell_accuracy": 0.5,
@@ -202,7 +202,7 @@ def test_the_seed_decides_the_stochastic_orders() -> None:
 
 def test_rewards_that_are_no_proportion_get_a_normal_interval() -> None:
     values = torch.tensor([0.0, 0.5, 1.0, 0.25])
-    row = Result("x", {"reward": values}, 1.0, 1.0).row()
+    row = Result("x", {"reward": values}, torch.ones(len(values)), 1.0).row()
     assert row["ci95"] == pytest.approx(list(normal_interval(values)))
     assert row["reward"] == pytest.approx(0.4375)
 

@@ -22,7 +22,7 @@ from unmask_env.denoiser import load_denoiser
 def point(nfe: float, solved: float, learned: bool = False) -> Point:
     values = torch.zeros(100)
     values[: round(100 * solved)] = 1
-    return Point("m", {"k": nfe}, learned, Result("m", {"solved": values}, nfe, 0.0))
+    return Point("m", {"k": nfe}, learned, Result("m", {"solved": values}, torch.full((100,), nfe), 0.0))
 
 
 def test_the_best_points_are_those_that_no_other_beats() -> None:
@@ -33,6 +33,39 @@ def test_the_best_points_are_those_that_no_other_beats() -> None:
         (6, pytest.approx(0.7)),
     ]
     assert [p.result.nfe for p in frontier.best_of(points, True)] == [2]
+
+
+def test_at_equal_forwards_by_hand() -> None:
+    def result(solved: list[int], forwards: list[int]) -> Result:
+        return Result("m", {"solved": torch.tensor(solved).float()}, torch.tensor(forwards).float(), 0.0)
+
+    fewer, more = result([1, 0, 0, 0], [2, 2, 2, 2]), result([1, 1, 1, 0], [3, 4, 5, 4])
+    own = result([1, 1, 0, 1], [3, 3, 3, 3])
+    # Half way in forwards, half way in solved puzzles, 0.25 puzzles a forward; surpluses 0.5, 0, -0.5, 0.
+    own_less = torch.tensor([1 - 0.125, 1, 0 + 0.125, 1]) - torch.tensor([1, 0.5, 0.5, 0])
+    half = 1.959964 * float(own_less.std()) / 2
+    expected = (0.25, 0.25 - half, 0.25 + half)
+    assert frontier.at_equal_forwards([more, fewer], own) == pytest.approx(expected)
+    assert frontier.at_equal_forwards([fewer, fewer, more], own) == pytest.approx(expected), "as good as one"
+    assert frontier.at_equal_forwards([own, own], own) is None
+    assert frontier.at_equal_forwards([fewer, own], more) is None
+
+
+def test_the_interval_at_equal_forwards_counts_the_forwards_too() -> None:
+    """Its half-width against the spread of the estimate over fresh draws of instances."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(solved: float, forwards: float, hard: torch.Tensor) -> Result:
+        noise = torch.rand(hard.shape, generator=generator)
+        return Result("m", {"solved": (noise + 0.3 * hard < solved).float()}, forwards + 2 * hard + noise, 0.0)
+
+    found = []
+    for _ in range(400):
+        hard = torch.rand(300, generator=generator)
+        found.append(frontier.at_equal_forwards([draw(0.5, 2.0, hard), draw(0.9, 4.0, hard)], draw(0.8, 2.8, hard)))
+    means = torch.tensor([mean for mean, _, _ in found])
+    halves = torch.tensor([(high - low) / 2 for _, low, high in found])
+    assert float(halves.mean()) == pytest.approx(1.96 * float(means.std()), rel=0.1)
 
 
 def test_a_sweep_plays_what_it_says(tmp_path) -> None:
