@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tasks
 from agents import imitation
-from agents.imitation import ImitationConfig, States, choose_right_loss, imitation_loss
+from agents.imitation import EASY, ImitationConfig, States, choose_right_loss, imitation_loss
 from agents.policy import OrderPolicy, PolicyShape, load_policy
 from pretrain.checkpoint import CheckpointError
 from tasks import Instances, Task, UnmaskError
@@ -291,6 +291,15 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
+
+
+def test_a_run_resumes_whether_its_share_of_easy_states_was_given_or_not(tmp_path: Path) -> None:
+    given = EASY["single"]
+    for name, first, second in (("left", None, given), ("given", given, None)):
+        imitation.train(small(tmp_path / name, steps=2, easy=first), *table())
+        imitation.train(small(tmp_path / name, steps=2, easy=second, resume=True), *table())
+    with pytest.raises(UnmaskError, match="easy"):
+        imitation.train(small(tmp_path / "left", steps=2, easy=given / 2, resume=True), *table())
 
 
 def test_a_run_that_would_learn_its_states_by_heart_says_so(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tasks
 from agents import imitation, upo
 from agents.imitation import ImitationConfig, States
 from agents.learner import PolicyShape, SB3PPOConfig, TorchRLGRPOConfig, TorchRLPPOConfig, make_reference
-from agents.policy import ONCE, OrderPolicy, load_policy, new_policy
+from agents.policy import ONCE, WARY, OrderPolicy, load_policy, new_policy
 from agents.upo import UPOConfig
 from pretrain.checkpoint import CheckpointError, save_model
 from tasks import Instances, UnmaskError
@@ -99,6 +99,7 @@ def test_a_doubter_says_what_to_open_again_and_leaves_closing_alone(tmp_path) ->
     fresh = dataclasses.replace(seen, reopened=torch.zeros_like(seen.tokens))
     plain = policy.log_odds(dataclasses.replace(seen, reopenable=None, reopened=None))
     policy.begin_doubting()
+    assert policy.wary == WARY, "whatever it was"
     before = policy.log_odds(fresh)
     assert torch.equal(before[:, :L], plain)
     for parameter in policy.doubter.parameters():
@@ -189,6 +190,46 @@ def test_one_sure_mistake_opens_all_that_are_suspected_and_holds_the_rest(monkey
     chosen = policy.sample(seen, None).int().tolist()
     assert chosen[0] == [0, 1, 0, 0, 0, 0, 0, 1, 1, 0], "of what is open, the likeliest alone"
     assert chosen[1] == chosen[2] == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    # What a budget leaves goes to the likeliest; where it leaves nothing, play goes on as if nothing were suspected.
+    memory = core.Memory(torch.zeros(3, dtype=torch.long), torch.ones(3, 5), None, torch.tensor([1, 5, 0]))
+    chosen = policy.sample(dataclasses.replace(seen, memory=memory), None).int().tolist()
+    assert chosen[0] == [0, 1, 0, 0, 0, 0, 0, 1, 0, 0]
+    memory = memory._replace(reopenings=torch.zeros(3, dtype=torch.long))
+    chosen = policy.sample(dataclasses.replace(seen, memory=memory), None).int().tolist()
+    assert chosen[0] == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_doubter_keeps_to_a_remask_budget() -> None:
+    """It would open more: where nothing is left to open, what asked for more would be illegal and asked for again."""
+    task = tasks.get("sudoku4")
+    denoiser, instances = load_denoiser("sudoku4", task), task.heldout(20)
+    policy = new_policy(PolicyShape(), task, denoiser, 0, "soft_threshold", sets=True)
+    policy.reopening = 0.0  # whatever may be opened again is
+    for budget in (0, 2):
+        rules = Rules("set+remask", remask_budget=budget, nfe_budget=12)
+        played = core.rollout(task, denoiser, policy, instances, rules=rules, record=True)
+        opened = torch.stack([step.observation.reopened.sum(1) for step in played.steps]).amax(0)
+        assert set(opened.tolist()) <= {0, budget}, "boards that one forward fills open nothing"
+        assert int(opened.max()) == budget
+        assert not played.state.open.any(), "nothing illegal was asked for, over and over"
+
+
+def test_closing_is_no_part_of_what_a_doubter_learns(monkeypatch) -> None:
+    policy, seen = policy_of("bernoulli"), observation(remask=True)
+    generator = torch.Generator().manual_seed(0)
+    odds = torch.randn(5, 2 * L, generator=generator)
+    others = torch.cat([torch.randn(5, L, generator=generator), odds[:, L:]], 1)
+    answers = torch.randint(V, (5, L), generator=generator)
+
+    def loss(odds: torch.Tensor, **options: object) -> float:
+        monkeypatch.setattr(policy, "read_log_odds", lambda *_: odds)
+        return float(imitation.imitation_loss_of_sets(policy, seen, answers, **options).detach())
+
+    assert loss(odds, closes=False) == loss(others, closes=False)
+    assert loss(odds, closes=False) != loss(odds.flip(1), closes=False)
+    right = torch.where(seen.open, answers, seen.tokens)  # no mistake on the board, so closing can be learned
+    answers = right
+    assert loss(odds) != loss(others)
 
 
 def board() -> tuple[TableTask, TableDenoiser]:
@@ -337,6 +378,18 @@ def test_a_tutor_opens_its_share_of_the_wrong_symbols_and_closes_nothing_beside(
     assert every.all()
     assert 0.2 < some.float().mean() < 0.4
     assert torch.equal(close[:, 5], ~again.any(1))
+
+
+@torch.no_grad()
+def test_a_tutored_player_opens_again_what_it_would(monkeypatch) -> None:
+    tokens = torch.tensor([[0, 0, 0, 2]])
+    seen = Observation(tokens, tokens == 2, Denoised(torch.zeros(1, 4, 2)), tokens != 2, torch.zeros_like(tokens))
+    player = policy_of("bernoulli")
+    monkeypatch.setattr(player, "sample", lambda *_: torch.tensor([[0, 0, 0, 1, 0, 1, 0, 0]], dtype=torch.bool))
+    monkeypatch.setattr(imitation, "STRAY", 0.0)
+    answers, generator = Oracle(torch.zeros(1, 4, dtype=torch.long)), torch.Generator().manual_seed(0)
+    tutored = imitation._Tutored(player, None, answers, torch.zeros(1, 1), generator)
+    assert tutored.sample(seen, None).int().tolist() == [[0, 0, 0, 0, 0, 1, 0, 0]]
 
 
 def test_counts_of_opening_again_follow_a_board_into_its_guises() -> None:
