@@ -162,7 +162,9 @@ def evaluate(
 
     Args:
         orders: by the name of their row. seed: of the stochastic orders, and of filling by samples.
-        batch: instances per forward. rules: of play, for example blocks.
+        batch: instances per forward. The rows of deterministic orders do not depend on it; what a stochastic order
+            draws for an instance does, as it does on the seed.
+        rules: of play, for example blocks.
         temperature: of the filling; 0 is greedy.
     """
     require_at_least(1, batch=batch)

@@ -48,12 +48,13 @@ class Lines(Infilling):
     ) -> None:
         if side not in ("right", "left"):
             raise UnmaskError(f"side must be right or left, not {side!r}")
-        self.tokenizer = load_tokenizer(tokenizer)
-        self.pad_id: int = self.tokenizer.pad_token_id
-        self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
+        # What the user wrote is read before the tokenizer, which may have to come from a hub.
         lines = _read(source) if isinstance(source, str) else list(source)
         if len(lines) < len(SPLITS):
             raise UnmaskError(f"at least {len(SPLITS)} lines are needed, one for each split, not {len(lines)}")
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.pad_id: int = self.tokenizer.pad_token_id
+        self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
         found = [self._encode(number, line) for number, line in enumerate(lines, 1)]
         longest = max(range(len(found)), key=lambda i: len(found[i][0]))
         length = len(found[longest][0]) if length is None else length

@@ -111,10 +111,10 @@ class MathWord(Task):
             raise UnmaskError("name the model's tokenizer: math:sample,tokenizer=FOLDER_OR_ID")
         if answer_length < 1:
             raise UnmaskError(f"answer_length must be at least 1, not {answer_length}")
+        splits = _read(source, subset)  # before the tokenizer, which may have to come from a hub
         self.tokenizer = load_tokenizer(tokenizer)
         self.name, self.pad_id = "math", int(self.tokenizer.pad_token_id)
         self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
-        splits = _read(source, subset)
         prompts = {split: [self._prompt(p.question) for p in problems] for split, problems in splits.items()}
         self.prompt_length = max(len(prompt) for found in prompts.values() for prompt in found)
         self.shape = (1, self.prompt_length + answer_length)

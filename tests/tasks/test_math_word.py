@@ -125,10 +125,10 @@ def test_files_and_datasets(tokenizer, tmp_path):
         (b'{"question": "a", "answer": "b ####"}', "ends in '####' without"),
     ],
 )
-def test_bad_files(tokenizer, tmp_path, content, message):
+def test_bad_files_are_told_before_the_tokenizer_is_looked_for(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(UnmaskError, match=message):
-        MathWord(str(tmp_path / "bad.jsonl"), tokenizer)
+        MathWord(str(tmp_path / "bad.jsonl"), str(tmp_path / "no tokenizer"))
 
 
 def test_wrong_settings(tokenizer):

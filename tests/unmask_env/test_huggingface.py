@@ -268,7 +268,7 @@ def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
     for content, message in ((b"", "is empty"), (b"\xff\xfe a", "UTF-8")):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(UnmaskError, match=message):
-            Lines(str(tmp_path / "bad.txt"), words)
+            Lines(str(tmp_path / "bad.txt"), str(tmp_path / "no tokenizer"))  # told before that is looked for
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UnmaskError, match=r"pip install 'unmask\[text\]'"):
         HFDenoiser(path, task)
