@@ -31,7 +31,7 @@ for command in (["list"], sudoku, countdown):
 for command in (
     ["evaluate", "--task", "text", "--denoiser", "text"],
     ["train", "upo", "--env", "Unmask/TextInfill-v0", "--out", "unused"],
-    ["evaluate", "--task", "lines:README.md,tokenizer=x", "--denoiser", "hf:x"],
+    ["evaluate", "--task", "lines:lines.txt,tokenizer=x", "--denoiser", "hf:x"],
     ["evaluate", "--task", "sudoku4", "--denoiser", "hf:x"],
     ["evaluate", "--task", "math:sample,tokenizer=x", "--denoiser", "hf:x"],
 ):
@@ -44,6 +44,7 @@ for command in (
 
 
 def test_the_rest_works_and_what_needs_it_says_so(tmp_path) -> None:
+    (tmp_path / "lines.txt").write_text("a\nb\nc\n")
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     complaints = done.stderr.strip().splitlines()
