@@ -58,7 +58,7 @@ class EvaluateCommand:
     json: Path | None = None
     """write the rows here"""
     limit: int | None = None
-    """use the first LIMIT instances only"""
+    """use LIMIT held-out instances only: the first ones of a fixed list or file, or as many spread over a text"""
     grade: Literal["all", "singles", "beyond"] = "all"
     """packaged Sudoku puzzles that naked and hidden singles alone solve, or those that need more"""
     blanks: int | None = None
@@ -159,9 +159,9 @@ def instances_of(task: tasks.Task, puzzles: Path | None, limit: int | None, grad
     return instances if limit is None else instances[:limit]
 
 
-def require_file(path: Path | None) -> None:
+def require_file(path: Path | None, option: str = "--json") -> None:
     if path is not None and path.is_dir():
-        raise UnmaskError(f"--json {path} is a folder; name a file")
+        raise UnmaskError(f"{option} {path} is a folder; name a file")
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
@@ -188,8 +188,13 @@ def run_evaluate(command: EvaluateCommand) -> None:
     if command.frontier is not None:
         if command.frontier.suffix != ".png":
             raise UnmaskError(f"--frontier writes a picture; {command.frontier} must end in .png")
+        require_file(command.frontier, "--frontier")
+        if command.exact or command.json is not None:
+            raise UnmaskError("--frontier writes its own JSON beside the picture; leave --json and --exact out")
         found = frontier.methods(names, task, denoiser, rules)
-        points = frontier.sweep(task, denoiser, found, instances, rules, command.seed, command.batch, progress=True)
+        points = frontier.sweep(
+            task, denoiser, found, instances, rules, command.seed, command.batch, True, command.temperature
+        )
         frontier.write(points, title, command.frontier)
         Console().print(frontier.table(points, title))
         return

@@ -102,6 +102,7 @@ def sweep(
     seed: int = 0,
     batch: int = 50,
     progress: bool = False,
+    temperature: float = 0.0,
 ) -> list[Point]:
     """Every setting of every method of :func:`methods` on the same instances. In small batches less is computed for
     rows that have ended."""
@@ -111,7 +112,8 @@ def sweep(
         for method, settings in found.items():
             bar.update(work, description=method)
             for knob, order in settings:
-                result = evaluate(task, denoiser, {method: order}, instances, seed, batch, rules=rules)[0]
+                played = evaluate(task, denoiser, {method: order}, instances, seed, batch, False, rules, temperature)
+                result = played[0]
                 points.append(Point(method, knob, isinstance(order, OrderPolicy), result))
                 bar.advance(work)
     return points

@@ -333,9 +333,7 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin):
                 return likely | best
             wrong = reopen.sigmoid().masked_fill(~observation.reopenable, 0.0)
             again = (wrong > self.reopening / 2) & (wrong > self.reopening).any(1, keepdim=True)
-            left = None if observation.memory is None else observation.memory.reopenings
-            if left is not None:
-                again &= parallel.ranked(wrong, again) < left.unsqueeze(1)
+            again = parallel.within_budget(again, wrong, observation)
             return torch.cat([best | likely & ~again.any(1, keepdim=True), again], 1)
         if self.sets == "plackett_luce":
             return set_laws.stopping_sample(odds, choices, generator)

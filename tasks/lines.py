@@ -29,7 +29,7 @@ class Lines(Infilling):
         side: where padding goes.
 
     Attributes:
-        pad_id: the token of positions that are padding; they are never hidden.
+        pad_id: the token of positions that are padding, on the ``pad_side``; they are never hidden.
 
     Raises:
         UnmaskError: what cannot be read, a line longer than ``length`` or with nothing to hide, too few lines, a
@@ -49,19 +49,20 @@ class Lines(Infilling):
         if side not in ("right", "left"):
             raise UnmaskError(f"side must be right or left, not {side!r}")
         # What the user wrote is read before the tokenizer, which may have to come from a hub.
-        lines = _read(source) if isinstance(source, str) else list(source)
+        lines = _read(source) if isinstance(source, str) else dict(enumerate(source, 1))
         if len(lines) < len(SPLITS):
             raise UnmaskError(f"at least {len(SPLITS)} lines are needed, one for each split, not {len(lines)}")
         self.tokenizer = load_tokenizer(tokenizer)
         self.pad_id: int = self.tokenizer.pad_token_id
+        self.pad_side = side
         self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
-        found = [self._encode(number, line) for number, line in enumerate(lines, 1)]
+        found = [self._encode(number, line) for number, line in lines.items()]
         longest = max(range(len(found)), key=lambda i: len(found[i][0]))
         length = len(found[longest][0]) if length is None else length
         super().__init__((1, length), hide)
         if len(found[longest][0]) > length:
             raise UnmaskError(
-                f"line {longest + 1} has {len(found[longest][0])} tokens, more than the length of {length}"
+                f"line {[*lines][longest]} has {len(found[longest][0])} tokens, more than the length of {length}"
             )
         held = max(1, len(lines) // 20)
         cuts = (0, len(lines) - 2 * held, len(lines) - held, len(lines))
@@ -116,12 +117,13 @@ class Lines(Infilling):
         return " ".join("_" if token == self.mask_id else self.symbols[token] for token in kept)
 
 
-def _read(source: str) -> list[str]:
+def _read(source: str) -> dict[int, str]:
+    """By their numbers in the file, the lines that are not blank."""
     try:
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UnmaskError(f"cannot read {source} as UTF-8 text ({error.__class__.__name__})") from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = {number: line for number, line in enumerate(text.splitlines(), 1) if line.strip()}
     if not lines:
         raise UnmaskError(f"{source} is empty")
     return lines

@@ -92,7 +92,7 @@ class MathWord(Task):
         answer_length: tokens of the answer region. subset: of a dataset.
 
     Attributes:
-        pad_id: the token of padding, left of shorter prompts.
+        pad_id: the token of padding, left of shorter prompts (``pad_side``).
 
     Raises:
         UnmaskError: what cannot be read, is in neither format, or has too few problems; a tokenizer without padding.
@@ -113,7 +113,7 @@ class MathWord(Task):
             raise UnmaskError(f"answer_length must be at least 1, not {answer_length}")
         splits = _read(source, subset)  # before the tokenizer, which may have to come from a hub
         self.tokenizer = load_tokenizer(tokenizer)
-        self.name, self.pad_id = "math", int(self.tokenizer.pad_token_id)
+        self.name, self.pad_id, self.pad_side = "math", int(self.tokenizer.pad_token_id), "left"
         self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
         prompts = {split: [self._prompt(p.question) for p in problems] for split, problems in splits.items()}
         self.prompt_length = max(len(prompt) for found in prompts.values() for prompt in found)
@@ -161,10 +161,11 @@ class MathWord(Task):
         return self.tokenizer.decode(tokens[self.prompt_length :].tolist(), skip_special_tokens=True)
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
-        """1 where the answer is right."""
+        """1 where the answer is complete and right."""
         prompts = instances.tokens[:, : self.prompt_length].tolist()
         right = [
-            self._right[tuple(prompt)](self.written(row)) for row, prompt in zip(tokens.cpu(), prompts, strict=True)
+            bool((row != self.mask_id).all()) and self._right[tuple(prompt)](self.written(row))
+            for row, prompt in zip(tokens.cpu(), prompts, strict=True)
         ]
         return torch.tensor(right, dtype=torch.float32, device=tokens.device)
 

@@ -112,7 +112,8 @@ class Task(ABC):
         return instances
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
-        """The first ``n`` instances of a fixed split that training never sees, always in the same order.
+        """``n`` instances of a fixed split that training never sees, the same in the same order each time. Those of
+        another ``n`` may be others: a text spreads them over all that it has.
 
         The default draws them from a generator seeded apart from training; a task with files reads its files.
         """

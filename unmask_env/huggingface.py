@@ -25,7 +25,9 @@ class HFDenoiser:
 
     Args:
         source: a folder or a hub id; nothing else is downloaded. task: its ``vocab_size`` must be that of the
-            tokenizer; positions that hold its ``pad_id``, if it has one, are padding.
+            tokenizer; positions that hold its ``pad_id``, if it has one, are padding. Where it has a ``pad_side``,
+            ``left`` or ``right``, only those up to the first other token on that side are: where tokenizers have one
+            token for padding and for the end, an answer holds it too.
         hidden: give the last hidden states too.
         trust_remote_code: run the model's own code, where it brings some. Only for sources that you trust.
         shifted: the logits at a position are of the next one, as Dream's are; None: by the model's type.
@@ -59,12 +61,13 @@ class HFDenoiser:
         if self.mask_id is None:
             raise IncompatibleDenoiserError(f"{source} has no mask token: neither its configuration nor its tokenizer")
         self.pad_id: int | None = getattr(task, "pad_id", None)
+        self.pad_side: str | None = getattr(task, "pad_side", None)
         if config.vocab_size < task.vocab_size:
             raise IncompatibleDenoiserError(
                 f"task {task.name} has {task.vocab_size} symbols, the model {source} only {config.vocab_size} tokens; "
                 "read the task with the model's own tokenizer"
             )
-        context = _context(config)
+        context = _context(self.model)
         if context is not None and task.length > context:
             raise IncompatibleDenoiserError(
                 f"sequences of task {task.name} have {task.length} positions, the context of {source} {context}"
@@ -80,6 +83,10 @@ class HFDenoiser:
         """One forward of (N, L) task tokens; where it holds padding the result means nothing."""
         self.calls += 1
         real = torch.ones_like(tokens, dtype=torch.bool) if self.pad_id is None else tokens != self.pad_id
+        if self.pad_side == "left":
+            real = real.long().cummax(1).values.bool()
+        elif self.pad_side == "right":
+            real = real.flip(1).long().cummax(1).values.bool().flip(1)
         ids = torch.where(tokens == self.vocab_size, self.mask_id, tokens)
         order = real.long().argsort(dim=1, descending=True, stable=True)  # what is not padding first, in its order
         ids, counts = ids.gather(1, order), real.sum(1)
@@ -131,11 +138,17 @@ class HFDenoiser:
         return bool((padded - alone).abs().max() < (1e-3 if self.model.dtype == torch.float32 else 0.3))
 
 
-def _context(config: Any) -> int | None:
-    """How many tokens the model takes; RoBERTa's kind counts positions from behind the padding's."""
+def _context(model: torch.nn.Module) -> int | None:
+    """How many tokens the model takes; RoBERTa's kind (CamemBERT, MPNet, ESM) counts positions from behind the
+    padding's."""
+    config: Any = model.config
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "max_sequence_length", None)
-    offset = config.pad_token_id + 1 if "roberta" in str(config.model_type).lower() else 0
-    return None if most is None else int(most) - offset
+    behind = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return None if most is None else int(most) - max(behind, default=0)
 
 
 def _load(source: str, dtype: str, trust_remote_code: bool) -> Any:

@@ -42,8 +42,21 @@ class SetReference:
         return independent_log_prob(self.log_inclusion(observation), observation.choices, action)
 
     def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
-        """(N, A) bool: a set per row."""
-        return independent_sample(self.log_inclusion(observation), observation.choices, generator)
+        """(N, A) bool: a set per row. Of the positions to open again, in a rollout, the likeliest that a
+        ``remask_budget`` leaves."""
+        log_inclusion = self.log_inclusion(observation)
+        action = independent_sample(log_inclusion, observation.choices, generator)
+        if observation.reopenable is None:
+            return action
+        close, again = action.tensor_split(2, 1)
+        return torch.cat([close, within_budget(again, log_inclusion.tensor_split(2, 1)[1], observation)], 1)
+
+
+def within_budget(again: Tensor, score: Tensor, observation: Observation) -> Tensor:
+    """(N, L) bool: of the positions ``again`` (N, L) bool, to be opened again, those of the highest ``score`` (N, L)
+    that the rollout's ``remask_budget`` leaves; all where nothing says what it leaves."""
+    left = None if observation.memory is None else observation.memory.reopenings
+    return again if left is None else again & (ranked(score, again) < left.unsqueeze(1))
 
 
 def _among_choices(close: Tensor, observation: Observation) -> Tensor:
@@ -319,7 +332,8 @@ class SelfPlanning(SetReference):
         score = torch.where(observation.open, log_probs.max(-1).values, self.eta * held.clamp(min=-1e4))
         keep = torch.ceil(within.sum(1) * ((done + 1) / self.steps).clamp(max=1.0) - 1e-6).clamp(min=1)
         kept = ranked(score, within) < keep.unsqueeze(1)
-        action = torch.cat([observation.open & kept, observation.reopenable & ~kept], 1)
+        again = within_budget(observation.reopenable & ~kept, -score, observation)  # the least likely symbols first
+        action = torch.cat([observation.open & kept, again], 1)
         return torch.zeros(action.shape, device=action.device).masked_fill(~action, -torch.inf)
 
 

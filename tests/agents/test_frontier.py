@@ -114,7 +114,13 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     main([*common, "--actions", "set", "--frontier", "f.png", "--orders", "fixed_k margin"])
     assert (tmp_path / "f.png").exists()
     assert len(json.loads((tmp_path / "f.json").read_text())) == len(frontier.SWEEPS["fixed_k margin"])
+    main([*common, "--actions", "set", "--frontier", "t.png", "--orders", "fixed_k margin", "--temperature", "3"])
+    greedy, sampled = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ft")
+    assert all(b["solve_rate"] < a["solve_rate"] for a, b in zip(greedy[:1], sampled[:1], strict=True))
+    (tmp_path / "folder.png").mkdir()
     for options, message in (
+        (["--actions", "set", "--frontier", "folder.png"], "--frontier folder.png is a folder; name a file"),
+        (["--actions", "set", "--frontier", "g.png", "--json", "g.json"], "leave --json and --exact out"),
         (["--actions", "set", "--orders", "margin"], "unknown order 'margin'"),
         (["--actions", "set", "--orders", "threshold:theta=2"], "theta must be between 0 and 1, not 2.0"),
         (["--actions", "set", "--orders", "threshold:colour=red"], "takes theta, score; not colour"),

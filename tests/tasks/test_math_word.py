@@ -84,6 +84,9 @@ def test_prompts_are_given_and_the_answer_region_is_hidden(tokenizer):
     wrong = instances.answers.clone()
     wrong[:, task.prompt_length :] = torch.tensor(tokenizer.encode(" 12345")[:1] * 20)
     assert task.metrics(wrong, instances)["solved"].sum() == 0
+    begun = instances.answers.clone()
+    begun[:, -1] = task.mask_id
+    assert task.metrics(begun, instances)["solved"].sum() == 0, "what is not finished is not solved"
     for row in instances.tokens:
         padding = row[: task.prompt_length] == task.pad_id
         assert not padding[int(padding.sum()) :].any(), "padding is on the left alone"

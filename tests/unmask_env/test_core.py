@@ -413,6 +413,12 @@ def test_rules_that_are_not_allowed(options: dict, message: str) -> None:
         core.Rules(**options)
 
 
+@pytest.mark.parametrize("action", [torch.zeros(2, 1, dtype=torch.long), torch.zeros(2), torch.zeros(3).long()])
+def test_positions_of_the_wrong_shape_or_kind_are_refused(action: Tensor) -> None:
+    with pytest.raises(core.InvalidActionError, match="actions must be 2 integers, not"):
+        core.step(Line(), core.begin(INSTANCES, M), FAVOURITE, action, core.Rules())
+
+
 def test_sets_of_the_wrong_shape_are_refused() -> None:
     with pytest.raises(core.InvalidActionError, match=r"sets of shape \(2, 3\), not \(2, 6\)"):
         step_sets(core.begin(INSTANCES, M), [[0] * 6] * 2)

@@ -9,7 +9,7 @@ import torch
 
 import tasks
 from agents.evaluate import evaluate
-from tasks import Lines, UnmaskError
+from tasks import Lines, MathWord, UnmaskError
 from unmask_env import core, reference
 from unmask_env.denoiser import IncompatibleDenoiserError, load_denoiser
 from unmask_env.huggingface import HFDenoiser
@@ -117,6 +117,7 @@ def build(name, path):
         return str(path)
     made = {
         "bert": (transformers.BertConfig, transformers.BertForMaskedLM, {}),
+        "bert-long": (transformers.BertConfig, transformers.BertForMaskedLM, {"max_position_embeddings": 512}),
         "albert": (transformers.AlbertConfig, transformers.AlbertForMaskedLM, {"embedding_size": 8}),
         "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM, {}),
         "modernbert": (
@@ -126,7 +127,7 @@ def build(name, path):
         ),
     }
     config, model, more = made[name]
-    model(config(**SMALL, **more)).save_pretrained(path)
+    model(config(**{**SMALL, **more})).save_pretrained(path)
     return str(path)
 
 
@@ -163,6 +164,34 @@ def test_a_row_is_what_it_is_alone_whatever_is_beside_it(model, side):
     assert together.hidden.shape == (16, 12, 16)
     spread = together.log_probs[:, :, 5:].std()
     assert spread > 0.1, "the random model says something"
+
+
+def test_an_answer_may_hold_the_token_of_padding(tmp_path):
+    """Where it is the token of the end, too: what is behind it is no padding, and stays where it is."""
+    words = tokenizer()
+    words.pad_token = words.eos_token
+    task = MathWord("sample", words, answer_length=6)
+    denoiser = HFDenoiser(build("bert-long", tmp_path / "bert"), task)
+    instances = task.heldout()
+    tokens = instances.tokens.clone()
+    tokens[:, task.prompt_length + 2] = task.pad_id
+    found = denoiser(tokens).log_probs
+    for row, each in enumerate(tokens):
+        start = int((each != task.pad_id).long().argmax())
+        alone = torch.where(each[start:] == task.mask_id, denoiser.mask_id, each[start:]).unsqueeze(0)
+        expected = denoiser._forward(alone, None)[0][0, :, : task.vocab_size]
+        expected[:, denoiser.mask_id] = -torch.inf
+        torch.testing.assert_close(found[row, start:], expected.log_softmax(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Camembert", "MPNet", "Esm", "Roberta"])
+def test_the_context_of_models_that_count_positions_from_behind_the_paddings(kind, tmp_path):
+    config, model = getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}ForMaskedLM")
+    model(config(**SMALL, mask_token_id=3)).save_pretrained(tmp_path)
+    words = tokenizer()
+    with pytest.raises(IncompatibleDenoiserError, match=r"have 24 positions, the context of .* 2[23]"):
+        HFDenoiser(str(tmp_path), Lines(LINES, words, length=24))
+    HFDenoiser(str(tmp_path), Lines(LINES, words, length=22))
 
 
 def test_logits_of_the_next_position_are_shifted_back(tmp_path):
@@ -269,6 +298,9 @@ def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(UnmaskError, match=message):
             Lines(str(tmp_path / "bad.txt"), str(tmp_path / "no tokenizer"))  # told before that is looked for
+    (tmp_path / "bad.txt").write_text("a\n\n\nb\n\nc\nb\t\n")
+    with pytest.raises(UnmaskError, match="line 7 has nothing to hide"):
+        Lines(str(tmp_path / "bad.txt"), words)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UnmaskError, match=r"pip install 'unmask\[text\]'"):
         HFDenoiser(path, task)

@@ -168,6 +168,35 @@ def test_self_planning_opens_again_what_has_become_unlikely() -> None:
     assert never.tolist() == [[False, True, False, False, False, False, False, False]]
 
 
+@pytest.mark.parametrize("budget", [0, 1, 2])
+@pytest.mark.parametrize("order", [*REMASKING, parallel.SoftThreshold(0.5, 0.3, 0.5)], ids=repr)
+def test_references_open_no_more_again_than_a_budget_leaves(order, budget: int) -> None:
+    task = TableTask(random_joint(2, 5, seed=3))
+    instances = core.Instances(torch.full((50, 5), 2), torch.zeros(50, 5, dtype=torch.long))
+    played = core.rollout(
+        task,
+        TableDenoiser(task.joint, task),
+        order,
+        instances,
+        rules=Rules("set+remask", "raise", nfe_budget=20, remask_budget=budget),
+        order_generator=torch.Generator().manual_seed(0),
+    )
+    assert played.state.reopened.sum(1).max() <= budget
+
+
+def test_self_planning_spends_a_budget_on_the_least_likely_symbols() -> None:
+    p = torch.tensor([[0.4, 0.2, 0.3, 0.9]])  # positions 0 to 2 are closed with symbols of these probabilities
+    seen = Observation(
+        torch.tensor([[0, 0, 0, 2]]),
+        torch.tensor([[False, False, False, True]]),
+        Denoised(torch.stack([p, 1 - p], -1).log()),
+        torch.tensor([[True, True, True, False]]),
+        memory=Memory(torch.tensor([0]), torch.ones(1, 4), reopenings=torch.tensor([2])),
+    )
+    chosen = parallel.SelfPlanning(4).sample(seen, None)
+    assert chosen.tolist() == [[False, False, False, True, False, True, True, False]]
+
+
 def test_the_sampler_of_remdm_and_its_reference_have_one_law() -> None:
     """Expected number of visible positions after every forward, on a denoiser whose symbols do not matter."""
     task = TableTask(random_joint(2, 5, seed=3))
