@@ -71,8 +71,9 @@ class EvaluateCommand:
     remask_budget: int | None = None
     """positions that an episode may open again"""
     frontier: Path | None = None
-    """over sets: sweep the knob of every order (``heuristics`` stands for all references), and write the solve rate
-    against the number of forwards here (PNG), with the numbers beside it (JSON)"""
+    """over sets: sweep the knob of every order (``heuristics`` stands for all references, one of which is for example
+    "fixed_k margin"), and write the solve rate against the number of forwards here (PNG), with the numbers beside it
+    (JSON)"""
     block_length: int | None = None
     """fill block by block, each of this many positions, behind the prompt (semi-autoregressive)"""
     temperature: float = 0.0
