@@ -293,7 +293,7 @@ def step(
     open, reopenable = choices(task, state, rules)
     reopen = torch.zeros_like(open)
     if rules.actions == "single":
-        if action.shape != (n,) or action.dtype in (torch.bool, torch.float16, torch.float32, torch.float64):
+        if action.shape != (n,) or action.dtype == torch.bool or action.is_floating_point():
             raise InvalidActionError(f"actions must be {n} integers, not {action.dtype} of shape {tuple(action.shape)}")
         in_range = (action >= 0) & (action < length)
         close = torch.zeros_like(open).scatter(1, action.clamp(0, length - 1).unsqueeze(1), True)
