@@ -112,8 +112,7 @@ def sweep(
         for method, settings in found.items():
             bar.update(work, description=method)
             for knob, order in settings:
-                played = evaluate(task, denoiser, {method: order}, instances, seed, batch, False, rules, temperature)
-                result = played[0]
+                [result] = evaluate(task, denoiser, {method: order}, instances, seed, batch, False, rules, temperature)
                 points.append(Point(method, knob, isinstance(order, OrderPolicy), result))
                 bar.advance(work)
     return points

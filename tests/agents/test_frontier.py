@@ -116,7 +116,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     assert len(json.loads((tmp_path / "f.json").read_text())) == len(frontier.SWEEPS["fixed_k margin"])
     main([*common, "--actions", "set", "--frontier", "t.png", "--orders", "fixed_k margin", "--temperature", "3"])
     greedy, sampled = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ft")
-    assert all(b["solve_rate"] < a["solve_rate"] for a, b in zip(greedy[:1], sampled[:1], strict=True))
+    assert sampled[0]["solve_rate"] < greedy[0]["solve_rate"]
     (tmp_path / "folder.png").mkdir()
     for options, message in (
         (["--actions", "set", "--frontier", "folder.png"], "--frontier folder.png is a folder; name a file"),
