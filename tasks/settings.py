@@ -1,0 +1,104 @@
+"""Settings that check themselves: a dataclass says beside each field what is allowed, and :func:`validate` holds it to
+that before any work starts.
+
+    @dataclass(frozen=True)
+    class Config:
+        steps: AtLeast1 = 4000
+        lr: NotNegative = 2e-3
+        schedule: Literal["cosine", "constant"] = "cosine"
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tasks.errors import UnmaskError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be: from ``least`` to ``most``, and strictly ``above`` and ``below``."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        if -math.inf < self.least and self.most < math.inf:
+            return f"between {self.least:g} and {self.most:g}"
+        parts = []
+        for word, bound in (
+            ("at least", self.least),
+            ("above", self.above),
+            ("below", self.below),
+            ("at most", self.most),
+        ):
+            if math.isfinite(bound):
+                parts.append(f"{word} {'2**63' if bound == 2**63 else format(bound, 'g')}")
+        return " and ".join(parts)
+
+
+AtLeast1 = Annotated[int, Range(least=1)]
+AtLeast2 = Annotated[int, Range(least=2)]
+AtLeast0 = Annotated[int, Range(least=0)]
+Seed = Annotated[int, Range(least=0, below=2**63)]
+NotNegative = Annotated[float, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+InnerShare = Annotated[float, Range(above=0, below=1)]
+ShareBelow1 = Annotated[float, Range(least=0, below=1)]
+ShareAbove0 = Annotated[float, Range(above=0, most=1)]
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def validate(settings: Any) -> None:
+    """Hold every field of a dataclass, and of those inside it, to its annotation: numbers to their kind and
+    :class:`Range`, and to being finite; names to their ``Literal``.
+
+    Raises:
+        UnmaskError: in one line, for example ``steps must be a whole number of at least 1, not 0``.
+    """
+    hints = _hints(type(settings))
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        check(field.name, value, hints[field.name])
+        if is_dataclass(value) and not isinstance(value, type):
+            validate(value)
+
+
+def check(name: str, value: Any, kind: Any) -> None:
+    """Hold one value to the annotation ``kind``. Raises :class:`tasks.UnmaskError` as :func:`validate`."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and NoneType in options:
+        return
+    options = [option for option in options if option is not NoneType]
+    literals = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    if literals:
+        if value not in literals:
+            raise UnmaskError(f"{name} must be {' or '.join(map(str, literals))}, not {value!r}")
+        return
+    option = options[0]
+    base, *extras = get_args(option) if get_origin(option) is Annotated else (option,)
+    if base is bool and not isinstance(value, bool):
+        raise UnmaskError(f"{name} must be true or false, not {value!r}")
+    if base not in (int, float):
+        return
+    bounds = next((extra for extra in extras if isinstance(extra, Range)), Range())
+    number = isinstance(value, int if base is int else int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and bounds.holds(value)):
+        what = "a whole number" if base is int else "a number"
+        said = str(bounds)
+        joint = " of " if said.startswith("at least") and base is int else " "
+        raise UnmaskError(f"{name} must be {what}{joint if said else ''}{said}, not {value!r}")
