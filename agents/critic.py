@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from agents.policy import TOP, features, recalled
+from agents.policy import FEATURES, features, remask_count
 from pretrain.backbone import Block, CoordinateEmbedding, init_weights
 from tasks import Task
-from unmask_env.core import Observation
+from unmask_env.state import SHOWN, WHOLE, Observation
 
 
 class Critic(nn.Module):
     """V(s): a transformer over the board and the denoiser's numbers, averaged over positions. It starts at 0.
+
+    Above 128 symbols it sees where the masks are and the ranks of the shown symbols, not their names.
 
     Args:
         vocab_size: V. coordinates: (L, C) as nested lists. dim, layers, heads: size.
@@ -24,26 +26,29 @@ class Critic(nn.Module):
         self, vocab_size: int, coordinates: Sequence[Sequence[int]], dim: int = 32, layers: int = 2, heads: int = 4
     ) -> None:
         super().__init__()
-        self.top = min(TOP, vocab_size)
-        self.symbols = nn.Embedding(vocab_size + 1, dim)
-        self.likely = nn.Embedding(vocab_size, dim)
+        self.vocab_size, self.by_rank = vocab_size, vocab_size > WHOLE
+        self.num_features = min(FEATURES, vocab_size)
+        self.symbols = nn.Embedding(2 if self.by_rank else vocab_size + 1, dim)
+        self.likely = nn.Embedding(SHOWN if self.by_rank else vocab_size, dim)
         self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
-        self.numbers = nn.Linear(2 * self.top + 4, dim)
+        self.feature_head = nn.Linear(2 * self.num_features + 4, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.value = nn.Linear(dim, 1)
-        self.recall = nn.Parameter(torch.zeros(dim))  # marks, as often, what was opened again
+        self.remask_count_embedding = nn.Parameter(torch.zeros(dim))  # marks, as often, what was masked again
         init_weights(self, layers)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
-    def forward(self, observation: Observation) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """(N,) values."""
-        likely = observation.denoised.log_probs.exp() @ self.likely.weight  # (N, L, D)
-        x = self.symbols(observation.tokens) + self.positions() + likely * observation.open.unsqueeze(-1)
-        x = x + self.numbers(features(observation, self.top))
-        if observation.reopened is not None:
-            x = x + self.recall * recalled(observation).unsqueeze(-1)
+        log_probs = seen.top_log_probs if self.by_rank else seen.denoised.log_probs
+        likely = log_probs.exp() @ self.likely.weight  # (N, L, D)
+        tokens = seen.masked.long() if self.by_rank else seen.tokens
+        x = self.symbols(tokens) + self.positions() + likely * seen.fillable.unsqueeze(-1)
+        x = x + self.feature_head(features(seen, self.num_features))
+        if seen.remask_count is not None:
+            x = x + self.remask_count_embedding * remask_count(seen).unsqueeze(-1)
         for block in self.blocks:
             x = block(x)
         return self.value(self.norm(x).mean(1)).squeeze(1)

@@ -1,7 +1,7 @@
 """The demonstration: train an order policy on 6x6 Sudoku and compare it with every heuristic, in minutes on a CPU.
 
 Three stages in one folder, each of which a second call resumes or skips: imitation of the oracle, UPO from there, and
-the table, the learning curve and the replay. The policy closes several cells per forward, and the table is the frontier
+the table, the learning curve and the replay. The policy fills several cells per forward, and the table is the frontier
 of solve rate against forwards; ``--actions single`` is the regime of one cell per forward.
 """
 
@@ -19,17 +19,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agents import evaluate, frontier, imitation, upo
 from agents.imitation import ImitationConfig
 from agents.policy import OrderPolicy
+from agents.remask_policy import RemaskPolicy
+from agents.show import boards_of
 from agents.upo import UPOConfig
 from pretrain.checkpoint import write_atomically, write_json
-from pretrain.run import require_seed, resolve_device
-from tasks import Instances, Task
-from unmask_env import core, registration, render
-from unmask_env.core import Order, Rules, SetOrder
-from unmask_env.denoiser import Denoiser
+from pretrain.run import resolve_device
+from tasks import Instances
+from tasks.settings import AtLeast1, Seed, validate
+from unmask_env import make_process, render
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy, customary, reference
+from unmask_env.state import Rules
 
-HEURISTICS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "top_k")
 SET_HEURISTICS = ("fixed_k margin", "threshold", "factor", "schedule linear")  # those on the frontier, or near it
-
 
 # UPO over sets: rewards count forwards, and nothing holds the policy to a reference that is far behind it.
 SETS: dict[str, Any] = {"rules": Rules("set", speed=1.0), "lr": 1e-4, "beta": 0.0}
@@ -44,20 +46,20 @@ class DemoConfig:
     denoiser: str = "sudoku6-tiny"
     actions: Literal["set", "single"] = "set"
     """several cells per forward, or one"""
-    limit: int = 1000
+    limit: AtLeast1 = 1000
     """held-out puzzles in the table"""
-    puzzles: int = 3000
+    puzzles: AtLeast1 = 3000
     """training puzzles played to collect states"""
-    steps: int = 800
+    steps: AtLeast1 = 800
     """of imitation"""
-    iterations: int = 20
+    iterations: AtLeast1 = 20
     """of UPO"""
-    seed: int = 0
+    seed: Seed = 0
     device: str = "cpu"
-    threads: int | None = None
+    threads: AtLeast1 | None = None
 
 
-def train_stages(config: DemoConfig) -> OrderPolicy:
+def train_stages(config: DemoConfig) -> OrderPolicy | RemaskPolicy:
     """Imitation of the oracle, then UPO from it; both resumed if begun before."""
     out = Path(config.out)
     rules = Rules(config.actions)
@@ -68,7 +70,7 @@ def train_stages(config: DemoConfig) -> OrderPolicy:
         puzzles=config.puzzles,
         steps=config.steps,
         rules=rules,
-        resume=(out / "imitation" / "state.safetensors").exists(),
+        resume="auto",
         **shared,
         **machine,
     )
@@ -78,7 +80,7 @@ def train_stages(config: DemoConfig) -> OrderPolicy:
         init=str(out / "imitation"),
         iterations=config.iterations,
         **({} if config.actions == "single" else SETS),
-        resume=(out / "state.safetensors").exists(),
+        resume="auto",
         **shared,
         **machine,
     )
@@ -89,23 +91,24 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     """Train, then leave ``table.json``, ``curve.png``, ``replay.gif``, and of sets ``frontier.png``, beside the policy
     in ``config.out``."""
     out, console = Path(config.out), Console()
-    require_seed(config.seed)
+    validate(config)
     device = resolve_device(config.device, config.threads)
-    task, denoiser = registration.resolve(config.env, config.denoiser, device)
+    process = make_process(config.env, config.denoiser, device=device, actions=config.actions)
+    task = process.task
     instances = task.heldout(config.limit)
     policy = train_stages(config)
     title = f"{task.name}, denoiser {config.denoiser}, {len(instances)} held-out puzzles"
-    orders: dict[str, Order | SetOrder]
+    policies: dict[str, Policy]
     if config.actions == "single":
-        orders = {name: evaluate.load_order(name, task) for name in HEURISTICS}
-        orders["learned (UPO)"] = policy
-        results = evaluate.evaluate(task, denoiser, orders, instances, config.seed, progress=True)
+        policies = {name: reference(name) for name in customary("single")}
+        policies["learned (UPO)"] = policy
+        results = evaluate.compare(process, policies, instances, config.seed, progress=True)
         console.print(evaluate.table(results, title))
     else:
-        results, orders = frontier_of(config, task, denoiser, policy, instances, title)
+        results, policies = frontier_of(config, process, instances, title)
     write_json(out / "table.json", [result.row() for result in results])
     curve(out)
-    picture(task, denoiser, orders, results, instances, Rules(config.actions), out / "replay.gif")
+    picture(process, policies, results, instances, out / "replay.gif")
     console.print(
         f"in {out}: table.json, {'' if config.actions == 'single' else 'frontier.png, frontier.json, '}curve.png, "
         "replay.gif, tb/ (TensorBoard), config.json + model.safetensors (policy)"
@@ -114,24 +117,23 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
 
 
 def frontier_of(
-    config: DemoConfig, task: Task, denoiser: Denoiser, policy: OrderPolicy, instances: Instances, title: str
-) -> tuple[list[evaluate.Result], dict[str, Order | SetOrder]]:
-    """Sweep all knobs, print the frontier and draw it; the rows of the table, and their orders, are random sets, the
-    best heuristic of at most as many forwards as the policy's best needs and one more, and that policy."""
-    out, rules = Path(config.out), Rules("set")
-    found = frontier.methods(SET_HEURISTICS, task, denoiser, rules)
-    found["learned (UPO)"] = frontier.methods([str(out)], task, denoiser, rules)[str(out)]
-    points = frontier.sweep(task, denoiser, found, instances, rules, config.seed, progress=True)
+    config: DemoConfig, process: Unmasking, instances: Instances, title: str
+) -> tuple[list[evaluate.Result], dict[str, Policy]]:
+    """Sweep all settings, print the frontier and draw it. The rows of the table, and their policies, are the best
+    heuristic of at most as many forwards as the policy's best needs and one more, and that policy."""
+    out = Path(config.out)
+    chosen = frontier.methods(SET_HEURISTICS, process)
+    chosen["learned (UPO)"] = frontier.methods([str(out)], process)[str(out)]
+    points = frontier.sweep(process, chosen, instances, config.seed, progress=True)
     Console().print(frontier.table(points, title))
     frontier.write(points, title, out / "frontier.png")
     learned = frontier.best_of(points, True)[-1]
     rivals = [p for p in frontier.best_of(points, False) if p.result.nfe <= learned.result.nfe + 1]
     shown = [rivals[-1] if rivals else frontier.best_of(points, False)[0], learned]
-    orders: dict[str, Order | SetOrder] = {}
+    policies = {}
     for point in shown:
-        settings = [order for knob, order in found[point.method] if knob == point.knob]
-        orders[point.method] = settings[0]
-    return [point.result for point in shown], orders
+        policies[point.method] = next(p for setting, p in chosen[point.method] if setting == point.setting)
+    return [point.result for point in shown], policies
 
 
 def curve(out: Path) -> None:
@@ -149,7 +151,7 @@ def curve(out: Path) -> None:
     left, right = figure.subplots(1, 2)
     left.plot(*scalars(out / "imitation", "loss"))
     left.set(title="imitation of the oracle", xlabel="step", ylabel="loss (nats)")
-    for tag, label in (("reward/fresh", "fresh puzzles"), ("reward/mined", "puzzles that went wrong before")):
+    for tag, label in (("reward/fresh", "fresh puzzles"), ("reward/replayed", "puzzles that failed before")):
         right.plot(*scalars(out, tag), label=label)
     right.set(title="UPO", xlabel="iteration", ylabel="solved while sampling", ylim=(0, 1.02))
     right.xaxis.get_major_locator().set_params(integer=True)
@@ -158,12 +160,10 @@ def curve(out: Path) -> None:
 
 
 def picture(
-    task: Task,
-    denoiser: Denoiser,
-    orders: dict[str, Order | SetOrder],
+    process: Unmasking,
+    policies: dict[str, Policy],
     results: list[evaluate.Result],
     instances: Instances,
-    rules: Rules,
     path: Path,
 ) -> None:
     """A replay of one puzzle by random (of single positions), the best heuristic and the learned order: where it can be
@@ -171,12 +171,10 @@ def picture(
     best = max(results[:-1], key=lambda result: float(result.solved.mean()))
     telling = ((results[-1].solved == 1) & (best.solved == 0)).nonzero().flatten()
     index = int(telling[0]) if len(telling) else 0
-    one = instances[index : index + 1].to(denoiser.device)
+    task, one = process.task, instances[index : index + 1].to(process.device)
     trajectories = {}
-    for name in (*(["random"] if "random" in orders else []), best.order, results[-1].order):
-        generator = torch.Generator(denoiser.device).manual_seed(0) if name == "random" else None
-        played = core.rollout(task, denoiser, orders[name], one, rules=rules, order_generator=generator, record=True)
-        boards = [step.observation.tokens[0].cpu() for step in played.steps] + [played.state.tokens[0].cpu()]
-        trajectories[name] = boards
+    for name in (*(["random"] if "random" in policies else []), best.order, results[-1].order):
+        generator = torch.Generator(process.device).manual_seed(0) if name == "random" else None
+        trajectories[name] = boards_of(process.rollout(policies[name], one, generator, record=True))
     clue = (one.tokens[0] != task.mask_id).cpu()
     render.replay(task, clue, one.answers[0].cpu(), trajectories, path)

@@ -1,26 +1,43 @@
-"""Evaluation: orders side by side on the same instances and denoiser, with intervals."""
+"""Evaluation: policies side by side on the same instances and denoiser, with intervals."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
-from pretrain.checkpoint import packaged
-from pretrain.run import require_at_least
-from tasks import Instances, Task, UnknownNameError, read_options
-from unmask_env import exact, parallel, reference
-from unmask_env.core import SINGLE, Actions, Order, Rules, SetOrder, rollout
-from unmask_env.denoiser import Denoiser
+import tasks
+from agents.policy import PACKAGED_POLICIES, load_policy
+from pretrain.checkpoint import packaged, write_json
+from pretrain.run import resolve_device
+from tasks import Instances, Task, UnknownNameError, UnmaskError
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, check, validate
+from unmask_env import exact
+from unmask_env.denoiser import Denoiser, load_denoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import (
+    REFERENCES,
+    Learned,
+    LearnedGreedy,
+    Policy,
+    Reference,
+    customary,
+    reference,
+    require_full_support,
+    require_learned,
+)
+from unmask_env.state import SINGLE, Actions, Rules
 
 Z95 = 1.959963984540054
 ROOMY = 3  # metrics of a table that all have their intervals
@@ -116,137 +133,140 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}" if share < 0.9995 else "100"
 
 
-def load_order(
-    name: str, task: Task, denoiser: Denoiser | None = None, actions: Actions = "single"
-) -> Order | SetOrder:
-    """A reference policy by name, or a learned policy by packaged name, folder or hub id. Over sets, a reference may
-    carry options: ``threshold:theta=0.8``.
+# ---------------------------------------------------------------------- policies by name, and how they play
+def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Policy:
+    """A reference policy by name, which may carry options (``threshold:theta=0.8``), or a learned one by packaged name,
+    folder or hub id.
 
     Raises:
         UnknownNameError, CheckpointError: in one line. UnmaskError: ``learned`` of a denoiser that learned no order, an
             option that the reference does not take.
     """
-    if actions != "single":
-        base, colon, details = name.partition(":")
-        if base in parallel.SET_REFERENCES:
-            factory = parallel.SET_REFERENCES[base]
-            return factory(**read_options(f"order {name!r}", details if colon else None, factory))
-        try:
-            return load_policy(name, task, denoiser, actions)
-        except UnknownNameError:
-            raise UnknownNameError("order", name, [*parallel.SET_REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
-    if name in reference.REFERENCES:
-        if name.startswith("learned") and denoiser is not None:
-            reference.require_learned(denoiser, task)
-        return reference.get(name)
+    if name.partition(":")[0] in REFERENCES:
+        g = reference(name)
+        if denoiser is not None and isinstance(g, Learned | LearnedGreedy):
+            require_learned(Unmasking(task, denoiser))
+        return g
     try:
-        return load_policy(name, task, denoiser)
+        policy = load_policy(name, task, denoiser)
     except UnknownNameError:
-        raise UnknownNameError("order", name, [*reference.REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
+        raise UnknownNameError("order", name, [*REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
+    return policy if denoiser is None else policy.to(denoiser.device)
 
 
-def evaluate(
-    task: Task,
-    denoiser: Denoiser,
-    orders: dict[str, Order | SetOrder],
+def require_suited(name: str, policy: Policy, actions: Actions | None) -> None:
+    """Raises :class:`tasks.UnmaskError` where ``actions`` are named and do not allow what ``policy`` does. A learned
+    policy that masks again can do without."""
+    masks_again = isinstance(policy, Reference) and policy.actions == "set+remask"
+    if (actions == "single" and policy.actions != "single") or (actions == "set" and masks_again):
+        raise UnmaskError(f"{name} is for actions {policy.actions!r}; leave --actions out, or name them")
+
+
+def played_by(process: Unmasking, policy: Policy) -> Unmasking:
+    """``process`` under the rules that ``policy`` is made for, where its own are those of single positions."""
+    if process.rules.actions != "single" or policy.actions == "single":
+        return process
+    return replace(process, rules=replace(process.rules, actions=policy.actions))
+
+
+def compare(
+    process: Unmasking,
+    policies: dict[str, Policy],
     instances: Instances,
     seed: int = 0,
     batch: int = 500,
     progress: bool = False,
-    rules: Rules = SINGLE,
-    temperature: float = 0.0,
 ) -> list[Result]:
-    """Play every instance once with every order.
+    """Play every instance once with every policy, each under the rules that it is made for.
 
-    Reference policies are sampled (a deterministic one only where positions tie), learned ones take their most likely
-    position.
+    Reference policies are sampled (a deterministic one only where positions tie), learned ones take their mode.
 
     Args:
-        orders: by the name of their row. seed: of the stochastic orders, and of filling by samples.
-        batch: instances per forward. The rows of deterministic orders do not depend on it; what a stochastic order
+        policies: by the name of their row. seed: of the stochastic policies, and of filling by samples.
+        batch: instances per forward. The rows of deterministic policies do not depend on it; what a stochastic one
             draws for an instance does, as it does on the seed.
-        rules: of play, for example blocks.
-        temperature: of the filling; 0 is greedy.
     """
-    require_at_least(1, batch=batch)
-    require_at_least(0, temperature=temperature)
-    by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
-    device = getattr(denoiser, "device", torch.device("cpu"))
+    check("batch", batch, AtLeast1)
     results = []
     with Progress(transient=True, disable=not progress) as bar:
-        work = bar.add_task("evaluate", total=len(orders) * len(instances))
-        for name, order in orders.items():
+        work = bar.add_task("evaluate", total=len(policies) * len(instances))
+        for name, policy in policies.items():
             bar.update(work, description=name)
-            started = time.perf_counter()
-            sampled = isinstance(order, reference.Reference | parallel.SetReference)
-            generator = torch.Generator(device).manual_seed(seed) if sampled else None
-            filling = torch.Generator(device).manual_seed(seed + 1) if temperature > 0 else None
-            measured: dict[str, list[Tensor]] = {}
-            forwards: list[Tensor] = []
-            for rows in by_length.split(batch):
-                part = instances[rows].to(device)
-                played = rollout(
-                    task,
-                    denoiser,
-                    order,
-                    part,
-                    rules=rules,
-                    order_generator=generator,
-                    temperature=temperature,
-                    fill_generator=filling,
-                )
-                for metric, values in task.metrics(played.state.tokens, part).items():
-                    measured.setdefault(metric, []).append(values.cpu())
-                forwards.append(played.nfe.float().cpu())
-                bar.advance(work, len(rows))
-            back = by_length.argsort()
-            metrics = {metric: torch.cat(values)[back] for metric, values in measured.items()}
-            results.append(Result(name, metrics, torch.cat(forwards)[back], time.perf_counter() - started))
+            advance = partial(bar.advance, work)
+            results.append(_play(played_by(process, policy), name, policy, instances, seed, batch, advance))
     return results
+
+
+def _play(
+    process: Unmasking,
+    name: str,
+    policy: Policy,
+    instances: Instances,
+    seed: int,
+    batch: int,
+    advance: Callable[[int], None],
+) -> Result:
+    started = time.perf_counter()
+    task, device = process.task, process.device
+    by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
+    generator = torch.Generator(device).manual_seed(seed) if policy.sampled else None
+    filling = torch.Generator(device).manual_seed(seed + 1) if process.temperature > 0 else None
+    metrics: dict[str, list[Tensor]] = {}
+    forwards: list[Tensor] = []
+    for rows in by_length.split(batch):
+        part = instances[rows].to(device)
+        played = process.rollout(policy, part, generator, filling)
+        for metric, values in task.metrics(played.tokens, part).items():
+            metrics.setdefault(metric, []).append(values.cpu())
+        forwards.append(played.nfe.float().cpu())
+        advance(len(rows))
+    back = by_length.argsort()  # in the order of the instances again
+    ordered = {metric: torch.cat(values)[back] for metric, values in metrics.items()}
+    return Result(name, ordered, torch.cat(forwards)[back], time.perf_counter() - started)
 
 
 def add_exact(
     results: Sequence[Result],
-    task: Task,
-    denoiser: Denoiser,
-    orders: dict[str, Order],
+    process: Unmasking,
+    policies: dict[str, Policy],
     instances: Instances,
-    reference_policy: reference.Reference,
+    reference_policy: Reference,
     batch: int = 8,
     progress: bool = False,
 ) -> list[Result]:
     """The results with their exact expectations under greedy filling; the oracle, which sees the answers, has none.
 
     Args:
-        orders: those of ``results``. batch: starts whose boards are listed together.
+        policies: those of ``results``. batch: starts whose boards are listed together.
 
     Raises:
-        TooLargeError: an instance of more than 16 holes, or too many boards.
+        TooLargeError: an instance of more than 16 masks, or too many boards.
     """
-    exact.check_holes(task, instances)
-    known = {name: order for name, order in orders.items() if not hasattr(order, "with_answers")}
+    exact.check_holes(process.task, instances)
+    known = {name: policy for name, policy in policies.items() if not policy.sees_answers}
     parts: dict[str, list[Exact]] = {name: [] for name in known}
-    hidden = any(isinstance(order, OrderPolicy) and order.hidden is not None for order in known.values())
+    hidden = any(policy.reads_hidden for policy in known.values())
     starts, start_of = instances.tokens.unique(dim=0, return_inverse=True)
     # Instances of the same board share its expectations, so they are listed together.
     batches = [(start_of // batch == number).nonzero().squeeze(1) for number in range(-(-len(starts) // batch))]
     with Progress(transient=True, disable=not progress) as bar, torch.no_grad():
         work = bar.add_task("exact", total=len(instances))
         for rows in batches:
-            graph = exact.enumerate_boards(task, denoiser, instances[rows], max_states=3_000_000, hidden=hidden)
+            graph = exact.enumerate_boards(process, instances[rows], max_states=3_000_000, hidden=hidden)
             best, log_reference = exact.best_reward(graph), exact.tabulate(graph, reference_policy)
-            for name, order in known.items():
-                values = exact.evaluate(graph, order, log_reference)
+            for name, policy in known.items():
+                values = exact.evaluate(graph, policy, log_reference)
                 # A divergence of 0 may come out a rounding error below it.
                 kls = (values.trajectory_kl.clamp(min=0), values.terminal_kl.clamp(min=0))
                 columns = (values.reward, best.maximum(values.reward), *kls)
                 parts[name].append(Exact(*(column[graph.start_of].cpu() for column in columns)))
             bar.advance(work, len(rows))
     back = torch.cat(batches).argsort().cpu()
-    joined = {name: Exact(*(torch.cat(c)[back] for c in zip(*found, strict=True))) for name, found in parts.items()}
+    joined = {name: Exact(*(torch.cat(c)[back] for c in zip(*some, strict=True))) for name, some in parts.items()}
     return [replace(result, exact=joined.get(result.order)) for result in results]
 
 
+# ---------------------------------------------------------------------- tables
 def exact_table(results: Sequence[Result], reference_name: str) -> Table:
     """A rich table of the exact columns."""
     view = Table(
@@ -268,7 +288,7 @@ def table(results: Sequence[Result], title: str) -> Table:
     """A rich table, 80 columns wide: each metric in per cent with its 95 % interval, and NFE. Of many metrics the first
     alone has its interval, so that the orders' names have room."""
     names = {"solved": "solve rate", "cell_accuracy": "cell accuracy", "valid": "rules valid"}
-    marked = any(result.order == "oracle" for result in results)
+    marked = any(result.order in ("oracle", "oracle_sets") for result in results)
     note = "; * sees the answers" if marked else ""
     view = Table(
         title=title,
@@ -286,5 +306,117 @@ def table(results: Sequence[Result], title: str) -> Table:
             low, high = interval(values)
             roomy = not cells or len(result.metrics) <= ROOMY
             cells.append(_percent(float(values.mean())) + f" ({_percent(low)}-{_percent(high)})" * roomy)
-        view.add_row(result.order + "*" * (result.order == "oracle"), *cells, f"{result.nfe:.1f}")
+        view.add_row(result.order + "*" * (result.order in ("oracle", "oracle_sets")), *cells, f"{result.nfe:.1f}")
     return view
+
+
+# ---------------------------------------------------------------------- the command
+@dataclass(frozen=True)
+class PlayCommand:
+    """Which orders play which instances of a task with which denoiser, under which rules."""
+
+    task: str
+    """for example sudoku6"""
+    denoiser: str
+    """packaged name, folder or hub id"""
+    orders: tuple[str, ...] | None = None
+    """reference policies, with options as in threshold:theta=0.8, and order policies by packaged name, folder or hub
+    id; each plays the kind of action that it is made for. Default: all customary references of ``actions``"""
+    puzzles: Path | None = None
+    """your own CSV with header Puzzle,Solution: a digit string per board, 0 or . for a blank; Solution may be absent"""
+    limit: AtLeast1 | None = None
+    """evaluate at most LIMIT held-out instances: the first ones of a fixed list or file, or as many spread over a
+    text"""
+    difficulty: Literal["all", "easy", "hard"] = "all"
+    """packaged Sudoku puzzles that naked and hidden singles alone solve (easy), or those that need more (hard)"""
+    blanks: AtLeast0 | None = None
+    """reveal clues at random until this many blanks are left"""
+    actions: Actions | None = None
+    """one position per forward, a set of them, or also positions to mask again; default: by order"""
+    nfe_budget: AtLeast1 | None = None
+    """cut episodes off after this many forwards"""
+    remask_budget: AtLeast0 | None = None
+    """positions that an episode may mask again"""
+    block_length: AtLeast1 | None = None
+    """fill block by block, each of this many positions, behind the prompt (semi-autoregressive)"""
+    temperature: NotNegative = 0.0
+    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
+    seed: Seed = 0
+    """of the stochastic orders"""
+    batch: AtLeast1 = 500
+    device: str = "cpu"
+
+    def rules(self, default: Actions) -> Rules:
+        """``default``: the actions, where neither they nor a budget for masking again are given."""
+        actions = self.actions or (default if self.remask_budget is None else "set+remask")
+        return Rules(
+            actions, nfe_budget=self.nfe_budget, block_length=self.block_length, remask_budget=self.remask_budget
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateCommand(PlayCommand):
+    """Compare orders on the same held-out instances and denoiser: one table, with 95 % confidence intervals."""
+
+    json: Path | None = None
+    """write the rows here"""
+    exact: bool = False
+    """on boards of at most 16 blanks: also the exact expected reward of each order, the best that any order could reach
+    with this denoiser, and the exact divergences from ``reference``"""
+    reference: str = "softmax_confidence"
+    """what ``exact`` measures divergences from"""
+
+
+def require_file(path: Path | None, option: str) -> None:
+    """Raises :class:`tasks.UnmaskError` for a folder where a file is to be written."""
+    if path is not None and path.is_dir():
+        raise UnmaskError(f"{option} {path} is a folder; name a file")
+
+
+def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instances, str]:
+    """The process, the instances and the title of the table. Raises :class:`tasks.UnmaskError`."""
+    validate(command)
+    device = resolve_device(command.device)
+    if command.blanks is not None and command.puzzles is not None:
+        raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
+    task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
+    instances = task.select(command.limit, command.puzzles, command.difficulty)
+    denoiser = load_denoiser(command.denoiser, task, device)
+    title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
+    return Unmasking(task, denoiser, command.rules(default), command.temperature), instances, title
+
+
+def run(command: EvaluateCommand) -> None:
+    """``unmask evaluate``."""
+    require_file(command.json, "--json")
+    process, instances, title = prepare(command, "single")
+    names = customary(process.rules.actions) if command.orders is None else command.orders
+    if not names:
+        raise UnmaskError("--orders needs at least one order")
+    policies = {name: load_order(name, process.task, process.denoiser) for name in names}
+    for name, policy in policies.items():
+        require_suited(name, policy, command.actions)
+    if command.exact:
+        _check_exact(command, process, policies, instances)
+    results = compare(process, policies, instances, command.seed, command.batch, progress=True)
+    Console().print(table(results, title))
+    if command.json is not None:
+        write_json(command.json, [result.row() for result in results])
+    if command.exact:
+        results = add_exact(results, process, policies, instances, reference(command.reference), progress=True)
+        Console().print(exact_table(results, command.reference))
+        if command.json is not None:
+            write_json(command.json, [result.row() for result in results])
+
+
+def _check_exact(
+    command: EvaluateCommand, process: Unmasking, policies: dict[str, Policy], instances: Instances
+) -> None:
+    single = all(policy.actions == "single" for policy in policies.values())
+    if not single or process.rules != SINGLE or command.temperature > 0:
+        raise UnmaskError("--exact is for greedy filling, one position at a time, without blocks or budgets")
+    exact.check_holes(process.task, instances)
+    g = reference(command.reference)
+    require_full_support(g)
+    if isinstance(g, Learned):
+        require_learned(process)

@@ -1,6 +1,6 @@
-"""Quality against the number of forwards: every method's knob swept over the same instances.
+"""Quality against the number of forwards: every method's setting swept over the same instances.
 
-A method is a reference over sets, whose options are its knob, or a policy over sets, whose threshold is. Play is
+A method is a reference over sets, whose options are its setting, or a policy over sets, whose threshold is. Play is
 greedy but for the stochastic references.
 """
 
@@ -15,105 +15,77 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from rich import box
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from agents.evaluate import Result, evaluate, interval, paired_difference
-from agents.policy import OrderPolicy, load_policy
+from agents.evaluate import PlayCommand, Result, compare, interval, paired_difference, prepare, require_file
+from agents.policy import load_policy
 from pretrain.checkpoint import write_atomically, write_json
-from tasks import Instances, Task, UnknownNameError, UnmaskError
-from unmask_env import parallel
-from unmask_env.core import Rules, SetOrder
-from unmask_env.denoiser import Denoiser
+from tasks import Instances, UnknownNameError, UnmaskError
+from tasks.settings import AtLeast1
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy, Reference, sweeps
 
-SHARES = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999)
-STEPS = (3, 4, 5, 6, 8, 12)
-SWEEPS: dict[str, list[dict[str, Any]]] = {  # options, in the order of a curve
-    **{f"fixed_k {score}": [{"k": k, "score": score} for k in (1, 2, 3, 4, 5, 6, 8)] for score in parallel.SCORES},
-    "threshold": [{"theta": theta} for theta in SHARES],
-    "threshold margin": [{"theta": theta, "score": "margin"} for theta in SHARES],
-    "factor": [{"factor": factor} for factor in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)],
-    "entropy_bounded": [{"gamma": gamma} for gamma in (0.0, 1e-4, 1e-3, 0.01, 0.1, 0.4, 1.5)],
-    "kl_stability": [
-        {"theta": theta, "epsilon": epsilon} for epsilon in (0.01, 0.1) for theta in (0.6, 0.8, 0.9, 0.95)
-    ],
-    "schedule cosine": [{"steps": steps} for steps in STEPS],
-    "schedule linear": [{"steps": steps, "shape": "linear"} for steps in STEPS],
-}
-REMASKING_SWEEPS: dict[str, list[dict[str, Any]]] = {
-    "self_planning": [{"steps": steps, "eta": eta} for eta in (0.5, 1.0, 2.0) for steps in STEPS],
-    **{
-        f"remdm {strategy}": [{"steps": steps, "strategy": strategy, "eta": 0.04} for steps in STEPS]
-        for strategy in ("cap", "rescale", "loop", "conf")
-    },
-}
 THRESHOLDS = (0.003, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95, 0.99)
+Methods = dict[str, list[tuple[dict[str, Any], Policy]]]
+"""Per method its settings, in the order of a curve, each with the policy that it means."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of one method's knob."""
+    """One setting of one method."""
 
     method: str
-    knob: dict[str, Any]
+    setting: dict[str, Any]
     learned: bool
     result: Result
 
     def row(self) -> dict[str, Any]:
         """The JSON row."""
-        return {"method": self.method, "knob": self.knob, "learned": self.learned} | self.result.row()
+        return {"method": self.method, "setting": self.setting, "learned": self.learned} | self.result.row()
 
 
-def methods(
-    names: Sequence[str], task: Task, denoiser: Denoiser, rules: Rules
-) -> dict[str, list[tuple[dict[str, Any], SetOrder]]]:
-    """Per method its settings: ``heuristics`` stands for all that ``rules`` allow, other names for one of those, or for
+def methods(names: Sequence[str], process: Unmasking) -> Methods:
+    """Per method its settings: ``heuristics`` stands for all that the rules allow, other names for one of those, or for
     a policy over sets by packaged name, folder or hub id.
 
     Raises:
-        UnknownNameError, CheckpointError: in one line. UnmaskError: rules of single positions.
+        UnknownNameError, CheckpointError: in one line. UnmaskError: rules or a policy of single positions.
     """
-    if rules.actions == "single":
+    if process.rules.actions == "single":
         raise UnmaskError("the frontier is of sets: play with --actions set or set+remask")
-    sweeps = SWEEPS | (REMASKING_SWEEPS if rules.actions == "set+remask" else {})
-    found: dict[str, list[tuple[dict[str, Any], SetOrder]]] = {}
+    curves = sweeps(process.rules.actions)
+    chosen: Methods = {}
     for name in names:
-        for own in sweeps if name == "heuristics" else [name]:
-            if own in sweeps:
-                base = own.partition(" ")[0]
-                found[own] = [(options, parallel.get(base, **options)) for options in sweeps[own]]
+        for method in curves if name == "heuristics" else [name]:
+            if method in curves:
+                rule, settings = curves[method]
+                chosen[method] = [(setting, rule(**setting)) for setting in settings]
                 continue
             try:
-                policies = [load_policy(own, task, denoiser, rules.actions) for _ in THRESHOLDS]
+                policy = load_policy(method, process.task, process.denoiser).to(process.device)
             except UnknownNameError:
-                raise UnknownNameError("order", own, ["heuristics", *sweeps]) from None
-            for policy, threshold in zip(policies, THRESHOLDS, strict=True):
-                policy.to(denoiser.device).threshold = threshold
-            found[own] = [({"threshold": p.threshold}, p) for p in policies]
-    return found
+                raise UnknownNameError("order", method, ["heuristics", *curves]) from None
+            if policy.actions == "single":
+                raise UnmaskError(f"order policy {method} chooses single positions; the frontier is of sets")
+            chosen[method] = [({"threshold": t}, policy.at(t)) for t in THRESHOLDS]
+    return chosen
 
 
 def sweep(
-    task: Task,
-    denoiser: Denoiser,
-    found: dict[str, list[tuple[dict[str, Any], SetOrder]]],
-    instances: Instances,
-    rules: Rules,
-    seed: int = 0,
-    batch: int = 50,
-    progress: bool = False,
-    temperature: float = 0.0,
+    process: Unmasking, chosen: Methods, instances: Instances, seed: int = 0, batch: int = 50, progress: bool = False
 ) -> list[Point]:
-    """Every setting of every method of :func:`methods` on the same instances. In small batches less is computed for
-    rows that have ended."""
+    """Every setting of every method on the same instances. In small batches less is computed for rows that have
+    ended."""
     points = []
     with Progress(transient=True, disable=not progress) as bar:
-        work = bar.add_task("frontier", total=sum(len(settings) for settings in found.values()))
-        for method, settings in found.items():
+        work = bar.add_task("frontier", total=sum(len(settings) for settings in chosen.values()))
+        for method, settings in chosen.items():
             bar.update(work, description=method)
-            for knob, order in settings:
-                [result] = evaluate(task, denoiser, {method: order}, instances, seed, batch, False, rules, temperature)
-                points.append(Point(method, knob, isinstance(order, OrderPolicy), result))
+            for setting, policy in settings:
+                [result] = compare(process, {method: policy}, instances, seed, batch)
+                points.append(Point(method, setting, not isinstance(policy, Reference), result))
                 bar.advance(work)
     return points
 
@@ -154,15 +126,15 @@ def table(points: Sequence[Point], title: str) -> Table:
     """The best points of heuristics and of learned policies, by rising number of forwards."""
     metric = next(iter(points[0].result.metrics))
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("NFE", f"{metric} %", "95 %", "method", "knob"):
-        view.add_column(column, justify="left" if column in ("method", "knob") else "right")
+    for column in ("NFE", f"{metric} %", "95 %", "method", "setting"):
+        view.add_column(column, justify="left" if column in ("method", "setting") else "right")
     best = sorted([*best_of(points, False), *best_of(points, True)], key=lambda p: p.result.nfe)
     for point in best:
         low, high = interval(point.result.solved)
-        knob = ", ".join(f"{name} {value}" for name, value in point.knob.items())
+        setting = ", ".join(f"{name} {value}" for name, value in point.setting.items())
         style = "bold" if point.learned else ""
         cells = (f"{point.result.nfe:.2f}", f"{100 * _mean(point):.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
-        view.add_row(*cells, point.method, knob, style=style)
+        view.add_row(*cells, point.method, setting, style=style)
     return view
 
 
@@ -171,10 +143,10 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(point.method for point in points):
-        own = sorted((p for p in points if p.method == method), key=lambda p: p.result.nfe)
-        nfe, mean = [p.result.nfe for p in own], [_mean(p) for p in own]
-        low, high = zip(*(interval(p.result.solved) for p in own), strict=True)
-        line = axes.plot(nfe, mean, "o-" if own[0].learned else ".--", markersize=4, label=method)[0]
+        curve = sorted((p for p in points if p.method == method), key=lambda p: p.result.nfe)
+        nfe, mean = [p.result.nfe for p in curve], [_mean(p) for p in curve]
+        low, high = zip(*(interval(p.result.solved) for p in curve), strict=True)
+        line = axes.plot(nfe, mean, "o-" if curve[0].learned else ".--", markersize=4, label=method)[0]
         axes.fill_between(nfe, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="mean number of denoiser forwards (NFE)", ylabel=next(iter(points[0].result.metrics)), title=title)
     axes.set_xscale("log")
@@ -190,3 +162,28 @@ def write(points: Sequence[Point], title: str, path: Path) -> None:
     """The picture at ``path`` and the numbers beside it (``.json``)."""
     write_json(path.with_suffix(".json"), [point.row() for point in points])
     draw(points, title, path)
+
+
+# ---------------------------------------------------------------------- the command
+@dataclass(frozen=True)
+class FrontierCommand(PlayCommand):
+    """Solve rate against forwards: sweep the setting of every method over sets, and draw the curves.
+
+    ``orders``: ``heuristics`` for all references, one of their curves such as "fixed_k margin", or policies over sets.
+    """
+
+    out: Path = Path("frontier.png")
+    """the picture (PNG); the numbers are written beside it (JSON)"""
+    batch: AtLeast1 = 50
+
+
+def run(command: FrontierCommand) -> None:
+    """``unmask frontier``."""
+    if command.out.suffix != ".png":
+        raise UnmaskError(f"--out is a picture; {command.out} must end in .png")
+    require_file(command.out, "--out")
+    process, instances, title = prepare(command, "set")
+    chosen = methods(command.orders or ("heuristics",), process)
+    points = sweep(process, chosen, instances, command.seed, command.batch, progress=True)
+    write(points, title, command.out)
+    Console().print(table(points, title))

@@ -1,11 +1,12 @@
 """PPO by stable-baselines3: ``MaskablePPO`` with an order policy, on KL-regularised rewards.
 
-Read from top to bottom: the policy as stable-baselines3 sees it, the model, the loop; the settings are in learner.py.
+Read from top to bottom: settings, the policy as stable-baselines3 sees it, the model, the loop.
 The loop calls ``model.learn`` once per iteration on freshly seeded boards, so a run that was cut off goes on exactly.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,34 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from agents.critic import Critic, new_critic
-from agents.learner import PPOConfig, SB3PPOConfig, per_episode, prepare_on_policy, seeded
 from agents.policy import OrderPolicy
+from agents.setup import PPOConfig, per_episode, seeded, setup_on_policy
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups
-from tasks import Task
-from unmask_env.boards import LOG_ZERO, read
-from unmask_env.denoiser import Denoiser
-from unmask_env.sb3 import KLRolloutBuffer, SB3VecEnv
-from unmask_env.set_laws import log_complement
-from unmask_env.vector import UnmaskVectorEnv
+from unmask_env.encoding import LOG_ZERO, decode
+from unmask_env.process import Unmasking
+from unmask_env.sb3_env import KLRolloutBuffer, SB3VecEnv
+from unmask_env.vector_env import UnmaskVectorEnv
+
+
+@dataclass(frozen=True)
+class SB3PPOConfig(PPOConfig):
+    """PPO by stable-baselines3 (MaskablePPO), on KL-regularised rewards."""
 
 
 # ---------------------------------------------------------------------- the policy as stable-baselines3 sees it
 class PerPosition(BaseFeaturesExtractor):
-    """The features are the order's log-probabilities at the L positions, and the critic's value: (N, L + 1). Of sets
-    there are two per entry, that it is out and that it is in: (N, 2 A + 1)."""
+    """The features are the policy's logits as the action space wants them, and the critic's value: of single positions
+    the log-probabilities (N, L + 1); of sets two per entry, that it is out and that it is in: (N, 2 A + 1)."""
 
-    def __init__(self, observation_space: spaces.Dict, order: OrderPolicy, critic: Critic) -> None:
-        entries = observation_space["action_mask"].shape[0]
-        super().__init__(observation_space, features_dim=(entries if order.sets == "none" else 2 * entries) + 1)
-        self.order, self.critic = order, critic
+    def __init__(self, observation_space: spaces.Dict, policy: OrderPolicy, critic: Critic, logits: int) -> None:
+        super().__init__(observation_space, features_dim=logits + 1)
+        self.policy, self.critic = policy, critic
 
-    def forward(self, view: dict[str, Tensor]) -> Tensor:
-        observation = read(view, self.order.vocab_size)
-        if self.order.sets == "none":
-            log_prob = self.order.log_prob(observation)
-        else:
-            inside = self.order.log_inclusion(observation)
-            log_prob = torch.stack([log_complement(inside), inside], -1).flatten(1)
-        return torch.cat([log_prob.clamp(min=LOG_ZERO), self.critic(observation).unsqueeze(1)], 1)
+    def forward(self, arrays: dict[str, Tensor]) -> Tensor:
+        seen = decode(arrays, self.policy.vocab_size)
+        logits = self.policy(seen).sb3_logits().clamp(min=LOG_ZERO)
+        return torch.cat([logits, self.critic(seen).unsqueeze(1)], 1)
 
 
 class _Split(nn.Module):
@@ -68,8 +67,8 @@ class _Split(nn.Module):
 class OrderActorCritic(MaskableActorCriticPolicy):
     """An order policy and a critic as ``MaskablePPO``'s policy.
 
-    Nothing is learned on top of them: the action logits are the order's log-probabilities. ``policy_kwargs``:
-    ``order``, ``critic`` and ``weight_decay``.
+    Nothing is learned on top of them: the action logits are the policy's log-probabilities. ``policy_kwargs``:
+    ``policy``, ``critic`` and ``weight_decay``.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class OrderActorCritic(MaskableActorCriticPolicy):
         observation_space: spaces.Dict,
         action_space: spaces.Discrete | spaces.MultiBinary,
         lr_schedule: Any,
-        order: OrderPolicy,
+        policy: OrderPolicy,
         critic: Critic,
         weight_decay: float = 0.0,
         **_: Any,
@@ -90,7 +89,11 @@ class OrderActorCritic(MaskableActorCriticPolicy):
             net_arch=[],
             ortho_init=False,
             features_extractor_class=PerPosition,
-            features_extractor_kwargs={"order": order, "critic": critic},
+            features_extractor_kwargs={
+                "policy": policy,
+                "critic": critic,
+                "logits": action_space.n if isinstance(action_space, spaces.Discrete) else 2 * action_space.n,
+            },
         )
 
     def _build(self, lr_schedule: Any) -> None:
@@ -100,8 +103,8 @@ class OrderActorCritic(MaskableActorCriticPolicy):
 
 
 # ---------------------------------------------------------------------- the model
-def make_model(config: PPOConfig, envs: SB3VecEnv, order: OrderPolicy, critic: Critic, steps: int) -> MaskablePPO:
-    """A ``MaskablePPO`` that maximises J(pi) = E[r] - beta * KL; its ``policy`` trains ``order`` and ``critic``."""
+def make_model(config: PPOConfig, envs: SB3VecEnv, policy: OrderPolicy, critic: Critic, steps: int) -> MaskablePPO:
+    """A ``MaskablePPO`` that maximises J(pi) = E[r] - beta * KL; its policy trains ``policy`` and ``critic``."""
     return MaskablePPO(
         OrderActorCritic,
         envs,
@@ -117,8 +120,8 @@ def make_model(config: PPOConfig, envs: SB3VecEnv, order: OrderPolicy, critic: C
         max_grad_norm=config.grad_clip,
         rollout_buffer_class=KLRolloutBuffer,
         rollout_buffer_kwargs={"beta": config.beta},
-        policy_kwargs={"order": order, "critic": critic, "weight_decay": config.weight_decay},
-        device=envs.envs.unwrapped.boards.device,
+        policy_kwargs={"policy": policy, "critic": critic, "weight_decay": config.weight_decay},
+        device=envs.envs.unwrapped.process.device,
     )
 
 
@@ -135,48 +138,49 @@ class Tally(BaseCallback):
         return True
 
     def summary(self, log_ratios: list[np.ndarray]) -> dict[str, float]:
-        """What :func:`agents.learner.per_episode` says; ``log_ratios`` (N,) per step, or nothing."""
+        """What :func:`agents.setup.per_episode` says; ``log_ratios`` (N,) per step, or nothing."""
         rewards, dones = (torch.as_tensor(np.stack(part, 1)) for part in (self.rewards, self.dones))
         return per_episode(rewards, dones, torch.as_tensor(np.stack(log_ratios, 1)) if log_ratios else None)
 
 
 # ---------------------------------------------------------------------- the loop
-def train(config: SB3PPOConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
+def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy:
     """Train an order policy with ``MaskablePPO`` and save it in ``config.out``.
 
     Args:
-        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+        process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
 
     Raises:
         UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
-    ready, steps = prepare_on_policy(config, config.boards, config.steps, task, denoiser)
-    config, task, denoiser, reference, policy, device = ready
+    ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
+    config, process, reference, policy = ready
     envs = UnmaskVectorEnv(
-        config.boards,
-        task=task,
-        denoiser=denoiser,
+        config.num_envs,
+        task=process.task,
+        denoiser=process.denoiser,
         reference=reference,
         temperature=config.fill_temperature,
-        device=str(device),
+        device=str(ready.device),
+        show=ready.shown,
         **vars(config.rules),
     )
     vec = SB3VecEnv(envs)
-    critic = new_critic(task, config.seed).to(device)
+    critic = new_critic(process.task, config.seed).to(ready.device)
     model = make_model(config, vec, policy, critic, steps)
     model.set_logger(Logger(folder=None, output_formats=[]))
     parts = {"policy": policy, "critic": critic, "optimizer": model.policy.optimizer}
-    run = Run(config, config.iterations, parts, f"ppo-sb3 {task.name}")
+    run = Run(config, config.iterations, parts, f"ppo-sb3 {process.task.name}")
     with run:
         for iteration in run.loop():
             rate = config.learning_rate(iteration)
             model.lr_schedule = lambda _, rate=rate: rate
             tally = Tally()
-            with seeded(step_generator(device, config.seed, iteration, 4 << 16)) as seed:
+            with seeded(step_generator(ready.device, config.seed, iteration, 4 << 16)) as seed:
                 vec.seed(seed)
                 model.set_env(vec, force_reset=True)
-                model.learn(config.boards * steps, tally, log_interval=None, reset_num_timesteps=False)
+                model.learn(config.num_envs * steps, tally, log_interval=None, reset_num_timesteps=False)
             scalars = tally.summary(model.rollout_buffer.log_ratios)
             scalars |= {name: float(value) for name, value in model.logger.name_to_value.items()}
             run.log(scalars, f"reward {scalars['reward']:.3f}")

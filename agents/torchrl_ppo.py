@@ -1,13 +1,15 @@
 """PPO and group-relative PPO by TorchRL: ``ClipPPOLoss`` with an order policy, on KL-regularised rewards.
 
-Read from top to bottom: the policy as TorchRL sees it, advantages, the loop; the settings are in learner.py. Each
-iteration collects freshly seeded boards, so a run that was cut off goes on exactly.
+Read from top to bottom: settings, the policy as TorchRL sees it, advantages, the loop. Each iteration
+ collects freshly seeded boards, so a run that was cut off goes on exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -21,62 +23,81 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from agents.critic import Critic, new_critic
-from agents.learner import (
-    TorchRLGRPOConfig,
-    TorchRLPPOConfig,
-    look_ahead,
-    of_finished,
-    per_episode,
-    prepare_on_policy,
-    require_groups,
-    seeded,
-)
 from agents.policy import OrderPolicy
+from agents.setup import (
+    PPOConfig,
+    RLConfig,
+    Setup,
+    episode_ends_within,
+    look_ahead,
+    per_episode,
+    seeded,
+    setup_on_policy,
+)
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, set_learning_rate
-from tasks import Task, UnmaskError
-from unmask_env.boards import LOG_ZERO, log_reference_of, read
-from unmask_env.core import Observation
-from unmask_env.denoiser import Denoiser
-from unmask_env.torchrl import KLReward, UnmaskTorchEnv
+from tasks import UnmaskError
+from tasks.settings import AtLeast1, AtLeast2
+from unmask_env.encoding import LOG_ZERO, decode, log_reference_of
+from unmask_env.process import Unmasking
+from unmask_env.state import Observation
+from unmask_env.torchrl_env import KLReward, UnmaskTorchEnv
 
-SHOWN = ["tokens", "action_mask", "top_tokens", "top_log_probs", "reopened"]  # what policy and critic read
+
+# ---------------------------------------------------------------------- settings
+@dataclass(frozen=True)
+class TorchRLPPOConfig(PPOConfig):
+    """PPO by TorchRL, on KL-regularised rewards."""
+
+
+@dataclass(frozen=True)
+class TorchRLGRPOConfig(RLConfig):
+    """PPO by TorchRL without a critic: advantages are relative to the other boards of a group."""
+
+    puzzles: AtLeast1 = 32
+    """groups side by side"""
+    group: AtLeast2 = 8
+    """boards per group: they play the same instances"""
+    steps: AtLeast1 | None = None
+    """steps of each board per iteration; default: the task's length. Episodes it cuts off teach nothing"""
+
+    @property
+    def num_envs(self) -> int:
+        return self.puzzles * self.group
 
 
 # ---------------------------------------------------------------------- the policy as TorchRL sees it
 class _Reading(nn.Module):
-    """Calls a module of observations on the shown keys, with any leading dimensions."""
+    """Calls a module of observations on the keys of the environment, with any leading dimensions."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, keys: Sequence[str], vocab_size: int) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
+        self.keys, self.vocab_size = keys, vocab_size
 
-    def observe(self, *shown: Tensor) -> tuple[Observation, torch.Size]:
-        lead = shown[0].shape[:-1]
-        flat = (value.reshape(-1, *value.shape[len(lead) :]) for value in shown)
-        return read(dict(zip(SHOWN, flat, strict=True)), self.vocab_size), lead
+    def observe(self, *values: Tensor) -> tuple[Observation, torch.Size]:
+        lead = values[0].shape[:-1]
+        flat = (value.reshape(-1, *value.shape[len(lead) :]) for value in values)
+        return decode(dict(zip(self.keys, flat, strict=True)), self.vocab_size), lead
 
 
 class _Logits(_Reading):
-    def __init__(self, order: OrderPolicy) -> None:
-        super().__init__(order.vocab_size)
-        self.order = order
+    def __init__(self, keys: Sequence[str], policy: OrderPolicy) -> None:
+        super().__init__(keys, policy.vocab_size)
+        self.policy = policy
 
-    def forward(self, *shown: Tensor) -> Tensor:
-        observation, lead = self.observe(*shown)
-        single = self.order.sets == "none"
-        logits = self.order.log_prob(observation) if single else self.order.log_odds(observation)
-        return logits.clamp(min=LOG_ZERO).view(*lead, -1)
+    def forward(self, *values: Tensor) -> Tensor:
+        seen, lead = self.observe(*values)
+        return self.policy(seen).logits().clamp(min=LOG_ZERO).view(*lead, -1)
 
 
 class _Value(_Reading):
-    def __init__(self, critic: Critic) -> None:
-        super().__init__(critic.likely.num_embeddings)
+    def __init__(self, keys: Sequence[str], critic: Critic) -> None:
+        super().__init__(keys, critic.vocab_size)
         self.critic = critic
 
-    def forward(self, *shown: Tensor) -> Tensor:
-        observation, lead = self.observe(*shown)
-        return self.critic(observation).view(*lead, 1)
+    def forward(self, *values: Tensor) -> Tensor:
+        seen, lead = self.observe(*values)
+        return self.critic(seen).view(*lead, 1)
 
 
 class MaskedBernoullis(Independent):
@@ -96,15 +117,22 @@ class MaskedBernoullis(Independent):
         return self.base_dist.logits > 0
 
 
-def make_actor(order: OrderPolicy) -> ProbabilisticActor:
-    """``order`` as a TorchRL actor: samples legal positions or sets, writes ``action`` and ``action_log_prob``."""
-    single = order.sets == "none"
+DISTRIBUTIONS = {"single": MaskedCategorical, "set": MaskedBernoullis, "set+remask": MaskedBernoullis}
+
+
+def make_actor(policy: OrderPolicy, keys: Sequence[str]) -> ProbabilisticActor:
+    """``policy`` as a TorchRL actor: samples legal positions or sets, writes ``action`` and ``action_log_prob``.
+
+    Args:
+        keys: of the environment, which the policy reads.
+    """
+    distribution = DISTRIBUTIONS[policy.actions]
     return ProbabilisticActor(
-        TensorDictModule(_Logits(order), in_keys=SHOWN, out_keys=["logits"]),
+        TensorDictModule(_Logits(keys, policy), in_keys=list(keys), out_keys=["logits"]),
         in_keys={"logits": "logits", "mask": "action_mask"},
-        distribution_class=MaskedCategorical if single else MaskedBernoullis,
+        distribution_class=distribution,
         # A finished board's mask is empty, and must not raise.
-        distribution_kwargs={"neg_inf": -1e8} if single else {},
+        distribution_kwargs={"neg_inf": -1e8} if distribution is MaskedCategorical else {},
         return_log_prob=True,
     )
 
@@ -128,61 +156,112 @@ def group_relative(reward: Tensor, done: Tensor, group: int, normalise: bool) ->
     advantage = (grouped - grouped.mean(1, keepdim=True)) * group / (group - 1)
     if normalise:
         advantage = advantage / (grouped.std(1, keepdim=True) + 1e-4)
-    return advantage.view_as(reward), of_finished(done)
+    return advantage.view_as(reward), episode_ends_within(done)
 
 
 # ---------------------------------------------------------------------- the loop
-def train(
-    config: TorchRLPPOConfig | TorchRLGRPOConfig, task: Task | None = None, denoiser: Denoiser | None = None
-) -> OrderPolicy:
+def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | None = None) -> OrderPolicy:
     """Train an order policy with TorchRL's ``ClipPPOLoss`` and save it in ``config.out``.
 
     With a :class:`TorchRLPPOConfig`, advantages are generalised ones from a critic; with a :class:`TorchRLGRPOConfig`
     they are group-relative.
 
     Args:
-        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+        process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
 
     Raises:
         UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
     grouped = isinstance(config, TorchRLGRPOConfig)
+    ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
+    config, process, policy = ready.config, ready.process, ready.policy
     if grouped:
-        require_groups(config.puzzles, config.group)
-    group = config.group if grouped else 1
-    boards = config.puzzles * group if grouped else config.boards
-    ready, steps = prepare_on_policy(config, boards, config.steps, task, denoiser)
-    config, task, denoiser, reference, policy, device = ready
-    if grouped:
-        least = int((look_ahead(task).tokens == task.mask_id).sum(1).min())
+        least = int((look_ahead(process.task).tokens == process.task.mask_id).sum(1).min())
         if steps < least:
             raise UnmaskError(
-                f"no episode ends within {steps} steps, as the task has {least} holes and more; raise --steps"
+                f"no episode ends within {steps} steps, as the task has {least} masks and more; raise --steps"
             )
-    env = UnmaskTorchEnv(
-        num_envs=boards,
-        task=task,
-        denoiser=denoiser,
-        reference=reference,
+    env = make_env(ready)
+    keys = observation_keys(env)
+    actor = make_actor(policy, keys)
+    loss, advantages, parts = make_loss(ready, actor, keys)
+    optimizer = parts["optimizer"]
+    collector = Collector(
+        TransformedEnv(env, KLReward(config.beta)) if config.beta > 0 else env,
+        actor,
+        frames_per_batch=config.num_envs * steps,
+        total_frames=-1,
+        reset_at_each_iter=True,
+        auto_register_policy_transforms=False,  # the policy has no state to track
+    )
+    batches = iter(collector)
+    run = Run(config, config.iterations, parts, f"{'grpo' if grouped else 'ppo'}-torchrl {process.task.name}")
+    try:
+        with run:
+            for iteration in run.loop():
+                generator = step_generator(ready.device, config.seed, iteration, 5 << 16)
+                set_learning_rate(optimizer, config.learning_rate(iteration))
+                with seeded(generator) as seed:
+                    env.set_seed(seed)
+                    data = next(batches)  # (num_envs, steps)
+                frames = advantages(data)
+                if not len(frames):
+                    run.note("no episode ended")
+                    continue
+                scalars = update(config, loss, optimizer, frames, generator) | summary(data, config.beta)
+                run.log(scalars, f"reward {scalars['reward']:.3f}")
+    finally:
+        collector.shutdown()
+    policy.eval()
+    save_model(policy, Path(config.out))
+    return policy
+
+
+def make_env(ready: Setup) -> UnmaskTorchEnv:
+    config, process = ready.config, ready.process
+    return UnmaskTorchEnv(
+        num_envs=config.num_envs,
+        task=process.task,
+        denoiser=process.denoiser,
+        reference=ready.reference,
         temperature=config.fill_temperature,
-        group=group,
+        group=getattr(config, "group", 1),
         seed=config.seed,
-        device=device,
+        device=ready.device,
+        show=ready.shown,
         **vars(config.rules),
     )
-    actor = make_actor(policy)
-    parts: dict[str, nn.Module | torch.optim.Optimizer] = {"policy": policy}
+
+
+def observation_keys(env: UnmaskTorchEnv) -> list[str]:
+    """What policy and critic read: all that the environment shows but what is its own."""
+    shown = env.observation_spec.keys()
+    return [key for key in shown if key not in ("state", "log_reference")]
+
+
+def make_loss(
+    ready: Setup, actor: ProbabilisticActor, keys: Sequence[str]
+) -> tuple[ClipPPOLoss, Callable[[TensorDictBase], TensorDictBase], dict[str, Any]]:
+    """The loss; what writes advantages into collected data (num_envs, steps) and returns the frames to learn from; and
+    the parts of the run's state."""
+    config, policy = ready.config, ready.policy
     groups = decayed_groups(policy, config.weight_decay)
-    if grouped:
+    parts: dict[str, Any] = {"policy": policy}
+    if isinstance(config, TorchRLGRPOConfig):
         loss = ClipPPOLoss(actor, None, critic_coeff=None, clip_epsilon=config.clip, entropy_bonus=False)
+
+        def advantages(data: TensorDictBase) -> TensorDictBase:
+            reward, done = data["next", "reward"].squeeze(-1), data["next", "done"].squeeze(-1)
+            advantage, counts = group_relative(reward, done, config.group, config.normalise)
+            data["advantage"] = advantage.unsqueeze(-1)
+            return data[counts]
     else:
-        critic = new_critic(task, config.seed).to(device)
-        parts["critic"] = critic
+        parts["critic"] = critic = new_critic(ready.process.task, config.seed).to(ready.device)
         groups += decayed_groups(critic, config.weight_decay)
-        value = ValueOperator(_Value(critic), in_keys=SHOWN)
+        value = ValueOperator(_Value(keys, critic), in_keys=list(keys))
         # J has no discount.
-        advantages = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=value, deactivate_vmap=True)
+        gae = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=value, deactivate_vmap=True)
         loss = ClipPPOLoss(
             actor,
             value,
@@ -192,61 +271,39 @@ def train(
             loss_critic_type="l2",
             normalize_advantage=config.normalise,
         )
-    optimizer = parts["optimizer"] = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
-    collector = Collector(
-        TransformedEnv(env, KLReward(config.beta)) if config.beta > 0 else env,
-        actor,
-        frames_per_batch=boards * steps,
-        total_frames=-1,
-        reset_at_each_iter=True,
-        auto_register_policy_transforms=False,  # the policy has no state to track
-    )
-    batches = iter(collector)
-    run = Run(config, config.iterations, parts, f"{'grpo' if grouped else 'ppo'}-torchrl {task.name}")
-    try:
-        with run:
-            for iteration in run.loop():
-                generator = step_generator(device, config.seed, iteration, 5 << 16)
-                set_learning_rate(optimizer, config.learning_rate(iteration))
-                with seeded(generator) as seed:
-                    env.set_seed(seed)
-                    data = next(batches)  # (boards, steps)
-                done = data["next", "done"].squeeze(-1)
-                if grouped:
-                    reward = data["next", "reward"].squeeze(-1)
-                    data["advantage"], counts = group_relative(reward, done, group, config.normalise)
-                    data["advantage"] = data["advantage"].unsqueeze(-1)
-                    frames = data[counts]
-                else:
-                    with torch.no_grad():
-                        advantages(data)
-                    frames = data.reshape(-1)
-                if not len(frames):
-                    run.note("no episode ended")
-                    continue
-                logged: dict[str, list[float]] = {}
-                for _ in range(config.epochs):
-                    shuffled = torch.randperm(len(frames), generator=generator, device=device)
-                    for rows in shuffled.chunk(config.minibatches):
-                        terms = loss(frames[rows])
-                        total = sum(term for name, term in terms.items() if name.startswith("loss_"))
-                        for name, term in terms.items():
-                            logged.setdefault(f"train/{name}", []).append(float(term.detach().mean()))
-                        if not total.requires_grad:  # the denoiser was sure throughout: there was nothing to decide
-                            continue
-                        optimizer.zero_grad(set_to_none=True)
-                        total.backward()
-                        nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], config.grad_clip)
-                        optimizer.step()
-                scalars = {name: sum(values) / len(values) for name, values in logged.items()} | summary(
-                    data, config.beta
-                )
-                run.log(scalars, f"reward {scalars['reward']:.3f}")
-    finally:
-        collector.shutdown()
-    policy.eval()
-    save_model(policy, Path(config.out))
-    return policy
+
+        @torch.no_grad()
+        def advantages(data: TensorDictBase) -> TensorDictBase:
+            gae(data)
+            return data.reshape(-1)
+
+    parts["optimizer"] = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    return loss, advantages, parts
+
+
+def update(
+    config: RLConfig,
+    loss: ClipPPOLoss,
+    optimizer: torch.optim.Optimizer,
+    frames: TensorDictBase,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """``config.epochs`` passes over the frames in minibatches; what to log, averaged."""
+    logged: dict[str, list[float]] = {}
+    for _ in range(config.epochs):
+        shuffled = torch.randperm(len(frames), generator=generator, device=generator.device)
+        for rows in shuffled.chunk(config.minibatches):
+            terms = loss(frames[rows])
+            total = sum(term for name, term in terms.items() if name.startswith("loss_"))
+            for name, term in terms.items():
+                logged.setdefault(f"train/{name}", []).append(float(term.detach().mean()))
+            if not total.requires_grad:  # the denoiser was confident throughout: there was nothing to decide
+                continue
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.grad_clip)
+            optimizer.step()
+    return {name: sum(values) / len(values) for name, values in logged.items()}
 
 
 def summary(data: TensorDictBase, beta: float) -> dict[str, float]:

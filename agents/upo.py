@@ -2,7 +2,7 @@
 
 Read from top to bottom: settings, regularisers, the loss, the loop. For each instance a group of G trajectories is
 sampled from the policy; a trajectory's advantage is its reward minus the group's mean; clipped ratios raise the
-probability of the positions chosen on better trajectories; and a divergence holds the policy near the reference g:
+probability of the actions of better trajectories; and a divergence holds the policy near the reference g:
 
     maximise  E[ r(x_0) ] - beta * D(pi || g)
 
@@ -11,58 +11,59 @@ Denoiser outputs are cached in the rollout (the paper's Algorithm 2), so an upda
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from agents.divergences import categorical_kl, cross_entropy, trajectory_kl_surrogate
-from agents.learner import LearnerConfig, look_ahead, prepare, require_groups
-from agents.mining import Pool
 from agents.policy import OrderPolicy
+from agents.remask_policy import RemaskPolicy
+from agents.replay import Replay
+from agents.setup import RLConfig, Setup, look_ahead, setup
 from pretrain.checkpoint import save_model, step_generator
 from pretrain.run import Run, decayed_groups, set_learning_rate
-from tasks import Task, UnmaskError
-from unmask_env import exact, set_laws
-from unmask_env.core import Denoised, Observation, Rollout, rollout
-from unmask_env.denoiser import Denoiser
-from unmask_env.parallel import SetReference
-from unmask_env.reference import Reference
+from tasks import Instances, UnmaskError
+from tasks.settings import AtLeast1, AtLeast2, Positive, ShareBelow1
+from unmask_env import exact
+from unmask_env.distributions import Distribution, NoClosedFormError
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy, Reference
+from unmask_env.state import Observation, Rollout
 
 Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl", "terminal_kl"]
 
 
+# ---------------------------------------------------------------------- settings
 @dataclass(frozen=True)
-class UPOConfig(LearnerConfig):
+class UPOConfig(RLConfig):
     """UPO: groups of trajectories, and a divergence from a reference policy."""
 
     regulariser: Regulariser = "auto"
     """cross_entropy to a deterministic reference, UPO's trajectory_kl estimate, the exact step_kl, or, on boards small
     enough to enumerate, the exact terminal_kl that the others bound; auto takes cross_entropy where the reference is
     deterministic and step_kl elsewhere"""
-    puzzles: int = 32
+    puzzles: AtLeast1 = 32
     """groups per iteration"""
-    group: int = 8
+    group: AtLeast2 = 8
     """trajectories per group (the paper's is 6)"""
-    temperature: float = 1.0
-    """of the order while sampling (the released code's is 0.8); log-probabilities, ratios and divergences are those of
-    the distribution sampled from"""
+    temperature: Positive = 1.0
+    """of the policy while sampling single positions (the released code's is 0.8); log-probabilities, ratios and
+    divergences are those of the distribution sampled from"""
     over_steps: Literal["sum", "mean"] = "sum"
     """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
-    mine: float = 0.75
-    """share of instances resampled among those that went wrong before; 0 trains on fresh ones only"""
+    replay_fraction: ShareBelow1 = 0.75
+    """share of instances resampled among those that failed before; 0 trains on fresh ones only"""
 
 
 # ---------------------------------------------------------------------- what a rollout leaves for the update
 class Batch(NamedTuple):
     """Steps of T trajectories, S in all, flattened.
 
-    ``observation`` has S rows; ``action`` (S,); ``old_log_prob`` (S,) of the actions under the sampling distribution;
-    ``trajectory`` (S,) and ``time`` (S,) indices; ``advantage`` (S,).
+    ``observation`` has S rows; ``action`` (S, A) bool; ``old_log_prob`` (S,) of the actions under the sampling
+    distribution; ``trajectory`` (S,) and ``time`` (S,) indices; ``advantage`` (S,).
     """
 
     observation: Observation
@@ -76,27 +77,15 @@ class Batch(NamedTuple):
         return Batch(*(part[index] for part in self))
 
 
-class Tempered:
-    """An order at a sampling temperature: pi(i)^(1/T), renormalised."""
+class Tempered(Policy):
+    """A policy at a sampling temperature: pi(a)^(1/T), renormalised."""
 
-    def __init__(self, policy: OrderPolicy, temperature: float) -> None:
+    def __init__(self, policy: Policy, temperature: float) -> None:
         self.policy, self.temperature = policy, temperature
+        self.actions, self.reads_hidden = policy.actions, policy.reads_hidden
 
-    def log_prob(self, observation: Observation) -> Tensor:
-        log_prob = self.policy.log_prob(observation)
-        if self.temperature == 1.0:
-            return log_prob
-        open_somewhere = observation.open.any(1, keepdim=True)
-        allowed = log_prob > -torch.inf
-        scaled = (log_prob.masked_fill(~allowed, 0.0) / self.temperature).masked_fill(~allowed, -torch.inf)
-        return torch.where(open_somewhere, scaled.log_softmax(1), log_prob)
-
-    def log_prob_of(self, observation: Observation, action: Tensor) -> Tensor:
-        """(S,) log-probabilities of sets (S, A), which have no temperature."""
-        return self.policy.log_prob_of(observation, action)
-
-    def sample(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
-        return self.policy.sample(observation, generator)
+    def __call__(self, seen: Observation) -> Distribution:
+        return self.policy(seen).tempered(self.temperature)
 
 
 def group_advantage(reward: Tensor, group: int, normalise: bool) -> Tensor:
@@ -112,22 +101,34 @@ def group_advantage(reward: Tensor, group: int, normalise: bool) -> Tensor:
     return centred.flatten()
 
 
-def flatten(played: Rollout, advantage: Tensor) -> Batch:
-    """The live steps of a recorded rollout, side by side; rows may have had different numbers of holes."""
+def flatten(played: Rollout, advantage: Tensor, looks_back: bool = False) -> Batch:
+    """The live steps of a recorded rollout, side by side; rows may have had different numbers of masks.
+
+    Args:
+        looks_back: keep each step's forward before it, for references that compare the two.
+    """
     steps = played.steps
-    alive = torch.stack([s.alive for s in steps])  # (steps, T)
+    alive = torch.stack([step.alive for step in steps])  # (steps, T)
     time, trajectory = alive.nonzero(as_tuple=True)
-    remask = steps[0].observation.reopenable is not None
-    observation = Observation(
-        torch.stack([s.observation.tokens for s in steps])[alive],
-        torch.stack([s.observation.open for s in steps])[alive],
-        Denoised.join([s.observation.denoised for s in steps], lambda part: torch.stack(list(part))[alive]),
-        torch.stack([s.observation.reopenable for s in steps])[alive] if remask else None,
-        torch.stack([s.observation.reopened for s in steps])[alive] if remask else None,
+
+    def live(parts: list[Tensor]) -> Tensor:
+        return torch.stack(list(parts))[alive]
+
+    observations = [_with_previous(step.observation, looks_back) for step in steps]
+    return Batch(
+        Observation.join(observations, live),
+        live([step.action for step in steps]),
+        live([step.log_prob for step in steps]),
+        trajectory,
+        time,
+        advantage[trajectory],
     )
-    action = torch.stack([s.action for s in steps])[alive]
-    old = torch.stack([s.log_prob for s in steps])[alive]
-    return Batch(observation, action, old, trajectory, time, advantage[trajectory])
+
+
+def _with_previous(seen: Observation, looks_back: bool) -> Observation:
+    """Every step has a forward before it, or none has; that of a first step is never looked at."""
+    previous = (seen.history.previous or seen.denoised.without_hidden()) if looks_back else None
+    return replace(seen, history=replace(seen.history, previous=previous))
 
 
 # ---------------------------------------------------------------------- regularisers
@@ -135,7 +136,7 @@ def check_regulariser(config: UPOConfig, reference: Reference) -> str:
     """The regulariser that ``config`` means.
 
     Raises:
-        UnmaskError: a KL to a reference that gives some open positions probability 0 (it would be infinite).
+        UnmaskError: a KL to a reference that gives some allowed actions probability 0 (it would be infinite).
     """
     chosen = config.regulariser
     if chosen == "auto":
@@ -145,7 +146,7 @@ def check_regulariser(config: UPOConfig, reference: Reference) -> str:
     if config.rules.actions != "single":
         if chosen == "terminal_kl":
             raise UnmaskError("terminal_kl enumerates single positions; over sets take step_kl or trajectory_kl")
-        if chosen == "step_kl" and config.shape.law == "plackett_luce":
+        if chosen == "step_kl" and config.policy.distribution == "plackett_luce":
             if config.regulariser == "step_kl":
                 raise UnmaskError("the KL of Plackett-Luce sets has no closed form; take --regulariser trajectory_kl")
             chosen = "trajectory_kl"
@@ -157,7 +158,26 @@ def check_regulariser(config: UPOConfig, reference: Reference) -> str:
     return chosen
 
 
-def terminal_divergence(graph: exact.Graph, policy: Tempered, reference: Reference) -> Callable[[], Tensor]:
+def trajectory_kl_surrogate(log_prob: Tensor, old: Tensor, target: Tensor, trajectory: Tensor, count: int) -> Tensor:
+    """(T,) UPO's score-function surrogate for the trajectory-level KL, which bounds the terminal KL from above.
+
+    stopgrad[ w (1 + log P - log P_ref) ] log P with w = clamp(P / P_old, 0.5, 2), as in the released ``compute_loss``
+    but in log space throughout. Its value means nothing; its gradient estimates that of the KL.
+
+    Args:
+        log_prob, old, target: (S,) log-probabilities of the actions under the policy, the sampling policy and the
+            reference. trajectory: (S,) index of the trajectory, below ``count``.
+    """
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, trajectory, values)
+
+    log_p, log_old, log_ref = total(log_prob), total(old), total(target)
+    weight = (log_p - log_old).clamp(-10, 10).exp().clamp(0.5, 2.0)
+    return (weight * (1 + log_p - log_ref)).detach() * log_p
+
+
+def terminal_divergence(graph: exact.Graph, policy: Policy, reference: Reference) -> Callable[[], Tensor]:
     """KL(p_pi || p_g) of the finished sequences, exact and differentiable, as a function of the policy as it is.
 
     Averaged over the instances of ``graph``. The paper's objective has this KL; its loss bounds it by the trajectory's.
@@ -174,7 +194,7 @@ def terminal_divergence(graph: exact.Graph, policy: Tempered, reference: Referen
 
 # ---------------------------------------------------------------------- the loss
 def upo_loss(
-    policy: Tempered,
+    policy: Policy,
     reference: Reference,
     batch: Batch,
     regulariser: str,
@@ -193,58 +213,35 @@ def upo_loss(
     Returns:
         The scalar loss, and parts to log.
     """
-    sets = batch.action.ndim > 1
-    log_prob = None if sets else policy.log_prob(batch.observation)  # (S, L)
-    if log_prob is None:
-        taken = policy.log_prob_of(batch.observation, batch.action)
-    else:
-        taken = log_prob.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    pi = policy(batch.observation)
+    log_prob = pi.log_prob(batch.action)  # (S,)
     trajectories, index = batch.trajectory.unique(return_inverse=True)
     count = len(trajectories)
-    length = torch.zeros(count, device=taken.device).index_add(0, index, torch.ones_like(taken))
+    length = torch.zeros(count, device=log_prob.device).index_add(0, index, torch.ones_like(log_prob))
     per_step = 1.0 / (count * (length[index] if over_steps == "mean" else 1.0))
 
-    ratio = (taken - batch.old_log_prob).clamp(-10, 10).exp()
+    ratio = (log_prob - batch.old_log_prob).clamp(-10, 10).exp()
     gain = torch.minimum(ratio * batch.advantage, ratio.clamp(1 - clip, 1 + clip) * batch.advantage)
     loss = -(gain * per_step).sum()
-    clipped = ((ratio - 1).abs() > clip).float().mean()
-    parts = {"loss/policy": loss.item(), "ratio/clipped": clipped.item()}
+    parts = {"loss/policy": loss.item(), "ratio/clipped": ((ratio - 1).abs() > clip).float().mean().item()}
     if regulariser == "none":
         return loss, parts
     if regulariser == "terminal_kl" and terminal is not None:
-        regular = terminal()
-        return loss + beta * regular, parts | {"divergence/terminal_kl": regular.item()}
+        divergence = terminal()
+        return loss + beta * divergence, parts | {"divergence/terminal_kl": divergence.item()}
     with torch.no_grad():
-        log_ref = None if sets else reference.log_prob(batch.observation)
+        g = reference(batch.observation)
     if regulariser == "trajectory_kl":
-        if log_ref is None:
-            target = reference.log_prob_of(batch.observation, batch.action)
-        else:
-            target = log_ref.gather(1, batch.action.unsqueeze(1)).squeeze(1)
-        divergence = trajectory_kl_surrogate(taken, batch.old_log_prob, target, index, count)
-        regular = (divergence / (length if over_steps == "mean" else 1.0)).mean()
-    else:
-        if log_prob is None or log_ref is None:
-            each = set_divergence(policy.policy, reference, batch.observation, regulariser)
-        else:
-            each = categorical_kl(log_prob, log_ref) if regulariser == "step_kl" else cross_entropy(log_ref, log_prob)
-        # Where the denoiser is sure, the policy is its fixed base, which may exclude what the reference would do: an
-        # infinite constant that no gradient could change.
-        infinite = each.isposinf()
-        each = each.masked_fill(infinite, 0.0)
-        regular = (each * per_step).sum()
-        parts[f"divergence/{regulariser}"] = each.mean().item()
-        parts["divergence/infinite_share"] = infinite.float().mean().item()
-    return loss + beta * regular, parts
-
-
-def set_divergence(policy: OrderPolicy, reference: SetReference, observation: Observation, regulariser: str) -> Tensor:
-    """(S,) exact divergence of a policy over sets from a reference: the KL of two laws of independent entries, or the
-    cross-entropy to a deterministic reference."""
-    if regulariser == "step_kl":
-        theirs = reference.log_inclusion(observation)
-        return set_laws.independent_kl(policy.log_inclusion(observation), theirs, observation.choices)
-    return -policy.log_prob_of(observation, reference.sample(observation, None))
+        surrogate = trajectory_kl_surrogate(log_prob, batch.old_log_prob, g.log_prob(batch.action), index, count)
+        return loss + beta * (surrogate / (length if over_steps == "mean" else 1.0)).mean(), parts
+    divergence = pi.kl(g) if regulariser == "step_kl" else pi.cross_entropy(g)
+    # Where the denoiser is confident, the policy is its fixed base, which may exclude what the reference would do: an
+    # infinite constant that no gradient could change.
+    infinite = divergence.isposinf()
+    divergence = divergence.masked_fill(infinite, 0.0)
+    parts[f"divergence/{regulariser}"] = divergence.mean().item()
+    parts["divergence/infinite_share"] = infinite.float().mean().item()
+    return loss + beta * (divergence * per_step).sum(), parts
 
 
 def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> Tensor:
@@ -265,107 +262,123 @@ def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> 
 
 
 # ---------------------------------------------------------------------- the loop
-def train(config: UPOConfig, task: Task | None = None, denoiser: Denoiser | None = None) -> OrderPolicy:
+def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | RemaskPolicy:
     """Train an order policy with UPO and save it in ``config.out``.
 
     Args:
-        task, denoiser: used instead of looking ``config.env`` and ``config.denoiser`` up.
+        process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
 
     Raises:
         UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
-    require_groups(config.puzzles, config.group)
-    if not 0 < config.temperature < math.inf:
-        raise UnmaskError(f"temperature must be greater than 0, not {config.temperature}")
-    if not 0 <= config.mine < 1:
-        raise UnmaskError(f"mine must be at least 0 and below 1, not {config.mine}")
-    config, task, denoiser, reference, policy, device = prepare(config, task, denoiser)
+    ready = setup(config, process)
+    config, process, reference, policy = ready
     if config.rules.actions != "single" and config.temperature != 1:
         raise UnmaskError(f"policies over sets are sampled at temperature 1, not {config.temperature}")
     regulariser = check_regulariser(config, reference)
     if regulariser == "terminal_kl":
-        exact.check_holes(task, look_ahead(task))
+        exact.check_holes(process.task, look_ahead(process.task))
     behaviour = Tempered(policy, config.temperature)
     optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
-    pool = Pool(task, config.mine)
-    run = Run(config, config.iterations, {"policy": policy, "optimizer": optimizer, "pool": pool}, f"upo {task.name}")
+    replay = Replay(process.task, config.replay_fraction)
+    parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
+    run = Run(config, config.iterations, parts, f"upo {process.task.name}")
     with run:
         for iteration in run.loop():
-            generator = step_generator(device, config.seed, iteration, 1 << 16)
-            instances, fresh = pool.sample(config.puzzles, generator)
+            generator = step_generator(ready.device, config.seed, iteration, 1 << 16)
             policy.eval()
-            played = rollout(
-                task,
-                denoiser,
-                behaviour,
-                instances.repeat(config.group),
-                rules=config.rules,
-                order_generator=generator,
-                temperature=config.fill_temperature,
-                fill_generator=generator if config.fill_temperature > 0 else None,
-                record=True,
-            )
-            reward = played.reward.view(config.puzzles, config.group)
-            right = reward  # what the task gives, without the count of forwards
-            if config.rules.speed > 0:
-                right = task.reward(played.state.tokens, instances.repeat(config.group)).view_as(reward)
-            pool.add(instances, right.mean(1) < 1)
-            batch = flatten(played, group_advantage(played.reward, config.group, config.normalise))
-            if regulariser.endswith("_kl"):
-                with torch.no_grad():
-                    if config.rules.actions == "single":
-                        theirs = reference.log_prob(batch.observation)
-                        kl = categorical_kl(behaviour.log_prob(batch.observation), theirs)
-                    else:  # of Plackett-Luce sets an estimate by what was drawn
-                        kl = batch.old_log_prob - reference.log_prob_of(batch.observation, batch.action)
-                        if regulariser == "step_kl":
-                            kl = set_divergence(policy, reference, batch.observation, "step_kl")
-                if not bool(kl.isfinite().all()):
-                    raise UnmaskError(
-                        f"the policy {config.init} chooses positions that the reference {config.reference} never does, "
-                        "so the KL is infinite; start from the reference, or use another one or --beta 0"
-                    )
-            if regulariser == "step_kl":
-                batch = batch._replace(advantage=regularised_advantage(batch, kl, config.beta, config.group))
-            if not config.normalise:
-                # A group's mean contains the trajectory itself, which shrinks the expected gradient by (G - 1) / G and
-                # would let beta weigh more than it says; this makes it the mean of the others.
-                batch = batch._replace(advantage=batch.advantage * config.group / (config.group - 1))
+            batch, instances, scalars = collect(ready, behaviour, replay, regulariser, generator)
             terminal = None
             if regulariser == "terminal_kl":
-                graph = exact.enumerate_boards(
-                    task, denoiser, instances, config.fill_temperature, hidden=policy.hidden is not None
-                )
+                graph = exact.enumerate_boards(process, instances, hidden=policy.reads_hidden)
                 terminal = terminal_divergence(graph, behaviour, reference)
-
             policy.train()
             set_learning_rate(optimizer, config.learning_rate(iteration))
-            trajectories = config.puzzles * config.group
-            logged: dict[str, list[float]] = {}
-            for _ in range(config.epochs):
-                shuffled = torch.randperm(trajectories, generator=generator, device=device)
-                for chosen in shuffled.chunk(config.minibatches):
-                    part = batch.rows(torch.isin(batch.trajectory, chosen).nonzero().squeeze(1))
-                    loss, parts = upo_loss(
-                        behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps, terminal
-                    )
-                    for name, value in parts.items():
-                        logged.setdefault(name, []).append(value)
-                    if not loss.requires_grad:  # the denoiser was sure throughout: there was nothing to decide
-                        continue
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-                    optimizer.step()
-            informative = (reward != reward[:, :1]).any(1).float().mean().item()
-            scalars = {name: sum(values) / len(values) for name, values in logged.items()}
-            scalars |= {"reward/fresh": reward[:fresh].mean().item(), "groups/informative": informative}
-            if fresh < config.puzzles:
-                scalars["reward/mined"] = reward[fresh:].mean().item()
-            if config.rules.actions != "single":
-                scalars |= {"solved/fresh": right[:fresh].mean().item(), "nfe": played.nfe.float().mean().item()}
-            run.log(scalars, f"reward {scalars['reward/fresh']:.3f}, {informative:.0%} of groups informative")
+            scalars |= update(ready, behaviour, optimizer, batch, regulariser, terminal, generator)
+            share = scalars["groups/informative"]
+            run.log(scalars, f"reward {scalars['reward/fresh']:.3f}, {share:.0%} of groups informative")
     policy.eval()
     save_model(policy, Path(config.out))
     return policy
+
+
+def collect(
+    ready: Setup, behaviour: Policy, replay: Replay, regulariser: str, generator: torch.Generator
+) -> tuple[Batch, Instances, dict[str, float]]:
+    """Sample groups of trajectories: the batch to learn from, its instances, and what to log."""
+    config, process, reference, _ = ready
+    instances, fresh = replay.sample(config.puzzles, generator)
+    repeated = instances.repeat(config.group)
+    fill_generator = generator if config.fill_temperature > 0 else None
+    played = process.rollout(behaviour, repeated, generator, fill_generator, record=True)
+    reward = played.reward.view(config.puzzles, config.group)
+    solved = reward  # what the task gives, without the count of forwards
+    if config.rules.speed > 0:
+        solved = process.task.reward(played.tokens, repeated.to(process.device)).view_as(reward)
+    replay.add(instances, (solved.mean(1) < 1).cpu())
+    looks_back = reference.looks_back
+    batch = flatten(played, group_advantage(played.reward, config.group, config.normalise), looks_back)
+    if regulariser.endswith("_kl"):
+        kl = _step_kl(behaviour, reference, batch)
+        if not bool(kl.isfinite().all()):
+            raise UnmaskError(
+                f"the policy {config.init} chooses positions that the reference {config.reference} never does, "
+                "so the KL is infinite; start from the reference, or use another one or --beta 0"
+            )
+        if regulariser == "step_kl":
+            batch = batch._replace(advantage=regularised_advantage(batch, kl, config.beta, config.group))
+    if not config.normalise:
+        # A group's mean contains the trajectory itself, which shrinks the expected gradient by (G - 1) / G and
+        # would let beta weigh more than it says; this makes it the mean of the others.
+        batch = batch._replace(advantage=batch.advantage * config.group / (config.group - 1))
+    scalars = {
+        "reward/fresh": reward[:fresh].mean().item(),
+        "solved/fresh": solved[:fresh].mean().item(),
+        "groups/informative": (reward != reward[:, :1]).any(1).float().mean().item(),
+        "nfe": played.nfe.float().mean().item(),
+    }
+    if fresh < config.puzzles:
+        scalars["reward/replayed"] = reward[fresh:].mean().item()
+    return batch, instances, scalars
+
+
+@torch.no_grad()
+def _step_kl(policy: Policy, reference: Reference, batch: Batch) -> Tensor:
+    """(S,) KL of each step, exact or, where it has no closed form, estimated by the action that was drawn."""
+    pi, g = policy(batch.observation), reference(batch.observation)
+    try:
+        return pi.kl(g)
+    except NoClosedFormError:
+        return batch.old_log_prob - g.log_prob(batch.action)
+
+
+def update(
+    ready: Setup,
+    behaviour: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    regulariser: str,
+    terminal: Callable[[], Tensor] | None,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """``config.epochs`` passes over the batch in minibatches of trajectories; what to log, averaged."""
+    config, _, reference, policy = ready
+    trajectories = config.puzzles * config.group
+    logged: dict[str, list[float]] = {}
+    for _ in range(config.epochs):
+        shuffled = torch.randperm(trajectories, generator=generator, device=generator.device)
+        for chosen in shuffled.chunk(config.minibatches):
+            part = batch.rows(torch.isin(batch.trajectory, chosen).nonzero().squeeze(1))
+            loss, parts = upo_loss(
+                behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps, terminal
+            )
+            for name, value in parts.items():
+                logged.setdefault(name, []).append(value)
+            if not loss.requires_grad:  # the denoiser was confident throughout: there was nothing to decide
+                continue
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+            optimizer.step()
+    return {name: sum(values) / len(values) for name, values in logged.items()}

@@ -3,7 +3,7 @@
     python benchmarks/ablations.py --out benchmarks/results/ablations.json
 
 Evaluated on the validation puzzles, so that choices made here do not leak into the test results, and on hard training
-puzzles (not solvable by singles) in new symmetric guises, where differences show sooner.
+puzzles (not solvable by singles) under new symmetries, where differences show sooner.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     task = Sudoku(2, 3)
     denoiser = load_denoiser(args.denoiser, task)
     generator = torch.Generator().manual_seed(0)
-    hard = task.heldout(500, split="train", singles=False)
+    hard = task.heldout(500, split="train", difficulty="hard")
     sets = {"validation": task.heldout(2000, "validation"), "hard": task.augment(hard, generator)}
     console = Console()
     rows: list[dict[str, Any]] = []

@@ -23,11 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from torch import Tensor
-
-from agents import sb3_ppo, torchrl_ppo, upo
-from agents.critic import new_critic
 from agents.learner import (
     SB3PPOConfig,
     TorchRLGRPOConfig,
@@ -36,6 +31,13 @@ from agents.learner import (
     prepare_on_policy,
     seeded,
 )
+from rich.console import Console
+from torch import Tensor
+from unmask_env.sb3 import SB3VecEnv
+from unmask_env.vector import UnmaskVectorEnv
+
+from agents import sb3_ppo, torchrl_ppo, upo
+from agents.critic import new_critic
 from agents.policy import OrderPolicy, PolicyShape
 from agents.upo import UPOConfig
 from pretrain.checkpoint import write_json
@@ -45,8 +47,6 @@ from unmask_env import exact
 from unmask_env.core import Denoised
 from unmask_env.denoiser import Denoiser, TableDenoiser, load_denoiser
 from unmask_env.reference import Reference
-from unmask_env.sb3 import SB3VecEnv
-from unmask_env.vector import UnmaskVectorEnv
 
 BETAS = (0.01, 0.1, 1.0)
 

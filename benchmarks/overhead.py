@@ -1,4 +1,4 @@
-"""What the faces cost beside the denoiser: CPU time of a vector step, on one thread, as ratios taken in one run.
+"""What the interfaces cost beside the denoiser: CPU time of a vector step, on one thread, as ratios taken in one run.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pretrain.checkpoint import write_json
 from tasks import Instances, Task
-from unmask_env.core import Denoised
-from unmask_env.vector import UnmaskVectorEnv
+from unmask_env.state import Denoised
+from unmask_env.vector_env import UnmaskVectorEnv
 
 TARGETS = {"native / bare": 1.0, "SB3 / native": 1.3, "TorchRL step / bare": 3.0, "TorchRL Collector / bare": 7.0}
 
@@ -50,39 +50,39 @@ class Constant:
     def __init__(self, n: int) -> None:
         self.log_probs = torch.randn(n, 81, 10, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
 
-    def __call__(self, tokens: Tensor) -> Denoised:
-        return Denoised(self.log_probs[: len(tokens)])
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
+        return Denoised.of(self.log_probs[: len(tokens)])
 
 
 def bare(task: Task, denoiser: Constant, n: int) -> Callable[[np.ndarray], None]:
     """The transition in plain torch."""
     pool = task.sample(4096, torch.Generator().manual_seed(0))
-    state = {"tokens": pool.tokens[:n], "open": torch.ones(n, 81, dtype=torch.bool), "answers": pool.answers[:n]}
+    state = {"tokens": pool.tokens[:n], "fillable": torch.ones(n, 81, dtype=torch.bool), "answers": pool.answers[:n]}
     state["log_probs"] = denoiser(state["tokens"]).log_probs
     at = n
 
     def step(action: np.ndarray) -> None:
         nonlocal at
         position = torch.as_tensor(action).unsqueeze(1)
-        legal = state["open"].gather(1, position)
-        chosen = torch.zeros_like(state["open"]).scatter(1, position, legal)
+        legal = state["fillable"].gather(1, position)
+        chosen = torch.zeros_like(state["fillable"]).scatter(1, position, legal)
         tokens = torch.where(chosen, state["log_probs"].argmax(-1), state["tokens"])
-        still_open = state["open"] & ~chosen
-        done = ~still_open.any(1)
+        left = state["fillable"] & ~chosen
+        done = ~left.any(1)
         reward = torch.where(done, task.reward(tokens, Instances(tokens, state["answers"])), 0.0)
         if bool(done.any()):
             rows = done.nonzero().flatten()
             fresh = pool[torch.arange(at, at + len(rows)) % len(pool)]
             at += len(rows)
-            tokens, still_open, answers = tokens.clone(), still_open.clone(), state["answers"].clone()
-            tokens[rows], still_open[rows], answers[rows] = fresh.tokens, True, fresh.answers
+            tokens, left, answers = tokens.clone(), left.clone(), state["answers"].clone()
+            tokens[rows], left[rows], answers[rows] = fresh.tokens, True, fresh.answers
             state["answers"] = answers
         log_probs = denoiser(tokens).log_probs
         top = log_probs.topk(8, -1)
-        score = (log_probs.max(-1).values.exp() / 0.05).masked_fill(~still_open, -torch.inf)
-        log_reference = score.log_softmax(-1).masked_fill(~still_open, -torch.inf).clamp(min=-1e4)
-        state.update(tokens=tokens, open=still_open, log_probs=log_probs)
-        shown = (tokens, still_open, top.indices, top.values.clamp(-20.0, 0.0), log_reference, reward, done)
+        score = (log_probs.max(-1).values.exp() / 0.05).masked_fill(~left, -torch.inf)
+        log_reference = score.log_softmax(-1).masked_fill(~left, -torch.inf).clamp(min=-1e4)
+        state.update(tokens=tokens, fillable=left, log_probs=log_probs)
+        shown = (tokens, left, top.indices, top.values.clamp(-20.0, 0.0), log_reference, reward, done)
         _ = [part.numpy().copy() for part in shown]
 
     return step
@@ -92,8 +92,8 @@ def loops(n: int, seed: int = 0) -> dict[str, Callable[[], int]]:
     """Per path a function that makes 81 vector steps and returns how many it made."""
     from torchrl.collectors import Collector
 
-    from unmask_env.sb3 import SB3VecEnv
-    from unmask_env.torchrl import UnmaskTorchEnv
+    from unmask_env.sb3_env import SB3VecEnv
+    from unmask_env.torchrl_env import UnmaskTorchEnv
 
     task, denoiser = Letters(), Constant(n)
     rng = np.random.default_rng(seed)
@@ -121,13 +121,13 @@ def loops(n: int, seed: int = 0) -> dict[str, Callable[[], int]]:
     def torchrl_step(action: np.ndarray) -> None:
         _, carried["td"] = env.step_and_maybe_reset(carried["td"].set("action", torch.as_tensor(action)))
 
-    def first_open(td):
+    def first_fillable(td):
         return td.set("action", td["action_mask"].int().argmax(-1))
 
     collected = iter(
         Collector(
             UnmaskTorchEnv(num_envs=n, task=task, denoiser=denoiser, seed=seed),
-            first_open,
+            first_fillable,
             frames_per_batch=81 * n,
             total_frames=-1,
             auto_register_policy_transforms=False,

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from unmask_env.huggingface import HFDenoiser
 
 from agents import evaluate, imitation, upo
 from agents.policy import PolicyShape
@@ -34,7 +35,6 @@ from pretrain.backbone import parameter_count
 from pretrain.checkpoint import write_json
 from tasks import Instances, Lines, UnmaskError
 from unmask_env.core import Order
-from unmask_env.huggingface import HFDenoiser
 
 ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "oracle")
 MODELS = {"antibodies": "antiberty/trained_models/AntiBERTy_md_smooth", "reactions": "rxnmapper/models/transformers"}

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from trained import half_interval, in_parallel, once
 
-from pretrain import bounds, samplers
+from pretrain import likelihood, samplers
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import write_json
 from pretrain.train import OBJECTIVES
@@ -50,12 +50,12 @@ def run(job: Job) -> dict[str, Any]:
         found: dict[str, Any] = {"source": job.source, "kind": job.kind, "parameters": parameter_count(model)}
         for split in ("validation", "test"):
             rows = task.heldout(len(task.rows[split]), split).answers
-            bound = bounds.bound(model, rows, torch.Generator().manual_seed(1), samples=2 * task.length)
-            found[split], found[f"{split}_error"] = (round(x, 4) for x in bounds.mean_and_error(bound.path))
+            bound = likelihood.bound(model, rows, torch.Generator().manual_seed(1), samples=2 * task.length)
+            found[split], found[f"{split}_error"] = (round(x, 4) for x in likelihood.mean_and_error(bound.path))
         draw = torch.Generator().manual_seed(job.seed)
         empty = torch.full((len(task.rows["test"]), task.length), task.mask_id)
         found |= {k: round(v, 4) for k, v in task.quality(samplers.sample(model, empty, draw).tokens, draw).items()}
-        weights = model.order.exponents(rows[:1], None)[0].detach()
+        weights = model.order.order_weights(rows[:1], None)[0].detach()
         return found | {"exponents": [round(float(w), 3) for w in weights]}
 
     return once(config, measure)

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trained import half_interval, in_parallel, once
 
 import tasks
-from pretrain import bounds
+from pretrain import likelihood
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import write_json
 from pretrain.train import OBJECTIVES
@@ -52,9 +52,9 @@ def run(job: Job) -> dict[str, Any]:
         found: dict[str, Any] = {"name": job.name, "parameters": parameter_count(model)}
         for split in ("validation", "test"):
             clean = task.heldout(job.windows, split).answers
-            bound = bounds.bound(model, clean, torch.Generator().manual_seed(1))
+            bound = likelihood.bound(model, clean, torch.Generator().manual_seed(1))
             for form in ("path", "order"):
-                mean, error = bounds.mean_and_error(getattr(bound, form) / task.length)
+                mean, error = likelihood.mean_and_error(getattr(bound, form) / task.length)
                 found[f"{split}_{form}"], found[f"{split}_{form}_error"] = round(mean, 4), round(error, 4)
         each = [round(float(value), 4) for value in bound.path / task.length]  # of test windows, for differences
         return found | {"exact": bound.exact, "each": each}
@@ -128,7 +128,7 @@ def main() -> None:
     for other in ("mdm", "mdm, longer"):
         for seed in args.seeds:
             ours, theirs = (torch.tensor(by_run[name, seed]["each"]) for name in ("lomdm", other))
-            mean, error = bounds.mean_and_error(ours - theirs)
+            mean, error = likelihood.mean_and_error(ours - theirs)
             differences[f"lomdm minus {other}, seed {seed}"] = [round(mean, 4), round(error, 4)]
     Console().print(table)
     curves = {f"{job.name}, seed {job.seed}": curve(job.out) for job in jobs}

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from text import SETTINGS, Job
 from text import run as train
+from text_metrics import CausalLM, distinct
 from torch import Tensor
 from trained import in_parallel
 
@@ -32,7 +33,7 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, write_json
 from pretrain.samplers import Remasking, sample
 from pretrain.uniform_samplers import Corrector, sample_uniform
-from tasks.text_metrics import CausalLM, distinct, unigram_entropy
+from tasks.free_text import unigram_entropy
 
 ROWS = {
     "mdm": "mdm",

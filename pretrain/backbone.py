@@ -1,4 +1,4 @@
-"""The transformer that denoisers are made of. Small enough to read in one sitting.
+"""The transformers that denoisers and order policies are made of. Small enough to read in one sitting.
 
 Shapes: N sequences, L positions, V symbols, C coordinates per position, D channels.
 """
@@ -14,8 +14,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from pretrain import orders
+from pretrain.masking import blocks_of
 from pretrain.orders import OrderName
-from pretrain.processes import Prediction, Uniform, blocks_of, tilt
+from pretrain.uniform import Prediction, Uniform, tilt
 
 
 class Output(NamedTuple):
@@ -110,7 +111,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         vocab_size: V, number of symbols. Input tokens are 0 .. V, where V is the mask.
         coordinates: (L, C) integer coordinates of the positions, as nested lists.
         dim, layers, heads: D, number of blocks, attention heads.
-        noise: ``mask``, or ``uniform``: symbols give way to others (:class:`pretrain.processes.Uniform`).
+        noise: ``mask``, or ``uniform``: symbols give way to others (:class:`pretrain.uniform.Uniform`).
         predicts: what the logits mean: with masks always ``denoiser``, p(x_0 | visible tokens). With uniform noise
             ``denoiser``, ``loo`` (leave-one-out) or ``absorbing``, which is also told where a symbol is noise.
         order: what it learns about its order (:mod:`pretrain.orders`).
@@ -226,16 +227,19 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         is_noise: (N, L) bool, of a model that predicts ``absorbing``: where the symbol is the position's noise symbol.
         """
         hidden = self.trunk(tokens, alpha, is_noise)
-        logits = self._logits(hidden)
+        logits = self.logits(hidden)
         if self.predicts == "absorbing":
             # Without the tilt the bound of a network that is not yet trained is infinite.
             own = torch.where(is_noise, tilt(alpha.expand(tokens.shape)), 0.0)
             logits = logits.scatter_add(-1, tokens.unsqueeze(-1), own.to(logits).unsqueeze(-1))
         return Output(logits, hidden)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(N, L, V) logits of states (N, L, D); or (M, V) of states (M, D) at ``positions`` (M,)."""
         logits = self.head(hidden)
-        return logits if self.own is None else logits.masked_fill(~self.own, -torch.inf)
+        if self.own is None:
+            return logits
+        return logits.masked_fill(~(self.own if positions is None else self.own[positions]), -torch.inf)
 
     def predict_blocks(self, noisy: Tensor, clean: Tensor) -> Tensor:
         """(N, L, V) logits of every block of ``noisy`` given the clean blocks before it, in one pass.
@@ -253,7 +257,105 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
             rotation = rotation.repeat(1, 2, 1)
         for layer in self.blocks:
             x = layer(x, attends, rotation)
-        return self._logits(self.norm(x[:, : self.length]))
+        return self.logits(self.norm(x[:, : self.length]))
+
+
+class Reader(nn.Module):
+    """Reads a partly masked sequence ``num_passes`` times with shared weights, each time with its last belief over
+    symbols in place of the masks: a later pass can use what an earlier one has found.
+
+    Args:
+        vocab_size: symbols that it knows. coordinates: (L, C) integer coordinates, as nested lists.
+        dim, layers, heads: size. hidden_dim: channels of another network's hidden states to read; 0: none.
+        rotary: attention sees distances, as text needs.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        coordinates: Sequence[Sequence[int]],
+        dim: int,
+        layers: int,
+        heads: int,
+        num_passes: int = 2,
+        hidden_dim: int = 0,
+        rotary: bool = False,
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.num_passes, self.rotary = vocab_size, num_passes, rotary
+        self.symbols = nn.Embedding(vocab_size, dim)
+        self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
+        self.hidden = nn.Linear(hidden_dim, dim, bias=False) if hidden_dim else None
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size)
+        init_weights(self, layers)
+
+    @torch.no_grad()
+    def copy_from(self, backbone: Backbone) -> None:
+        """Start from a denoiser's embeddings, last blocks, norm and head (UPO copies LLaDA's last block likewise)."""
+        for block, original in zip(self.blocks, backbone.blocks[-len(self.blocks) :], strict=True):
+            block.load_state_dict(original.state_dict())
+        for name in ("positions", "norm", "head"):
+            getattr(self, name).load_state_dict(getattr(backbone, name).state_dict())
+        self.symbols.weight.copy_(backbone.symbols.weight[:-1])
+        if self.hidden is not None:
+            self.hidden.weight.mul_(0.1)
+
+    def embed(self, tokens: Tensor | None, masked: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """(N, L, D): where each position stands, the symbol on it unless ``masked`` (N, L), and ``hidden`` states.
+
+        Args:
+            tokens: (N, L) int64; None: symbols are not seen.
+        """
+        known = self.positions()  # (L, D)
+        if tokens is not None:
+            known = known + self.symbols(tokens.clamp(max=self.vocab_size - 1)) * ~masked.unsqueeze(-1)
+        if self.hidden is not None:
+            known = known + self.hidden(hidden)
+        return known.expand(*masked.shape, -1)
+
+    def forward(
+        self,
+        known: Tensor,
+        belief: Tensor,
+        masked: Tensor,
+        symbols: Tensor | None = None,
+        revisable: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Per pass the belief as (N, L, K) log-probabilities, and the states (N, L, D) after the last one.
+
+        Args:
+            known: (N, L, D) from :meth:`embed`.
+            belief: (N, L, K) probabilities that the first pass reads at ``masked`` (N, L).
+            symbols: (N, L, K) int64, which symbols the belief is over; None: all, in their order.
+            revisable: (N, L) bool, filled positions at which later passes read the belief, too.
+        """
+        believes = masked.unsqueeze(-1)
+        rotation = None
+        if self.rotary:
+            rotation = rotations(known.shape[1], known.shape[-1] // self.blocks[0].heads, known.device)
+        beliefs = []
+        for _ in range(self.num_passes):
+            x = known + self._expected_embedding(belief, symbols) * believes
+            for block in self.blocks:
+                x = block(x, rotation=rotation)
+            x = self.norm(x)
+            beliefs.append(self._logits(x, symbols).log_softmax(-1))
+            belief = beliefs[-1].exp()
+            if revisable is not None:
+                believes = believes | revisable.unsqueeze(-1)
+        return beliefs, x
+
+    def _expected_embedding(self, belief: Tensor, symbols: Tensor | None) -> Tensor:
+        if symbols is None:
+            return belief @ self.symbols.weight
+        return (belief.unsqueeze(-1) * self.symbols(symbols)).sum(-2)  # (N, L, K, D) to (N, L, D)
+
+    def _logits(self, x: Tensor, symbols: Tensor | None) -> Tensor:
+        if symbols is None:
+            return self.head(x)
+        return (self.head.weight[symbols] @ x.unsqueeze(-1)).squeeze(-1) + self.head.bias[symbols]
 
 
 def _order_network(dim: int, heads: int) -> nn.Module:

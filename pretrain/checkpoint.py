@@ -6,6 +6,7 @@ Only safetensors and JSON are ever read: no pickle is loaded from a file that a 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import tempfile
@@ -70,11 +71,11 @@ def packaged(root: Path) -> list[str]:
     return sorted(p.parent.name for p in root.glob("*/config.json"))
 
 
-def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: str) -> Model:
+def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, packaged_root: Path, kind: str) -> Model:
     """A model by packaged name, by folder, or by hub id (``owner/name``), on the CPU in float32.
 
     Args:
-        cls: the model class; its constructor's required arguments tell its checkpoints from others.
+        cls: the model class, or several, of which the first counts whose required arguments ``config.json`` has.
         packaged_root: folder of the models that ship under a plain name.
         kind: what to call it in messages, for example ``"denoiser"``.
 
@@ -107,8 +108,9 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
         raise CheckpointError(f"{folder}/config.json is not JSON ({error})") from None
     except SafetensorError as error:
         raise CheckpointError(f"{folder}/model.safetensors is truncated or not safetensors ({error})") from None
+    classes = cls if isinstance(cls, tuple) else (cls,)
     try:
-        model = cls(**config)
+        model = next((one for one in classes if _required(one) <= config.keys()), classes[-1])(**config)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
         raise CheckpointError(f"{folder} is no {kind}: its config.json does not fit ({error})") from None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -118,6 +120,12 @@ def load_model(cls: type[Model], name: str | Path, packaged_root: Path, kind: st
     with safe_open(folder / "model.safetensors", "pt") as file:
         model.load_state_dict({key: file.get_tensor(key) for key in stored})
     return model.eval()
+
+
+def _required(cls: type) -> set[str]:
+    """Arguments that the constructor cannot do without."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD} - {"self"}
 
 
 def _download(name: str, kind: str) -> Path:
@@ -175,7 +183,7 @@ def load_state(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated, or no training state.
     """
     if not path.is_file():
-        raise CheckpointError(f"nothing to resume: {path} does not exist; start without --resume")
+        raise CheckpointError(f"nothing to resume: {path} does not exist; start without --resume must")
     try:
         with safe_open(path, "pt") as file:
             packed = (file.metadata() or {}).get("unmask_state")

@@ -1,8 +1,8 @@
-"""What a model knows about the order in which it reveals: exponents of the process that masks, and of its own.
+"""What a model knows about the order in which it unmasks: weights of the process that masks, and of its own.
 
-Exponents w mean the schedule alpha = 1 - t^w (:class:`pretrain.processes.Powers`): a position with a larger one is
-revealed earlier. An order gives them twice: for the process that masks a *clean* sequence, from which a loss draws its
-masks, and for the model that sees a *partially masked* one and generates.
+Weights w are the exponents of the schedule alpha = 1 - t^w (:class:`pretrain.masking.PolynomialSchedule`): a position
+with a larger one is unmasked earlier. An order gives them twice: for the process that masks a *clean* sequence, from
+which a loss draws its masks, and for the model that sees a *partially masked* one and generates.
 
 Shapes: N sequences, L positions, V symbols, D channels.
 """
@@ -25,7 +25,7 @@ class NoOrder(nn.Module):
     learned = False
     reads_clean = False  # whether the masking process looks at the whole clean sequence
 
-    def exponents(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
+    def order_weights(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
         """(N, L) or (1, L) exponents of the masking process.
 
         Args:
@@ -55,7 +55,7 @@ class PositionOrder(NoOrder):
         super().__init__()
         self.raw = nn.Parameter(torch.full((length,), math.log(math.e - 1)))
 
-    def exponents(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
+    def order_weights(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
         return F.softplus(self.raw).unsqueeze(0)
 
     def reverse(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class SymbolOrder(NoOrder):
         super().__init__()
         self.raw = nn.Parameter(torch.full((vocab_size,), math.log(math.e - 1)))
 
-    def exponents(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
+    def order_weights(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
         return F.softplus(self.raw)[clean]
 
     def reverse(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class ContextOrder(NoOrder):
         preference = network(hidden.detach()).squeeze(-1).float().sigmoid()  # (N, L)
         return self.c1 + self.c2 * (preference - preference.mean(1, keepdim=True))
 
-    def exponents(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
+    def order_weights(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
         return self._spread(self.masking, hidden)
 
     def reverse(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import signal
 import threading
@@ -20,12 +19,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.checkpoint import CheckpointError, load_state, save_state, write_json
 from tasks import UnmaskError
+from tasks.settings import AtLeast1, check
 
 MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads"}  # settings that do not change what is learned
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
-    """Ctrl-C: the state was saved; the same command with --resume goes on."""
+    """Ctrl-C: the state was saved; the same command with --resume auto goes on."""
 
 
 def resolve_device(device: str, threads: int | None = None) -> torch.device:
@@ -35,7 +35,7 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
         UnmaskError: an unknown device, CUDA where there is none, or fewer than one thread.
     """
     if threads is not None:
-        require_at_least(1, threads=threads)
+        check("threads", threads, AtLeast1)
         torch.set_num_threads(threads)
     try:
         resolved = torch.device(device)
@@ -50,26 +50,6 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
     return resolved
 
 
-def require_at_least(least: float, **settings: float) -> None:
-    """Raises :class:`tasks.UnmaskError` naming the first of ``settings`` that is below ``least``."""
-    for name, value in settings.items():
-        if not value >= least:
-            raise UnmaskError(f"{name} must be at least {least}, not {value}")
-
-
-def require_finite(**settings: float) -> None:
-    """Raises :class:`tasks.UnmaskError` naming the first of ``settings`` that is infinite or NaN."""
-    for name, value in settings.items():
-        if not math.isfinite(value):
-            raise UnmaskError(f"{name} must be finite, not {value}")
-
-
-def require_seed(seed: int) -> None:
-    """Raises :class:`tasks.UnmaskError` for a seed that torch's generators do not take."""
-    if not 0 <= seed < 2**63:
-        raise UnmaskError(f"seed must be at least 0 and below 2**63, not {seed}")
-
-
 class Run:
     """Drives a loop over ``steps`` steps in the folder ``out``; use as a context manager.
 
@@ -82,7 +62,7 @@ class Run:
         main: False on the other processes of a distributed run: they neither write nor show anything.
 
     Raises:
-        UnmaskError: ``out`` already holds a run and ``resume`` is off, or holds one with other settings.
+        UnmaskError: ``out`` already holds a run and ``resume`` is never, or holds one with other settings.
         CheckpointError: there is nothing to resume, or it is damaged.
     """
 
@@ -98,7 +78,7 @@ class Run:
         state_file = self.out / "state.safetensors"
         described = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
         described["kind"] = type(settings).__name__  # two kinds of run may have the same settings
-        if settings.resume:
+        if settings.resume == "must" or (settings.resume == "auto" and state_file.exists()):
             state = load_state(state_file)
             if not {"settings", "parts", "step"} <= state.keys():
                 raise CheckpointError(f"{state_file} is not the state of a run")
@@ -120,7 +100,7 @@ class Run:
                 raise CheckpointError(f"{state_file} does not belong to this run ({reason})") from None
             self.step = state["step"]
         elif state_file.exists():
-            raise UnmaskError(f"{self.out} already holds a run; add --resume to go on with it, or name another --out")
+            raise UnmaskError(f"{self.out} already holds a run; add --resume auto to go on, or name another --out")
         self._described = described
         if main:
             write_json(self.out / "run.json", described)
@@ -170,7 +150,7 @@ class Run:
                 self.save()
             if self._stop:
                 raise Interrupted(
-                    f"stopped at step {self.step} of {self.steps}; the same command with --resume goes on"
+                    f"stopped at step {self.step} of {self.steps}; the same command with --resume auto goes on"
                 )
 
     def _agree_to_stop(self) -> None:

@@ -5,6 +5,7 @@ Shapes: N sequences, L positions, V symbols. Visible symbols never change.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -12,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pretrain import processes
+from pretrain import masking
 from pretrain.backbone import Backbone
 from pretrain.orders import NoOrder
 from tasks import UnmaskError
@@ -53,6 +54,26 @@ class Remasking:
         if not 0 <= self.eta <= 1:
             raise UnmaskError(f"eta must be between 0 and 1, not {self.eta}")
 
+    def probabilities(self, step: Tensor, steps: int, remaskable: Tensor, fill_prob: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, L) each: the probability that a masked position is filled, and that a filled one is masked again.
+
+        Args:
+            step: (N,) int64, forwards done; the last one's are kept. steps: T.
+            remaskable: (N, L) bool, filled positions that may be masked again.
+            fill_prob: (N, L) the probability that each filled symbol had when it was filled in.
+        """
+        levels = torch.tensor(self.visible(steps), device=step.device)  # (T, 3)
+        now, then, active = levels[step.clamp(max=steps - 1)].unsqueeze(-1).unbind(1)  # each (N, 1)
+        sigma_max = torch.where((now > 0) & (active > 0), ((1 - then) / now.clamp(min=1e-9)).clamp(max=1.0), 0.0)
+        if self.strategy == "conf":
+            share = (-fill_prob).masked_fill(~remaskable, -torch.inf).softmax(-1).nan_to_num()  # nan: none is filled
+            remask, sigma = sigma_max * share, torch.zeros_like(sigma_max)
+        else:
+            sigma = self.eta * sigma_max if self.strategy == "rescale" else sigma_max.clamp(max=self.eta)
+            remask = sigma.expand(remaskable.shape)
+        fill = 1 - ((1 - then - sigma * now) / (1 - now).clamp(min=1e-9)).clamp(0, 1)
+        return torch.where(then >= 1, torch.ones_like(fill), fill).expand(remaskable.shape), remask
+
     def visible(self, steps: int) -> list[tuple[float, float, bool]]:
         """(alpha_t, alpha_s, whether symbols may be masked again) of each step."""
         if self.strategy != "loop":
@@ -78,10 +99,10 @@ def sample(
 ) -> Samples:
     """Complete ``prompts``.
 
-    *event* reveals one position at a time, i with probability ŵ_i / sum ŵ over the masked ones: the model's law, whose
-    order bound :mod:`pretrain.bounds` gives. *ancestral* goes through ``steps`` equal steps of time; a masked position
-    is revealed between t and s with probability 1 - (s / t)^ŵ_i, independently. *cached* is the same but makes no
-    forward where the step before revealed nothing, which changes nothing, since the model does not see the time.
+    *event* fills one position at a time, i with probability ŵ_i / sum ŵ over the masked ones: the model's law, whose
+    order bound :mod:`pretrain.likelihood` gives. *ancestral* goes through ``steps`` equal steps of time; a masked
+    position is filled between t and s with probability 1 - (s / t)^ŵ_i, independently. *cached* is the same but makes
+    no forward where the step before filled nothing, which changes nothing, since the model does not see the time.
     A model with a ``block_length`` completes one block after the other, each by ``method``; of length 1 it is
     autoregressive.
 
@@ -107,26 +128,87 @@ def sample(
         raise UnmaskError(f"prompts must be (N, {model.length}), not {tuple(prompts.shape)}")
     if remasking is not None and (method != "ancestral" or type(model.order) is not NoOrder):
         raise UnmaskError("remasking belongs to ancestral sampling from a model without a learned order")
-    block = processes.blocks_of(model.length, model.block_length or model.length).to(prompts.device)
-    tokens, nfe = prompts.clone(), 0
+    block = masking.blocks_of(model.length, model.block_length or model.length).to(prompts.device)
 
     def symbols(log_probs: Tensor) -> Tensor:
         if temperature == 0:
             return log_probs.argmax(-1)
-        return (nucleus(log_probs, temperature, top_p) + processes.gumbel(log_probs, generator)).argmax(-1)
+        return (nucleus(log_probs, temperature, top_p) + masking.gumbel(log_probs, generator)).argmax(-1)
 
-    free = prompts == model.mask_id
-
+    tokens, nfe = prompts.clone(), 0
     for current in range(int(block[-1]) + 1):
-        inside = free & (block == current)
-        if remasking is not None:
-            tokens, made = _by_remasking(model, tokens, inside, symbols, generator, steps, remasking)
-        elif method == "event":
-            tokens, made = _by_events(model, tokens, inside, symbols, generator)
-        else:
-            tokens, made = _by_steps(model, tokens, inside, symbols, generator, steps, method == "cached")
-        nfe += made
+        inside = (prompts == model.mask_id) & (block == current)
+        tokens, forwards = _complete(model, tokens, inside, symbols, generator, method, steps, remasking)
+        nfe += forwards
     return Samples(tokens, nfe)
+
+
+def _complete(
+    model: Backbone,
+    tokens: Tensor,
+    inside: Tensor,
+    symbols: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    method: Method,
+    steps: int,
+    remasking: Remasking | None,
+) -> tuple[Tensor, int]:
+    """``tokens`` (N, L) with the positions ``inside`` (N, L) bool filled, and the number of forwards.
+
+    Args:
+        symbols: (N, L, V) log-probabilities to drawn symbols (N, L).
+    """
+    nfe, prediction = 0, None
+    fill_prob = torch.zeros(tokens.shape, device=tokens.device)
+    for step in itertools.count() if method == "event" else range(steps):
+        masked, remasks = (tokens == model.mask_id) & inside, None
+        if remasking is not None:  # what happens where does not depend on the model, so it may need no forward
+            fills, remasks = _remasking_step(remasking, step, steps, masked, inside & ~masked, fill_prob, generator)
+        elif not bool(masked.any()):
+            break
+        if (prediction is None or method == "ancestral") and (remasks is None or bool(fills.any())):
+            prediction = model.order.reverse(*model(tokens))
+            nfe += 1
+        if remasks is None:
+            choose = _event if method == "event" else _ancestral_step
+            fills = choose(prediction[1], masked, step, steps, generator)
+        if bool(fills.any()):
+            filled = symbols(prediction[0])
+            chance = prediction[0].gather(-1, filled.unsqueeze(-1)).squeeze(-1).exp()
+            fill_prob, tokens = torch.where(fills, chance, fill_prob), torch.where(fills, filled, tokens)
+            prediction = None
+        if remasks is not None:
+            tokens = torch.where(remasks, model.mask_id, tokens)
+    return tokens, nfe
+
+
+def _event(weights: Tensor, masked: Tensor, step: int, steps: int, generator: torch.Generator) -> Tensor:
+    """(N, L) bool: one masked position per row, in proportion to the order's ``weights`` (N, L)."""
+    score = weights.log().masked_fill(~masked, -torch.inf) + masking.gumbel(weights, generator)
+    return torch.zeros_like(masked).scatter(1, score.argmax(1, keepdim=True), True) & masked
+
+
+def _ancestral_step(weights: Tensor, masked: Tensor, step: int, steps: int, generator: torch.Generator) -> Tensor:
+    """(N, L) bool: each masked position with probability 1 - (s / t)^w; the last step fills what is left."""
+    left = steps - step
+    stays = ((left - 1) / left) ** weights
+    return masked & (torch.rand(stays.shape, generator=generator, device=stays.device) >= stays)
+
+
+def _remasking_step(
+    remasking: Remasking,
+    step: int,
+    steps: int,
+    masked: Tensor,
+    filled: Tensor,
+    fill_prob: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """(N, L) bool each: the positions to fill, and those to mask again."""
+    at = torch.full((len(masked),), step, device=masked.device)
+    fill, remask = remasking.probabilities(at, steps, filled, fill_prob)
+    draws = torch.rand(masked.shape, generator=generator, device=masked.device)
+    return masked & (draws >= 1 - fill), filled & (draws < remask)
 
 
 def nucleus(log_probs: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -138,75 +220,3 @@ def nucleus(log_probs: Tensor, temperature: float, top_p: float) -> Tensor:
     before = values.exp().cumsum(-1) - values.exp()  # a symbol stays while less than top_p is ahead of it
     kept = values.masked_fill(before >= top_p, -torch.inf)
     return torch.empty_like(kept).scatter(-1, indices, kept).log_softmax(-1)
-
-
-def _by_events(
-    model: Backbone, tokens: Tensor, inside: Tensor, symbols: Callable[[Tensor], Tensor], generator: torch.Generator
-) -> tuple[Tensor, int]:
-    made = 0
-    while bool((masked := (tokens == model.mask_id) & inside).any()):
-        log_probs, exponents = model.order.reverse(*model(tokens))
-        made += 1
-        score = exponents.log().masked_fill(~masked, -torch.inf) + processes.gumbel(exponents, generator)
-        chosen = torch.zeros_like(masked).scatter(1, score.argmax(1, keepdim=True), True) & masked
-        tokens = torch.where(chosen, symbols(log_probs), tokens)
-    return tokens, made
-
-
-def _by_steps(
-    model: Backbone,
-    tokens: Tensor,
-    inside: Tensor,
-    symbols: Callable[[Tensor], Tensor],
-    generator: torch.Generator,
-    steps: int,
-    cached: bool,
-) -> tuple[Tensor, int]:
-    made, known = 0, None
-    for step in range(steps, 0, -1):
-        masked = (tokens == model.mask_id) & inside
-        if not bool(masked.any()):
-            break
-        if known is None or not cached:
-            known = model.order.reverse(*model(tokens))
-            made += 1
-        log_probs, exponents = known
-        stays = ((step - 1) / step) ** exponents  # (s / t)^w; the last step reveals what is left
-        revealed = masked & (torch.rand(stays.shape, generator=generator, device=stays.device) >= stays)
-        if bool(revealed.any()):
-            tokens = torch.where(revealed, symbols(log_probs), tokens)
-            known = None
-    return tokens, made
-
-
-def _by_remasking(
-    model: Backbone,
-    tokens: Tensor,
-    inside: Tensor,
-    symbols: Callable[[Tensor], Tensor],
-    generator: torch.Generator,
-    steps: int,
-    remasking: Remasking,
-) -> tuple[Tensor, int]:
-    made, chosen_with = 0, torch.zeros(tokens.shape, device=tokens.device)  # probability of symbols when chosen
-    for now, then, active in remasking.visible(steps):
-        masked = (tokens == model.mask_id) & inside
-        seen = inside & ~masked
-        most = min(1.0, (1 - then) / now) if now > 0 and active else 0.0
-        if remasking.strategy == "conf":
-            share = (-chosen_with).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()  # nan: none is visible yet
-            hides, sigma = most * share, 0.0
-        else:
-            sigma = remasking.eta * most if remasking.strategy == "rescale" else min(remasking.eta, most)
-            hides = torch.full_like(chosen_with, sigma)
-        stays = (1 - then - sigma * now) / (1 - now) if then < 1 else 0.0
-        draws = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        revealed, hidden = masked & (draws >= stays), seen & (draws < hides)
-        if bool(revealed.any()):
-            log_probs = model(tokens).logits.log_softmax(-1)
-            made += 1
-            new = symbols(log_probs)
-            chosen_with = torch.where(revealed, log_probs.gather(-1, new.unsqueeze(-1)).squeeze(-1).exp(), chosen_with)
-            tokens = torch.where(revealed, new, tokens)
-        tokens = torch.where(hidden, model.mask_id, tokens)
-    return tokens, made

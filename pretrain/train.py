@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,52 +19,46 @@ from pretrain.checkpoint import save_model, step_generator
 from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import masked_diffusion_loss
 from pretrain.objectives.uniform import uniform_loss
-from pretrain.run import (
-    Run,
-    decayed_groups,
-    distributed,
-    require_at_least,
-    require_finite,
-    require_seed,
-    resolve_device,
-    set_learning_rate,
-)
+from pretrain.run import Run, decayed_groups, distributed, resolve_device, set_learning_rate
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, Share, ShareBelow1, validate
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Masked diffusion: every position alike."""
+    """What all denoisers' trainings share."""
 
     task: str
     """what to learn, for example sudoku6 (``unmask list`` shows all)"""
     out: str
     """folder for the weights, the logs and the state to resume from"""
-    steps: int = 4000
-    batch: int = 256
+    steps: AtLeast1 = 4000
+    batch: AtLeast1 = 256
     """sequences per step, over all processes"""
-    dim: int = 96
-    layers: int = 4
-    heads: int = 4
-    lr: float = 2e-3
-    warmup: int = 100
+    dim: AtLeast1 = 96
+    layers: AtLeast1 = 4
+    heads: AtLeast1 = 4
+    lr: NotNegative = 2e-3
+    warmup: AtLeast0 = 100
     """steps of linear warm-up"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    ema: float = 0.998
+    weight_decay: NotNegative = 0.01
+    grad_clip: NotNegative = 1.0
+    ema: ShareBelow1 = 0.998
     """decay of the exponential moving average of the weights, which is what is saved"""
-    seed: int = 0
+    seed: Seed = 0
     device: str = "cpu"
-    threads: int | None = None
+    threads: AtLeast1 | None = None
     """CPU threads; the default is torch's"""
     bf16: bool = False
     compile: bool = False
     half: bool = False
     """store the weights in float16, as the packaged denoisers are"""
-    resume: bool = False
-    """go on from the state in ``out``"""
-    log_every: int = 50
-    save_every: int = 500
+    resume: Literal["never", "must", "auto"] = "never"
+    """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
+    log_every: AtLeast1 = 50
+    save_every: AtLeast1 = 500
+
+    takes_prompts = False  # whether it can learn what is behind a prompt
 
     def architecture(self) -> dict[str, Any]:
         """What the :class:`Backbone` is told beside its size."""
@@ -72,17 +66,10 @@ class PretrainConfig:
 
     def check(self, task: tasks.Task) -> None:
         """Raises :class:`tasks.UnmaskError` for settings that are out of range or do not fit ``task``."""
-        positive = ("steps", "batch", "dim", "layers", "heads", "save_every", "log_every")
-        require_at_least(1, **{name: getattr(self, name) for name in positive})
-        numbers = ("lr", "warmup", "weight_decay", "grad_clip")
-        require_at_least(0, **{name: getattr(self, name) for name in numbers})
-        require_finite(lr=self.lr, weight_decay=self.weight_decay)
-        require_seed(self.seed)
-        if not 0 <= self.ema < 1:
-            raise tasks.UnmaskError(f"ema must be at least 0 and below 1, not {self.ema}")
+        validate(self)
         if self.dim % self.heads:
             raise tasks.UnmaskError(f"dim must be a multiple of heads; {self.dim} is not one of {self.heads}")
-        if task.prompt_length and type(self) is not PretrainConfig:
+        if task.prompt_length and not self.takes_prompts:
             raise tasks.UnmaskError(f"{task.name} has prompts, behind which only mdm can be trained")
         if task.is_line and self.dim % (2 * self.heads):
             raise tasks.UnmaskError(f"for {task.name}, dim must be a multiple of 2 heads, so not {self.dim}")
@@ -95,8 +82,19 @@ class PretrainConfig:
         Args:
             clean: (N, L) int64. done: share of the steps before this one.
         """
-        loss = masked_diffusion_loss(model, clean, model.mask_id, generator, model.prompt_length)
+        loss = self.loss_of(model, clean, generator)
         return loss, loss.detach()
+
+    def loss_of(self, model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:
+        """Scalar, of objectives that are their own estimate; by default masked diffusion's."""
+        return masked_diffusion_loss(model, clean, model.mask_id, generator, model.prompt_length)
+
+
+@dataclass(frozen=True)
+class MDMConfig(PretrainConfig):
+    """Masked diffusion: every position alike."""
+
+    takes_prompts = True
 
 
 @dataclass(frozen=True)
@@ -106,25 +104,22 @@ class ARConfig(PretrainConfig):
     def architecture(self) -> dict[str, Any]:
         return {"block_length": 1}
 
-    def objective(
-        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
-    ) -> tuple[Tensor, Tensor]:
-        loss = block_loss(model, clean, generator)
-        return loss, loss.detach()
+    def loss_of(self, model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:
+        return block_loss(model, clean, generator)
 
 
 @dataclass(frozen=True)
 class BlockConfig(ARConfig):
     """Block diffusion: blocks from left to right, masked diffusion inside each."""
 
-    block_length: int = 4
+    block_length: AtLeast1 = 4
 
     def architecture(self) -> dict[str, Any]:
         return {"block_length": self.block_length}
 
     def check(self, task: tasks.Task) -> None:
         super().check(task)
-        if not 1 <= self.block_length <= task.length:
+        if self.block_length > task.length:
             raise tasks.UnmaskError(f"block_length must be between 1 and {task.length}, not {self.block_length}")
 
 
@@ -132,17 +127,10 @@ class BlockConfig(ARConfig):
 class LearnedOrderConfig(PretrainConfig):
     """What models with a learned order share."""
 
-    order_lr: float = 1.0
+    order_lr: NotNegative = 1.0
     """learning rate of what the order alone learns, as a multiple of ``lr``"""
-    order_start: float = 0.0
+    order_start: Share = 0.0
     """share of the steps that train plain masked diffusion, at its cost, before the order begins to learn"""
-
-    def check(self, task: tasks.Task) -> None:
-        super().check(task)
-        require_at_least(0, order_lr=self.order_lr)
-        require_finite(order_lr=self.order_lr)
-        if not 0 <= self.order_start <= 1:
-            raise tasks.UnmaskError(f"order_start must be between 0 and 1, not {self.order_start}")
 
     def objective(
         self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
@@ -172,22 +160,21 @@ class GenMD4Config(LearnedOrderConfig):
 class LoMDMConfig(LearnedOrderConfig):
     """Masked diffusion with an order learned from the context."""
 
-    order_lr: float = 0.1
+    order_lr: NotNegative = 0.1
     """learning rate of the two order networks, as a multiple of ``lr``; at 1 noise drives them into saturation"""
-    order_start: float = 0.5
+    order_start: Share = 0.5
     """share of the steps that train plain masked diffusion, at its cost, before the order begins to learn: while
     nothing depends on the context yet, there is nothing to learn about it"""
     c1: float = 0.7
-    """mean exponent (the paper's best)"""
+    """mean weight (the paper's best)"""
     c2: float = 0.65
-    """how far exponents may spread around c1, below it (the paper's best); 0 is a fixed schedule"""
+    """how far weights may spread around c1, below it (the paper's best); 0 is a fixed schedule"""
 
     def architecture(self) -> dict[str, Any]:
         return {"order": "context", "c1": self.c1, "c2": self.c2}
 
     def check(self, task: tasks.Task) -> None:
         super().check(task)
-        require_finite(c1=self.c1)
         if not 0 <= self.c2 < self.c1:
             raise tasks.UnmaskError(f"c1 and c2 must satisfy 0 <= c2 < c1, not c1 = {self.c1}, c2 = {self.c2}")
 
@@ -196,26 +183,13 @@ class LoMDMConfig(LearnedOrderConfig):
 class UniformConfig(PretrainConfig):
     """What models with uniform noise share."""
 
-    given: float = 0.5
+    prompt_fraction: Share = 0.5
     """share of the sequences of which a random part is given clean, so that prompts can be completed"""
     loss: Literal["bound", "coupling", "cross_entropy"] = "bound"
     """the bound of the prediction, or its cross-entropy"""
 
-    def check(self, task: tasks.Task) -> None:
-        super().check(task)
-        if not 0 <= self.given <= 1:
-            raise tasks.UnmaskError(f"given must be between 0 and 1, not {self.given}")
-        kinds = get_type_hints(type(self))
-        for name in {"loss", "predicts"} & kinds.keys():
-            if getattr(self, name) not in get_args(kinds[name]):
-                allowed = " or ".join(get_args(kinds[name]))
-                raise tasks.UnmaskError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
-
-    def objective(
-        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
-    ) -> tuple[Tensor, Tensor]:
-        loss = uniform_loss(model, clean, generator, self.loss, self.given)
-        return loss, loss.detach()
+    def loss_of(self, model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:
+        return uniform_loss(model, clean, generator, self.loss, self.prompt_fraction)
 
 
 @dataclass(frozen=True)
@@ -250,7 +224,7 @@ class AUDMConfig(UniformConfig):
 
 
 OBJECTIVES: dict[str, type[PretrainConfig]] = {
-    "mdm": PretrainConfig,
+    "mdm": MDMConfig,
     "ar": ARConfig,
     "block": BlockConfig,
     "learned-schedule": LearnedScheduleConfig,
@@ -284,8 +258,37 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     return config.lr * scale
 
 
+def new_backbone(config: PretrainConfig, task: tasks.Task) -> Backbone:
+    """An untrained model for ``task``; the seed draws its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Backbone(
+            task.vocab_size,
+            task.coordinates.tolist(),
+            config.dim,
+            config.layers,
+            config.heads,
+            vocabularies=task.vocabularies,
+            rotary=task.is_line,
+            fingerprint=task.fingerprint,
+            prompt_length=task.prompt_length,
+            **config.architecture(),
+        )
+
+
+def parameter_groups(config: PretrainConfig, model: Backbone) -> list[dict[str, Any]]:
+    """For AdamW; what the order alone learns has its own multiple of the learning rate."""
+    groups = decayed_groups(model, config.weight_decay)
+    if not isinstance(config, LearnedOrderConfig):
+        return groups
+    order = {id(p) for p in model.order.parameters()}
+    others = [group | {"params": [p for p in group["params"] if id(p) not in order]} for group in groups]
+    ordering = [group | {"params": [p for p in group["params"] if id(p) in order]} for group in groups]
+    return others + [group | {"multiple": config.order_lr} for group in ordering]
+
+
 def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone:
-    """Train a masked-diffusion denoiser on ``task.clean`` and save its moving average in ``config.out``.
+    """Train a denoiser on ``task.clean`` and save its moving average in ``config.out``.
 
     Under ``torchrun`` the batch is split over the processes.
 
@@ -303,29 +306,9 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     if config.batch % world:
         raise tasks.UnmaskError(f"batch {config.batch} does not split over {world} processes")
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Backbone(
-            task.vocab_size,
-            task.coordinates.tolist(),
-            config.dim,
-            config.layers,
-            config.heads,
-            vocabularies=task.vocabularies,
-            rotary=task.is_line,
-            fingerprint=task.fingerprint,
-            prompt_length=task.prompt_length,
-            **config.architecture(),
-        )
-    model = model.to(device)
+    model = new_backbone(config, task).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    groups = decayed_groups(model, config.weight_decay)
-    if isinstance(config, LearnedOrderConfig):
-        own = {id(p) for p in model.order.parameters()}
-        others = [group | {"params": [p for p in group["params"] if id(p) not in own]} for group in groups]
-        ordering = [group | {"params": [p for p in group["params"] if id(p) in own]} for group in groups]
-        groups = others + [group | {"multiple": config.order_lr} for group in ordering]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameter_groups(config, model), lr=config.lr, betas=(0.9, 0.99))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     run = Run(
         config, config.steps, parts, f"pretrain {task.name} ({parameter_count(model):,} parameters)", main=rank == 0

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain import processes
+from pretrain import masking, uniform
 from pretrain.backbone import Output
-from pretrain.objectives.uniform import ALMOST
-from pretrain.processes import Prediction, Uniform, tilt
+from pretrain.objectives.uniform import ALPHA_MAX
 from pretrain.samplers import Samples, nucleus
+from pretrain.uniform import Prediction, Uniform, tilt
 from tasks import UnmaskError
 
 Method = Literal["ancestral", "coupling", "audm", "reaudm"]
@@ -156,7 +156,7 @@ def sample_uniform(
     free = prompts == model.mask_id
     state = State(torch.where(free, noise, prompts), noise, free)
     steps, corrected = budget(nfe, corrector)
-    levels = [float(processes.alpha_of(torch.tensor(1 - i / steps).double())) for i in range(steps)] + [1.0]
+    levels = [float(uniform.alpha_of(torch.tensor(1 - i / steps).double())) for i in range(steps)] + [1.0]
     made = 0
     for step, (now, then) in enumerate(itertools.pairwise(levels)):
         kind: Prediction = "loo" if method == "ancestral" else "denoiser" if method == "coupling" else "absorbing"
@@ -193,7 +193,7 @@ def predict(
             log_probs = (_shaped((log_probs - own).log_softmax(-1), temperature, top_p) + own).log_softmax(-1)
         log_probs = torch.where(state.is_noise.unsqueeze(-1), log_probs, _certain(state.tokens, log_probs))
         return process.convert(log_probs, state.tokens, level, model.predicts, kind)
-    level = level.clamp(max=ALMOST)
+    level = level.clamp(max=ALPHA_MAX)
     if not changed:
         return process.convert(log_probs, state.tokens, level, model.predicts, kind)
     loo = _shaped(process.convert(log_probs, state.tokens, level, model.predicts, "loo"), temperature, top_p)
@@ -204,9 +204,9 @@ def _ancestral(
     process: Uniform, state: State, loo: Tensor, now: float, then: float, kappa: float, generator: torch.Generator
 ) -> State:
     level, next_level = state.level(now), state.level(then)
-    tokens = _draw(process.bridge(loo, state.tokens, level.minimum(next_level * ALMOST), next_level), generator)
+    tokens = _draw(process.bridge(loo, state.tokens, level.minimum(next_level * ALPHA_MAX), next_level), generator)
     if kappa < 1:
-        posterior = process.convert(loo, state.tokens, level.clamp(max=ALMOST), "loo", "denoiser")
+        posterior = process.convert(loo, state.tokens, level.clamp(max=ALPHA_MAX), "loo", "denoiser")
         fresh = process.noise(len(tokens), generator)
         anew = process.corrupt(_draw(posterior, generator), next_level, fresh, generator)
         follows = torch.rand(tokens.shape, generator=generator, device=tokens.device) < kappa
@@ -227,7 +227,7 @@ def _from_posterior(
     if method == "reaudm":
         level, next_level = state.level(now), state.level(then)
         one_hot = _certain(clean, posterior)
-        bridge = process.bridge(one_hot, state.tokens, level.minimum(next_level * ALMOST), next_level)
+        bridge = process.bridge(one_hot, state.tokens, level.minimum(next_level * ALPHA_MAX), next_level)
         moved = state.moved(_draw(bridge, generator))
         return replace(moved, noise=noise_given(process, moved.tokens, clean, then, generator))
     moves = torch.rand(clean.shape, generator=generator, device=clean.device) < (then - now) / (1 - now)
@@ -238,7 +238,7 @@ def noise_given(process: Uniform, tokens: Tensor, clean: Tensor, alpha: float, g
     """(N, L) u drawn from its law given x_t and x_0: x_t itself where they differ; where they agree, x_t with
     probability 1 / (1 + (K - 1) alpha), else any other symbol."""
     others = process.alphabet & ~F.one_hot(tokens, process.alphabet.shape[1]).bool()
-    other = processes.gumbel_like(others, generator).argmax(-1)
+    other = uniform.gumbel_like(others, generator).argmax(-1)
     stays = torch.rand(tokens.shape, generator=generator, device=tokens.device) < 1 / (1 + (process.size - 1) * alpha)
     return torch.where((tokens != clean) | stays, tokens, other)
 
@@ -268,14 +268,14 @@ def correct(
             state.moved(torch.where(chosen, tokens, state.tokens)), noise=torch.where(chosen, fresh, state.noise)
         )
     loo = predict(model, state, alpha, "loo", temperature, top_p)
-    conditional = process.conditional(loo, level.clamp(max=ALMOST))
+    conditional = process.conditional(loo, level.clamp(max=ALPHA_MAX))
     before = corrector.log_chances(conditional, state.tokens, state.free)
     chosen = _first(before, corrector.positions, generator)
     changed = state.moved(torch.where(chosen, _draw(conditional, generator), state.tokens))
     if not corrector.metropolis:
         return changed
     loo = predict(model, changed, alpha, "loo", temperature, top_p)
-    again = process.conditional(loo, level.clamp(max=ALMOST))
+    again = process.conditional(loo, level.clamp(max=ALPHA_MAX))
     after = corrector.log_chances(again, changed.tokens, state.free)
     accept = torch.where(chosen, after - before, 0.0).sum(1).exp()  # (N,)
     accepted = torch.rand(accept.shape, generator=generator, device=accept.device) < accept
@@ -298,7 +298,7 @@ def sensitivity(model: Predictor, state: State, alpha: float, generator: torch.G
     for _ in range(trials):
         chosen = _first(torch.zeros_like(before[..., 0]).masked_fill(~state.free, -torch.inf), 1, generator)
         others = process.alphabet & ~F.one_hot(state.tokens, process.alphabet.shape[1]).bool()
-        changed = state.moved(torch.where(chosen, processes.gumbel_like(others, generator).argmax(-1), state.tokens))
+        changed = state.moved(torch.where(chosen, uniform.gumbel_like(others, generator).argmax(-1), state.tokens))
         at = chosen.int().argmax(1)
         after = predict(model, changed, alpha, "loo").exp()
         moved.append(0.5 * (after[rows, at] - before[rows, at]).abs().sum(-1))
@@ -316,12 +316,12 @@ def _certain(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def _draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:
-    return (log_probs + processes.gumbel(log_probs, generator)).argmax(-1)
+    return (log_probs + masking.gumbel(log_probs, generator)).argmax(-1)
 
 
 def _first(log_chances: Tensor, positions: int, generator: torch.Generator) -> Tensor:
     """(N, L) bool: ``positions`` positions, drawn one after the other without replacement."""
-    order = (log_chances + processes.gumbel(log_chances, generator)).argsort(1, descending=True)
+    order = (log_chances + masking.gumbel(log_chances, generator)).argsort(1, descending=True)
     return torch.zeros_like(log_chances, dtype=torch.bool).scatter(1, order[:, :positions], True)
 
 

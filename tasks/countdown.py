@@ -7,22 +7,23 @@ right, uses every number once and ends at the target, which is checked step by s
 
 from __future__ import annotations
 
-import ast
 import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from tasks.errors import UnmaskError
-from tasks.task import SPLITS, Instances, Task
+from tasks.settings import AtLeast1, Range, check, checked
+from tasks.task import Instances, Task
 
 SYMBOLS = (*"0123456789+-*/=,| ",)
 LARGEST = 999  # of what a step may give
 LONGEST = 200  # characters of an answer that are worth reading
+Target = Annotated[int, Range(1, LARGEST)]
 STEP = re.compile(r"(\d{1,6})([-+*/])(\d{1,6})=(\d{1,6})")
 
 
@@ -45,62 +46,36 @@ def check_steps(answer: str, numbers: Sequence[int], target: int) -> bool:
     return result == target and sum(there.values()) == 1
 
 
-def check_expression(answer: str, numbers: Sequence[int], target: int) -> bool:
-    """Whether ``answer``, one expression like ``(45-7)*2``, uses every number once and equals the target.
-
-    Only + - * / and parentheses around whole numbers of at most six digits count; anything else is wrong, not run.
-    """
-    if len(answer) > LONGEST or re.search(r"\d{7}", answer) or not re.fullmatch(r"[-+*/() \d]+", answer):
-        return False
-    try:
-        tree = ast.parse(answer.strip(), mode="eval").body
-        used: list[int] = []
-        return _value(tree, used) == target and Counter(used) == Counter(numbers)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return False
-
-
-def _value(node: ast.expr, used: list[int]) -> Fraction:
-    names = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        used.append(node.value)
-        return Fraction(node.value)
-    if isinstance(node, ast.BinOp) and type(node.op) in names:
-        value = _apply(names[type(node.op)], _value(node.left, used), _value(node.right, used))
-        if value is not None:
-            return value
-    raise ValueError("not arithmetic")
-
-
 def _true_parts(step: str) -> tuple[int, int, int] | None:
     """Both numbers and the result of a step that is true; None of any other text."""
-    found = STEP.fullmatch(step)
-    if found is None:
+    parts = STEP.fullmatch(step)
+    if parts is None:
         return None
-    a, b, result = int(found[1]), int(found[3]), int(found[4])
-    return (a, b, result) if _apply(found[2], Fraction(a), Fraction(b)) == result else None
+    a, b, result = int(parts[1]), int(parts[3]), int(parts[4])
+    return (a, b, result) if _apply(parts[2], a, b) == result else None
 
 
-def _apply(operation: str, a: Fraction, b: Fraction) -> Fraction | None:
+def _apply(operation: str, a: int, b: int) -> int | None:
+    """None of a division that is not exact."""
     if operation == "/":
-        return a / b if b else None
-    return a + b if operation == "+" else a - b if operation == "-" else a * b
+        return a // b if b and a % b == 0 else None
+    return {"+": a + b, "-": a - b, "*": a * b}[operation]
 
 
 def _solutions(numbers: Sequence[int], target: int) -> list[str]:
     """All answers, as steps with the larger number first and results between 1 and ``LARGEST``; some come twice."""
     if len(numbers) == 1:
         return [""] if numbers[0] == target else []
-    found = []
+    answers = []
     for i, j in itertools.combinations(range(len(numbers)), 2):
         a, b = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
         rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
         for operation in "+-*/":
-            result = _apply(operation, Fraction(a), Fraction(b))
-            if result is not None and result.denominator == 1 and 1 <= result <= LARGEST:
+            result = _apply(operation, a, b)
+            if result is not None and 1 <= result <= LARGEST:
                 step = f"{a}{operation}{b}={result}"
-                found += [",".join(filter(None, (step, more))) for more in _solutions([*rest, int(result)], target)]
-    return found
+                answers += [",".join(filter(None, (step, more))) for more in _solutions([*rest, result], target)]
+    return answers
 
 
 class Countdown(Task):
@@ -118,26 +93,26 @@ class Countdown(Task):
 
     one_answer = False
 
-    def __init__(self, numbers: int = 3, largest: int = 99, target_low: int = 10, target_high: int = 100) -> None:
-        if numbers not in (3, 4):
-            raise UnmaskError(f"numbers must be 3 or 4, not {numbers}")
-        if not 10 <= largest <= 99 or not 1 <= target_low <= target_high <= LARGEST:
-            raise UnmaskError(
-                f"largest must be between 10 and 99, and the targets between 1 and {LARGEST} with target_low the "
-                f"lower one, not {largest}, {target_low} and {target_high}"
-            )
+    @checked
+    def __init__(
+        self,
+        numbers: Literal[3, 4] = 3,
+        largest: Annotated[int, Range(10, 99)] = 99,
+        target_low: Target = 10,
+        target_high: Target = 100,
+    ) -> None:
+        if target_low > target_high:
+            raise UnmaskError(f"target_low must be at most target_high, not {target_low} and {target_high}")
         self.name, self.numbers, self.largest = f"countdown{numbers}", numbers, largest
-        self.targets = (target_low, target_high)
-        self.symbols = SYMBOLS
+        self.targets, self.symbols = (target_low, target_high), SYMBOLS
         self.prompt_length = 3 * numbers + 3
         self.shape = (1, self.prompt_length + 12 * (numbers - 1) - 1)
 
-    # ------------------------------------------------------------------ data
     def _draw(self, n: int, heldout: bool, generator: torch.Generator) -> list[tuple[list[int], int, str]]:
         """``n`` puzzles of the held-out or the training kind: numbers, target, one answer."""
-        found: list[tuple[list[int], int, str]] = []
-        while len(found) < n:
-            many = (60 if heldout else 8) * (n - len(found)) + 64
+        puzzles: list[tuple[list[int], int, str]] = []
+        while len(puzzles) < n:
+            many = (60 if heldout else 8) * (n - len(puzzles)) + 64
             given = torch.randint(1, self.largest + 1, (many, self.numbers), generator=generator, device="cpu")
             kept = (_key(given) % 10 == 0) == heldout
             values, text = [given[:, i] for i in range(self.numbers)], []
@@ -157,8 +132,8 @@ class Countdown(Task):
             kept &= (values[0] >= self.targets[0]) & (values[0] <= self.targets[1])
             for row in kept.nonzero().flatten().tolist():
                 steps = ",".join(f"{a[row]}{'+-*/'[o[row]]}{b[row]}={r[row]}" for a, o, b, r in text)
-                found.append((given[row].tolist(), int(values[0][row]), steps))
-        return found[:n]
+                puzzles.append((given[row].tolist(), int(values[0][row]), steps))
+        return puzzles[:n]
 
     def encode(self, puzzles: Sequence[tuple[Sequence[int], int, str]]) -> Instances:
         """Puzzles of (numbers, target, answer) as instances.
@@ -185,26 +160,21 @@ class Countdown(Task):
         return self.encode(self._draw(n, False, source)).to(generator.device)
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
-        if split not in SPLITS:
-            raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-        n = 1000 if n is None else n
-        if n < 1:
-            raise UnmaskError(f"n must be at least 1, not {n}")
-        generator = torch.Generator().manual_seed(2**31 + SPLITS.index(split))
-        return self.encode(self._draw(n, split != "train", generator))
+        generator = self.split_generator(split)
+        check("n", n, AtLeast1 | None)
+        return self.encode(self._draw(1000 if n is None else n, split != "train", generator))
 
-    # ------------------------------------------------------------------ truth
     def all_answers(self, instances: Instances) -> Tensor:
         """(N, K, L): the instances' own, then all that write the larger number of each step first."""
         if not len(instances):
             return super().all_answers(instances)
-        found = []
-        for own in instances.answers.cpu():
-            numbers, target = self._puzzle(own)
-            steps = dict.fromkeys([self.text(own[self.prompt_length :]).strip(), *_solutions(numbers, target)])
-            found.append(self.encode([(numbers, target, answer) for answer in steps]).answers)
-        most = max(len(answers) for answers in found)
-        padded = [torch.cat([answers, answers[:1].expand(most - len(answers), -1)]) for answers in found]
+        right = []
+        for answer in instances.answers.cpu():
+            numbers, target = self._puzzle(answer)
+            steps = dict.fromkeys([self.text(answer[self.prompt_length :]).strip(), *_solutions(numbers, target)])
+            right.append(self.encode([(numbers, target, text) for text in steps]).answers)
+        count = max(len(answers) for answers in right)
+        padded = [torch.cat([answers, answers[:1].expand(count - len(answers), -1)]) for answers in right]
         return torch.stack(padded).to(instances.answers.device)
 
     def _puzzle(self, tokens: Tensor) -> tuple[list[int], int]:
@@ -231,15 +201,13 @@ class Countdown(Task):
         true_steps = torch.tensor(shares, dtype=torch.float32, device=tokens.device)
         return {"solved": self.reward(tokens, instances), "true_steps": true_steps}
 
-    # ------------------------------------------------------------------ for people
     def draw(self, tokens: Tensor) -> str:
         return self.text(tokens)
 
 
 def _key(given: Tensor) -> Tensor:
     """(N,) a number per combination of numbers, whatever their order, well spread modulo 10."""
-    ordered = given.sort(1).values
     key = torch.zeros(len(given), dtype=torch.int64)
-    for column in ordered.unbind(1):
+    for column in given.sort(1).values.unbind(1):
         key = (key * 1_000_003 + column * 7919) % 2_147_483_647
     return (key >> 7) ^ key

@@ -1,6 +1,9 @@
 """The errors that mean "the user can mend this": the command line prints them as one line and exits with 2."""
 
+import importlib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class UnmaskError(ValueError):
@@ -14,6 +17,10 @@ class UnknownNameError(UnmaskError):
         super().__init__(f"unknown {kind} {name!r}; known: {', '.join(sorted(known)) or '(none)'}")
 
 
+class IncompatibleDenoiserError(UnmaskError):
+    """A denoiser that cannot serve the task: its vocabulary or length is another, or it fills no masks."""
+
+
 class PuzzleFileError(UnmaskError):
     """A puzzle file that cannot be used; the message carries the file's name and the line number."""
 
@@ -21,3 +28,19 @@ class PuzzleFileError(UnmaskError):
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def library(name: str, needed_for: str, install: str) -> Any:
+    """The optional library ``name``. Raises :class:`UnmaskError`, saying what to install, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UnmaskError(f"{needed_for}; run: pip install {install}") from None
+
+
+def read_text(path: str | Path, error: type[UnmaskError] = UnmaskError) -> str:
+    """The text of a UTF-8 file. Raises ``error`` where it is missing, unreadable or in another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise error(f"cannot read {path} as UTF-8 text ({reason.__class__.__name__})") from None

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.sudoku_puzzles import BOXES, DATA, dig, random_grid, solvable_by_singles, split_of
+from tasks.sudoku import BOXES
+from tasks.sudoku_solver import dig, random_grid, solvable_by_singles, split_of
+from tasks.task import DATA
 
-COUNTS = {  # grids to train denoisers on; puzzles to train policies on; puzzles per held-out split (and grade, 9x9)
+COUNTS = {  # grids to train denoisers on; puzzles to train policies on; puzzles per held-out split
     "sudoku4": {"grids": 230, "train": 4000, "validation": 1000, "test": 2000},
     "sudoku6": {"grids": 5000, "train": 8000, "validation": 2000, "test": 2000},
     "sudoku9": {"grids": 10000, "train": 3000, "validation": 400, "test": 4000},
@@ -23,9 +25,9 @@ SHUFFLED = BALANCED | {"sudoku4": "test"}  # so that the first puzzles of the sp
 def build(name: str, seed: int, log: Callable[[str], None] = print) -> dict[str, np.ndarray]:
     """The arrays of one packaged file: ``train_grids`` and, per split, minimal ``puzzles``, ``solutions``, ``singles``.
 
-    Two splits hold equally many puzzles of each grade (solvable by singles or not): the training puzzles of 6x6, where
+    Two splits hold as many easy puzzles (solvable by singles) as hard ones: the training puzzles of 6x6, where
     only 7 % of minimal puzzles need more than singles and those are what an order is learned from, and the test
-    puzzles of 9x9, which are reported by grade. All others are minimal puzzles as they come.
+    puzzles of 9x9, which are reported by difficulty. All others are minimal puzzles as they come.
     """
     h, w = BOXES[name]
     want, rng = COUNTS[name], random.Random(f"{name}-{seed}")

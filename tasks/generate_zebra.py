@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from bisect import bisect_left
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
-RELATIONS = ("at", "same", "different", "left", "next")
+from tasks.task import DATA
+from tasks.zebra import MAX_CLUES, RELATIONS
+
 WEIGHTS = {"at": 0.5, "same": 2.0, "different": 0.5, "left": 1.5, "next": 2.0}  # how early a kind of clue is tried
-DATA = Path(__file__).parent / "data"
 Clue = tuple[int, int, int, int, int]
 
 
@@ -115,41 +116,35 @@ def minimal_clues(houses: int, attributes: int, rng: np.random.Generator) -> lis
     speed = np.array([WEIGHTS[RELATIONS[clue[0]]] for clue in clues])
     order = np.argsort(rng.exponential(size=len(clues)) / speed)  # in proportion to the weights
     shuffled = [clues[i] for i in order]
-    low, high = 1, 4 * houses * attributes  # the shortest prefix with one solution
-    while count_solutions(shuffled[:high], houses, attributes) > 1:
+
+    def unique(clues: list[Clue]) -> bool:
+        return count_solutions(clues, houses, attributes) == 1
+
+    high = 4 * houses * attributes
+    while not unique(shuffled[:high]):
         high *= 2
-    while low < high:
-        middle = (low + high) // 2
-        if count_solutions(shuffled[:middle], houses, attributes) > 1:
-            low = middle + 1
-        else:
-            high = middle
-    kept = shuffled[:low]
+    kept = shuffled[: bisect_left(range(high), True, lo=1, key=lambda k: unique(shuffled[:k]))]  # the shortest prefix
     for clue in list(kept):
         without = [other for other in kept if other != clue]
-        if count_solutions(without, houses, attributes) == 1:
+        if unique(without):
             kept = without
     return kept
 
 
 def generate(
-    houses: int, attributes: int, puzzles: int, most: int, rng: np.random.Generator, known: set[tuple[Clue, ...]]
+    houses: int, attributes: int, puzzles: int, max_clues: int, rng: np.random.Generator, known: set[tuple[Clue, ...]]
 ) -> np.ndarray:
-    """(puzzles, most, 5) int8 sets of clues, -1 behind the last; none of ``known``, which they are added to."""
-    found = np.full((puzzles, most, 5), -1, dtype=np.int8)
-    made = 0
-    while made < puzzles:
+    """(puzzles, max_clues, 5) int8 sets of clues, -1 behind the last; none of ``known``, which they are added to."""
+    sets = np.full((puzzles, max_clues, 5), -1, dtype=np.int8)
+    for row in sets:
         clues = minimal_clues(houses, attributes, rng)
-        key = tuple(sorted(clues))
-        if len(clues) > most or key in known:
-            continue
-        known.add(key)
-        found[made, : len(clues)] = clues
-        made += 1
-    return found
+        while len(clues) > max_clues or tuple(sorted(clues)) in known:
+            clues = minimal_clues(houses, attributes, rng)
+        known.add(tuple(sorted(clues)))
+        row[: len(clues)] = clues
+    return sets
 
 
-MOST = {3: 7, 4: 12, 5: 18}  # clues per puzzle of so many houses and as many attributes; nearly all have fewer
 SIZES = {"validation": 1000, "test": 2000, "train": 20_000}
 FEWER = {5: 4}  # the larger, the longer they take: as many times fewer
 
@@ -162,7 +157,7 @@ def main() -> None:
     for houses in args.houses:
         rng, known = np.random.default_rng([args.seed, houses]), set()
         sizes = {split: n // FEWER.get(houses, 1) for split, n in SIZES.items()}
-        files = {split: generate(houses, houses, n, MOST[houses], rng, known) for split, n in sizes.items()}
+        files = {split: generate(houses, houses, n, MAX_CLUES[houses], rng, known) for split, n in sizes.items()}
         np.savez_compressed(DATA / f"zebra{houses}.npz", **files)
         print(f"zebra{houses}: " + ", ".join(f"{len(clues):,} {split}" for split, clues in files.items()))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError, first_line
-from tasks.task import SPLITS, Infilling, Instances
+from tasks.errors import UnmaskError, first_line, library, read_text
+from tasks.settings import AtLeast1, ShareAbove0, checked
+from tasks.task import SPLITS, Infilling, Instances, random_rows, random_subset
 
 ANSWER = "\t"  # divides a line into what is given and what is asked for, in turn
 
@@ -38,39 +38,36 @@ class Lines(Infilling):
 
     name = "lines"
 
+    @checked
     def __init__(
         self,
         source: str | Sequence[str],
         tokenizer: str | Any,
-        length: int | None = None,
-        hide: float = 0.5,
+        length: AtLeast1 | None = None,
+        hide: ShareAbove0 = 0.5,
         side: Literal["right", "left"] = "right",
     ) -> None:
-        if side not in ("right", "left"):
-            raise UnmaskError(f"side must be right or left, not {side!r}")
         # What the user wrote is read before the tokenizer, which may have to come from a hub.
         lines = _read(source) if isinstance(source, str) else dict(enumerate(source, 1))
         if len(lines) < len(SPLITS):
             raise UnmaskError(f"at least {len(SPLITS)} lines are needed, one for each split, not {len(lines)}")
         self.tokenizer = load_tokenizer(tokenizer)
         self.pad_id: int = self.tokenizer.pad_token_id
-        self.pad_side = side
-        self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
-        found = [self._encode(number, line) for number, line in lines.items()]
-        longest = max(range(len(found)), key=lambda i: len(found[i][0]))
-        length = len(found[longest][0]) if length is None else length
+        self.pad_side, self.symbols = side, all_tokens(self.tokenizer)
+        encoded = {number: self._encode(number, line) for number, line in lines.items()}
+        longest = max(encoded, key=lambda number: len(encoded[number][0]))
+        most = len(encoded[longest][0])
+        length = most if length is None else length
         super().__init__((1, length), hide)
-        if len(found[longest][0]) > length:
-            raise UnmaskError(
-                f"line {[*lines][longest]} has {len(found[longest][0])} tokens, more than the length of {length}"
-            )
+        if most > length:
+            raise UnmaskError(f"line {longest} has {most} tokens, more than the length of {length}")
         held = max(1, len(lines) // 20)
         cuts = (0, len(lines) - 2 * held, len(lines) - held, len(lines))
         self._lines: dict[str, tuple[Tensor, Tensor]] = {}  # (N, L) tokens, and which of them may be hidden
         for split, start, end in zip(SPLITS, cuts, cuts[1:], strict=False):
             tokens = torch.full((end - start, length), self.pad_id)
             hideable = torch.zeros(end - start, length, dtype=torch.bool)
-            for row, (ids, may) in enumerate(found[start:end]):
+            for row, (ids, may) in enumerate([*encoded.values()][start:end]):
                 at = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
                 tokens[row, at], hideable[row, at] = torch.tensor(ids), torch.tensor(may)
             self._lines[split] = tokens, hideable
@@ -78,25 +75,24 @@ class Lines(Infilling):
     def _encode(self, number: int, line: str) -> tuple[list[int], list[bool]]:
         parts = line.split(ANSWER)
         asked = [len(parts) == 1 or i % 2 == 1 for i, part in enumerate(parts) for _ in part]  # per character
-        found = self.tokenizer("".join(parts), return_special_tokens_mask=True, return_offsets_mapping=True)
+        pieces = self.tokenizer("".join(parts), return_special_tokens_mask=True, return_offsets_mapping=True)
         may = [
             not special and end > 0 and asked[end - 1]
-            for special, (_, end) in zip(found["special_tokens_mask"], found["offset_mapping"], strict=True)
+            for special, (_, end) in zip(pieces["special_tokens_mask"], pieces["offset_mapping"], strict=True)
         ]
         if not any(may):
             raise UnmaskError(f"line {number} has nothing to hide")
-        return found["input_ids"], may
+        return pieces["input_ids"], may
 
     def _hide(self, lines: tuple[Tensor, Tensor], generator: torch.Generator) -> Instances:
         answers, hideable = lines
-        draws = torch.rand(answers.shape, generator=generator, device=generator.device)
-        rank = draws.masked_fill(~hideable, torch.inf).argsort(1).argsort(1)
-        many = (self.hide * hideable.sum(1, keepdim=True)).round().clamp(min=1)
-        return Instances(torch.where((rank < many) & hideable, self.mask_id, answers), answers)
+        sizes = (self.hide * hideable.sum(1, keepdim=True)).round().clamp(min=1)  # (N, 1)
+        holes = random_subset(hideable, sizes, generator)
+        return Instances(torch.where(holes, self.mask_id, answers), answers)
 
     def _rows(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         tokens, hideable = self._lines["train"]
-        rows = torch.randint(len(tokens), (n,), generator=generator, device=generator.device).cpu()
+        rows = random_rows(len(tokens), n, generator)
         return tokens[rows].to(generator.device), hideable[rows].to(generator.device)
 
     def clean(self, n: int, generator: torch.Generator) -> Tensor:
@@ -109,8 +105,9 @@ class Lines(Infilling):
         return self._lines[split][0][:n]
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
+        generator = self.split_generator(split)
         tokens, hideable = self._lines[split]
-        return self._hide((tokens[:n], hideable[:n]), torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
+        return self._hide((tokens[:n], hideable[:n]), generator)
 
     def draw(self, tokens: Tensor) -> str:
         kept = [int(token) for token in tokens if int(token) != self.pad_id]
@@ -119,11 +116,7 @@ class Lines(Infilling):
 
 def _read(source: str) -> dict[int, str]:
     """By their numbers in the file, the lines that are not blank."""
-    try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnmaskError(f"cannot read {source} as UTF-8 text ({error.__class__.__name__})") from None
-    lines = {number: line for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+    lines = {number: line for number, line in enumerate(read_text(source).splitlines(), 1) if line.strip()}
     if not lines:
         raise UnmaskError(f"{source} is empty")
     return lines
@@ -136,10 +129,7 @@ def load_tokenizer(source: str | Any) -> Any:
         UnmaskError: the library is missing, it cannot be read, or it has no padding token.
     """
     if isinstance(source, str):
-        try:
-            import transformers
-        except ImportError:
-            raise UnmaskError("tokenizers of models take the extra text; run: pip install 'unmask[text]'") from None
+        transformers = library("transformers", "tokenizers of models take the extra text", "'unmask[text]'")
         try:
             source = transformers.AutoTokenizer.from_pretrained(source)
         except Exception as error:  # transformers raises many types for what it cannot read
@@ -147,3 +137,8 @@ def load_tokenizer(source: str | Any) -> Any:
     if source.pad_token_id is None:
         raise UnmaskError("the tokenizer has no padding token; set its pad_token")
     return source
+
+
+def all_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The text of every token of a tokenizer of ``transformers``, in order."""
+    return tuple(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))

@@ -6,6 +6,7 @@ written there is right if the answer found in it equals the problem's (library `
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from tasks import reasoning
-from tasks.errors import UnmaskError
-from tasks.lines import load_tokenizer
-from tasks.task import SPLITS, Instances, Task
+from tasks.errors import UnmaskError, library, read_text
+from tasks.lines import all_tokens, load_tokenizer
+from tasks.settings import AtLeast1, checked
+from tasks.task import DATA, SPLITS, Instances, Task, random_rows
 from tasks.text import load_datasets
 
-SAMPLE = Path(__file__).parent / "data" / "math_sample.jsonl"
+SAMPLE = DATA / "math_sample.jsonl"
 LONGEST = 4000  # characters of an answer that are read
 TOWER = re.compile(r"(\*\*|\^)[\s{(]*[^\s})]*(\*\*|\^)|(\*\*|\^)[\s{(]*\d{4}|!\s*!|\d{4}\s*!")  # takes for ever
 
@@ -61,10 +63,7 @@ def is_right(text: str, answer: str) -> bool:
     Raises:
         UnmaskError: the library is missing.
     """
-    try:
-        import math_verify
-    except ImportError:
-        raise UnmaskError("checking answers takes the extra text; run: pip install 'unmask[text]'") from None
+    math_verify = library("math_verify", "checking answers takes the extra text", "'unmask[text]'")
     if len(text) > LONGEST or TOWER.search(text):
         return False
     marked = text.rpartition("####")[2] if "####" in text else text
@@ -100,23 +99,22 @@ class MathWord(Task):
 
     one_answer = False
 
+    @checked
     def __init__(
         self,
         source: str = "sample",
         tokenizer: str | Any = None,
-        answer_length: int = 64,
+        answer_length: AtLeast1 = 64,
         subset: str | None = None,
     ) -> None:
         if tokenizer is None:
             raise UnmaskError("name the model's tokenizer: math:sample,tokenizer=FOLDER_OR_ID")
-        if answer_length < 1:
-            raise UnmaskError(f"answer_length must be at least 1, not {answer_length}")
         splits = _read(source, subset)  # before the tokenizer, which may have to come from a hub
         self.tokenizer = load_tokenizer(tokenizer)
         self.name, self.pad_id, self.pad_side = "math", int(self.tokenizer.pad_token_id), "left"
-        self.symbols = tuple(self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
+        self.symbols = all_tokens(self.tokenizer)
         prompts = {split: [self._prompt(p.question) for p in problems] for split, problems in splits.items()}
-        self.prompt_length = max(len(prompt) for found in prompts.values() for prompt in found)
+        self.prompt_length = max(map(len, itertools.chain(*prompts.values())))
         self.shape = (1, self.prompt_length + answer_length)
         end = self.tokenizer.eos_token_id
         fill = self.pad_id if end is None else end
@@ -138,24 +136,18 @@ class MathWord(Task):
             return self.tokenizer.encode(text, add_special_tokens=False)
         return self.tokenizer.encode(f"Question: {question}\nAnswer:", add_special_tokens=False)
 
-    # ------------------------------------------------------------------ data
     def _split(self, split: str) -> Tensor:
         if split not in self._answers:  # MATH-500, for example, is for testing alone
             raise UnmaskError(f"{self.name} has no {split} problems, only {', '.join(self._answers)}")
         return self._answers[split]
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:
-        known = self._split("train")
-        rows = torch.randint(len(known), (n,), generator=generator, device=generator.device).cpu()
-        return self.behind_prompt(known[rows].to(generator.device))
+        answers = self._split("train")
+        return self.behind_prompt(answers[random_rows(len(answers), n, generator)].to(generator.device))
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
-        known = self._split(split)
-        if n is not None and not 1 <= n <= len(known):
-            raise UnmaskError(f"{self.name} has {len(known)} {split} problems; cannot take {n}")
-        return self.behind_prompt(known[:n])
+        return self.first(n, self.behind_prompt(self._split(split)), f"{split} problems")
 
-    # ------------------------------------------------------------------ truth
     def written(self, tokens: Tensor) -> str:
         """The text of the answer region of one sequence."""
         return self.tokenizer.decode(tokens[self.prompt_length :].tolist(), skip_special_tokens=True)
@@ -172,18 +164,11 @@ class MathWord(Task):
     def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
         return {"solved": self.reward(tokens, instances)}
 
-    # ------------------------------------------------------------------ for people
     def draw(self, tokens: Tensor) -> str:
         """Prompt and answer as text, holes as blanks."""
         kept = [int(token) for token in tokens if int(token) != self.pad_id]
-        parts, run = [], []
-        for token in [*kept, self.mask_id]:
-            if token == self.mask_id:
-                parts += [self.tokenizer.decode(run), "_"] if run else ["_"]
-                run = []
-            else:
-                run.append(token)
-        return "".join(parts[:-1])
+        runs = [(hole, [*run]) for hole, run in itertools.groupby(kept, lambda token: token == self.mask_id)]
+        return "".join("_" * len(run) if hole else self.tokenizer.decode(run) for hole, run in runs)
 
 
 def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem | reasoning.Scored]]:
@@ -192,17 +177,13 @@ def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem | re
         return {split: reasoning.problems(kind, n, split) for split, n in zip(SPLITS, sizes, strict=True)}
     if source.startswith("hf:"):
         records: dict[str, Sequence[dict[str, Any]]] = load_datasets(source.removeprefix("hf:"), subset)
-        found = {split: _problems(records[split], source) for split in SPLITS if split in records}
-        if not found:
+        splits = {split: _problems(records[split], source) for split in SPLITS if split in records}
+        if not splits:
             raise UnmaskError(f"{source} has none of the splits {', '.join(SPLITS)}, only {', '.join(records)}")
-        return found
+        return splits
     path = SAMPLE if source == "sample" else Path(source)
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnmaskError(f"cannot read {path} as UTF-8 text ({error.__class__.__name__})") from None
     parsed = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(filter(str.strip, read_text(path).splitlines()), 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -219,10 +200,10 @@ def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem | re
 
 
 def _problems(records: Sequence[dict[str, Any]], source: str) -> list[Problem]:
-    found = []
+    problems = []
     for number, record in enumerate(records, 1):
         try:
-            found.append(read_problem(record))
+            problems.append(read_problem(record))
         except UnmaskError as error:
             raise UnmaskError(f"{source}, problem {number}: {error}") from None
-    return found
+    return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tasks.errors import UnmaskError, first_line
+from tasks.errors import UnmaskError, first_line, library
 
 SEEDS = {"train": 0, "validation": 10**9, "test": 2 * 10**9}  # problem i is drawn from the seed plus i
 
@@ -34,10 +34,7 @@ def problems(name: str, n: int, split: str, **options: Any) -> list[Scored]:
     Raises:
         UnmaskError: the library is missing, or does not know the kind or its options.
     """
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise UnmaskError("these problems take reasoning-gym; run: pip install reasoning-gym==0.1.25") from None
+    reasoning_gym = library("reasoning_gym", "these problems take reasoning-gym", "reasoning-gym==0.1.25")
     try:
         source = reasoning_gym.create_dataset(name, size=n, seed=SEEDS[split], **options)
         return [Scored(entry["question"], str(entry["answer"]), source, entry) for entry in source]

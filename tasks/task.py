@@ -9,13 +9,16 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError
+from tasks.errors import IncompatibleDenoiserError, UnmaskError
+from tasks.settings import AtLeast1, ShareAbove0, check, checked
 
 SPLITS = ("train", "validation", "test")
+DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,18 @@ class Instances:
         return Instances(self.tokens.repeat_interleave(times, 0), self.answers.repeat_interleave(times, 0))
 
 
+def random_rows(count: int, n: int, generator: torch.Generator) -> Tensor:
+    """(n,) int64 on the CPU: rows of a table with ``count``, drawn with replacement on the generator's device."""
+    return torch.randint(count, (n,), generator=generator, device=generator.device).cpu()
+
+
+def random_subset(candidates: Tensor, size: int | Tensor, generator: torch.Generator) -> Tensor:
+    """(N, L) bool: ``size`` random ones of each row's ``candidates`` (N, L) bool, or all where there are fewer."""
+    draws = torch.rand(candidates.shape, generator=generator, device=candidates.device)
+    rank = draws.masked_fill(~candidates, torch.inf).argsort(1).argsort(1)
+    return (rank < size) & candidates
+
+
 class Task(ABC):
     """Data and truth of one family of problems over sequences of fixed length.
 
@@ -70,7 +85,6 @@ class Task(ABC):
     prompt_length: int = 0
     one_answer: bool = True
 
-    # ------------------------------------------------------------------ sizes
     @property
     def length(self) -> int:
         return self.shape[0] * self.shape[1]
@@ -93,12 +107,25 @@ class Task(ABC):
         """Tells sets of symbols apart: a denoiser of one means nothing to another, even of the same size."""
         return hashlib.sha256(json.dumps([self.symbols, self.vocabularies]).encode()).hexdigest()[:16]
 
+    def check_denoiser(self, vocab_size: int, length: int, fingerprint: str | None = None) -> None:
+        """Raises :class:`IncompatibleDenoiserError` unless a denoiser's sizes, and its symbols where they are known,
+        are the task's."""
+        if (vocab_size, length) != (self.vocab_size, self.length):
+            raise IncompatibleDenoiserError(
+                f"task {self.name} has {self.vocab_size} symbols and {self.length} positions; "
+                f"this denoiser was trained for {vocab_size} symbols and {length} positions"
+            )
+        if fingerprint not in (None, self.fingerprint):
+            raise IncompatibleDenoiserError(
+                f"this denoiser was trained on other symbols than those of task {self.name}, though as many; name the "
+                "task with the source and options of its training"
+            )
+
     @property
     def coordinates(self) -> Tensor:
         """(L, C) int64: where each position stands. The default is its index; a board gives row, column, box."""
         return torch.arange(self.length).unsqueeze(1)
 
-    # ------------------------------------------------------------------ data and truth
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Instances:
         """``n`` training instances, on the generator's device."""
@@ -108,7 +135,7 @@ class Task(ABC):
         return self.sample(n, generator).answers
 
     def augment(self, instances: Instances, generator: torch.Generator) -> Instances:
-        """The instances in another guise with the same difficulty (a random symmetry). The default changes nothing."""
+        """The instances under random symmetries, which keep their difficulty. The default changes nothing."""
         return instances
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
@@ -117,8 +144,30 @@ class Task(ABC):
 
         The default draws them from a generator seeded apart from training; a task with files reads its files.
         """
-        seed = 2**31 + SPLITS.index(split)
-        return self.sample(1000 if n is None else n, torch.Generator().manual_seed(seed))
+        return self.sample(1000 if n is None else n, self.split_generator(split))
+
+    def select(self, limit: int | None = None, file: Path | None = None, difficulty: str = "all") -> Instances:
+        """To evaluate on: ``limit`` test instances, of one ``difficulty``, or those of the user's ``file``.
+
+        Raises:
+            UnmaskError: a limit below 1; a file or a difficulty, where the task has none, as by default.
+        """
+        check("limit", limit, AtLeast1 | None)
+        if file is not None or difficulty != "all":
+            raise UnmaskError(f"--puzzles and --difficulty are for Sudoku tasks; {self.name} is not one")
+        return self.heldout(limit)
+
+    def split_generator(self, split: str) -> torch.Generator:
+        """The generator of what is fixed for a split. Raises :class:`UnmaskError` for a split of another name."""
+        if split not in SPLITS:
+            raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        return torch.Generator().manual_seed(2**31 + SPLITS.index(split))
+
+    def first(self, n: int | None, instances: Instances, what: str) -> Instances:
+        """The first ``n``, or all. Raises :class:`UnmaskError`, counting ``what`` there are, where they are fewer."""
+        if n is not None and not 1 <= n <= len(instances):
+            raise UnmaskError(f"{self.name} has {len(instances)} {what}; cannot take {n}")
+        return instances[:n]
 
     def behind_prompt(self, answers: Tensor) -> Instances:
         """Instances of complete sequences (N, L): the prompt is given, everything behind it hidden."""
@@ -129,6 +178,11 @@ class Task(ABC):
         """(N, K, L): the right answers in the task's own form, the instances' own first; rows with fewer repeat it."""
         return instances.answers.unsqueeze(1)
 
+    def accuracy(self, tokens: Tensor, instances: Instances) -> Tensor:
+        """(N,) float32 share of an instance's holes where ``tokens`` (N, L) are its answer's."""
+        holes = instances.tokens == self.mask_id
+        return ((tokens == instances.answers) & holes).sum(1) / holes.sum(1).clamp(min=1)
+
     @abstractmethod
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
         """(N,) float32 reward in [0, 1] of the finished sequences ``tokens`` (N, L)."""
@@ -137,7 +191,6 @@ class Task(ABC):
         """Named (N,) float32 measures of finished sequences; the first is the one that tables are read for."""
         return {"reward": self.reward(tokens, instances)}
 
-    # ------------------------------------------------------------------ for people
     def symbol(self, token: int) -> str:
         return "." if token == self.mask_id else self.symbols[token]
 
@@ -169,14 +222,12 @@ class Infilling(Task):
         UnmaskError: sizes below 1, or nothing or more than everything to hide.
     """
 
-    def __init__(self, shape: tuple[int, int], hide: float, span: int = 1) -> None:
-        if min(shape) < 1 or not 0 < hide <= 1:
-            raise UnmaskError(
-                f"length must be at least 1 and hide above 0 and at most 1, not {shape[0] * shape[1]} and {hide}"
-            )
-        if not 1 <= span <= shape[0] * shape[1]:
-            raise UnmaskError(f"span must be between 1 and {shape[0] * shape[1]}, the length, not {span}")
+    @checked
+    def __init__(self, shape: tuple[int, int], hide: ShareAbove0, span: int = 1) -> None:
         self.shape, self.hide, self.span = shape, hide, span
+        check("length", min(shape), AtLeast1)
+        if not 1 <= span <= self.length:
+            raise UnmaskError(f"span must be between 1 and {self.length}, the length, not {span}")
 
     @abstractmethod
     def clean(self, n: int, generator: torch.Generator) -> Tensor: ...
@@ -186,7 +237,7 @@ class Infilling(Task):
         """(N, L) complete sequences of a split, always the same."""
 
     def _hidden(self, answers: Tensor, generator: torch.Generator) -> Instances:
-        # Runs of ``span`` positions, cut at a place of each sequence's own, are hidden in random order up to the share.
+        # Runs of ``span`` positions are hidden in random order up to the share; each sequence is cut at its own place.
         n, device, span = len(answers), answers.device, self.span
         cut = torch.randint(span, (n, 1), generator=generator, device=device) if span > 1 else 0
         run = (torch.arange(self.length, device=device) + cut) // span  # (N, L)
@@ -200,12 +251,11 @@ class Infilling(Task):
         return self._hidden(self.clean(n, generator), generator)
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
-        return self._hidden(self.heldout_answers(n, split), torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
+        generator = self.split_generator(split)
+        return self._hidden(self.heldout_answers(n, split), generator)
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
-        holes = instances.tokens == self.mask_id
-        right = (tokens == instances.answers) & holes
-        return right.sum(1) / holes.sum(1).clamp(min=1)
+        return self.accuracy(tokens, instances)
 
     def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
         exact = (tokens == instances.answers).all(1).float()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError, first_line
+from tasks.errors import UnmaskError, first_line, library, read_text
+from tasks.settings import AtLeast0, AtLeast1, Range, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for characters too rare to have a symbol
@@ -62,16 +63,9 @@ def from_files(paths: Iterable[str | Path]) -> Corpus:
     Raises:
         CorpusError: a file that is missing, unreadable or not UTF-8.
     """
-    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for path in paths:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorpusError(f"cannot read {path} as UTF-8 text ({error.__class__.__name__})") from None
-        cuts = (0, len(text) * 18 // 20, len(text) * 19 // 20, len(text))
-        for split, start, end in zip(SPLITS, cuts, cuts[1:], strict=False):
-            parts[split].append(text[start:end])
-    return Corpus(*(tuple(parts[split]) for split in SPLITS))
+    texts = [read_text(path, CorpusError) for path in paths]
+    twentieths = ((0, 18), (18, 19), (19, 20))
+    return Corpus(*(tuple(t[len(t) * a // 20 : len(t) * b // 20] for t in texts) for a, b in twentieths))
 
 
 def load_datasets(name: str, subset: str | None = None) -> Any:
@@ -80,10 +74,7 @@ def load_datasets(name: str, subset: str | None = None) -> Any:
     Raises:
         CorpusError: the library is not installed, or the dataset cannot be read.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise CorpusError("reading datasets takes the library datasets; run: pip install datasets") from None
+    datasets = library("datasets", "reading datasets takes the library datasets", "datasets")
     try:
         return datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises a dozen types, from wrong names to broken connections
@@ -138,36 +129,39 @@ def read(source: str, subset: str | None = None) -> Corpus:
     return from_files(files)
 
 
+Encode = Callable[[Sequence[str]], list[np.ndarray]]  # documents to the numbers of their symbols
+
+
 def _code_points(text: str) -> np.ndarray:
     """One number per character."""
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
 
 
-def _characters(documents: tuple[str, ...], rare: int) -> tuple[str, ...]:
+def _characters(documents: Sequence[str], rare: int) -> tuple[tuple[str, ...], Encode]:
+    """Symbols, the one for what is unknown last, and how documents are written in them: a character each."""
     counts = np.zeros(sys.maxunicode + 1, dtype=np.int64)
     for document in documents:
         seen = np.bincount(_code_points(document))
         counts[: len(seen)] += seen
     counts[ord(UNKNOWN)] = 0
-    return (*map(chr, np.flatnonzero(counts >= max(1, rare)).tolist()), UNKNOWN)
+    symbols = (*map(chr, np.flatnonzero(counts >= max(1, rare)).tolist()), UNKNOWN)
+    number = np.full(sys.maxunicode + 1, len(symbols) - 1, dtype=np.int32)
+    number[[ord(symbol) for symbol in symbols]] = np.arange(len(symbols))
+    return symbols, lambda documents: [number[_code_points(text)] for text in documents]
 
 
 @cache
-def _pieces(documents: tuple[str, ...], vocab_size: int):
-    """A byte-level byte-pair encoding of the training documents."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise CorpusError("byte-pair encoding takes the library tokenizers; run: pip install tokenizers") from None
+def _pieces(documents: tuple[str, ...], vocab_size: int) -> tuple[tuple[str, ...], Encode]:
+    """As :func:`_characters`, of a byte-level byte-pair encoding of the training documents."""
+    tokenizers = library("tokenizers", "byte-pair encoding takes the library tokenizers", "tokenizers")
     encoding = tokenizers.Tokenizer(tokenizers.models.BPE())
     encoding.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoding.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=sorted(alphabet), show_progress=False
-    )
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     encoding.train_from_iterator(documents, trainer)
-    return encoding
+    symbols = tuple(encoding.decode([token]) for token in range(encoding.get_vocab_size()))
+    return symbols, lambda documents: [np.array(e.ids, np.int32) for e in encoding.encode_batch(list(documents))]
 
 
 class Text(Infilling):
@@ -192,46 +186,33 @@ class Text(Infilling):
 
     name = "text"
 
+    @checked
     def __init__(
         self,
         source: str | Corpus = "sotu",
         level: Literal["characters", "bpe"] = "characters",
-        length: int = 64,
-        hide: float = 0.5,
-        span: int = 1,
-        rare: int = 20,
-        pieces: int = 4096,
+        length: AtLeast1 = 64,
+        hide: ShareAbove0 = 0.5,
+        span: AtLeast1 = 1,
+        rare: AtLeast0 = 20,
+        pieces: Annotated[int, Range(least=256)] = 4096,
         packed: bool = True,
         subset: str | None = None,
     ) -> None:
-        if level not in ("characters", "bpe"):
-            raise UnmaskError(f"level must be characters or bpe, not {level}")
-        if level == "bpe" and pieces < 256:
-            raise UnmaskError(f"pieces must be at least 256, the number of bytes, not {pieces}")
         super().__init__((1, length), hide, span)
         corpus = read(source, subset) if isinstance(source, str) else source
         if level == "bpe":
-            encoding = _pieces(corpus.train, pieces)
-            self.symbols = tuple(encoding.decode([token]) for token in range(encoding.get_vocab_size()))
-
-            def encode(documents: Sequence[str]) -> list[list[int]]:
-                return [found.ids for found in encoding.encode_batch(list(documents))]
-        else:
-            self.symbols = _characters((*corpus.train, *[BETWEEN] * rare * packed), rare)
-            number = np.full(sys.maxunicode + 1, self.symbols.index(UNKNOWN), dtype=np.int32)
-            number[[ord(symbol) for symbol in self.symbols]] = np.arange(len(self.symbols))
-
-            def encode(documents: Sequence[str]) -> list[np.ndarray]:
-                return [number[_code_points(text)] for text in documents]
-
-        between = np.array(encode([BETWEEN])[0] if packed else [], dtype=np.int32)
+            self.symbols, encode = _pieces(corpus.train, pieces)
+        else:  # what stands between documents is no rare character
+            self.symbols, encode = _characters((*corpus.train, *([BETWEEN] * rare if packed else ())), rare)
+        between = encode([BETWEEN])[0] if packed else np.empty(0, np.int32)
         self.texts: dict[str, Tensor] = {}  # one line of symbols per split
         self._starts: dict[str, Tensor | None] = {}  # where in it a window may begin; None: anywhere
         for split, documents in zip(SPLITS, corpus, strict=True):
             lines = []
             for first in range(0, len(documents), 1000):  # in parts: encodings take a hundred times the text's memory
                 for line in encode(documents[first : first + 1000]):
-                    lines += [np.array(line, dtype=np.int32), between]
+                    lines += [line, between]
             whole = np.concatenate(lines[:-1]) if lines else between
             self.texts[split], self._starts[split] = torch.from_numpy(whole), None
             if not packed:
@@ -240,10 +221,8 @@ class Text(Infilling):
                 self._starts[split] = torch.from_numpy(np.concatenate([*starts, np.empty(0, dtype=np.int64)]))
             if self.windows(split) < 1:
                 raise CorpusError(f"the {split} text is shorter than a window of {length} symbols")
-        unknown = (
-            float((self.texts["train"] == len(self.symbols) - 1).double().mean()) if level == "characters" else 0.0
-        )
-        if unknown > 0.01:
+        unknown = float((self.texts["train"] == len(self.symbols) - 1).double().mean())
+        if level == "characters" and unknown > 0.01:
             raise CorpusError(
                 f"{unknown:.0%} of the training text are characters seen fewer than {rare} times, which share one "
                 "symbol; give more text or a lower rare"
@@ -261,18 +240,17 @@ class Text(Infilling):
         return self.texts[split][first.unsqueeze(1) + torch.arange(self.length)].long().to(which.device)
 
     def clean(self, n: int, generator: torch.Generator) -> Tensor:
-        many = self.windows("train")
-        return self._windows("train", torch.randint(many, (n,), generator=generator, device=generator.device))
+        which = torch.randint(self.windows("train"), (n,), generator=generator, device=generator.device)
+        return self._windows("train", which)
 
     def heldout_answers(self, n: int | None, split: str) -> Tensor:
         """``n`` windows (1,000 by default) evenly spread over a split, or as many as do not overlap.
 
         Windows that stay within documents may overlap a little.
         """
-        many = self.windows(split)
-        apart = 1 + (many - 1) // self.length
-        n = min(1000 if n is None else n, apart)
-        return self._windows(split, torch.arange(n) * (many - 1) // max(1, n - 1))
+        last = self.windows(split) - 1
+        n = min(1000 if n is None else n, 1 + last // self.length)
+        return self._windows(split, torch.arange(n) * last // max(1, n - 1))
 
     def draw(self, tokens: Tensor) -> str:
         return "".join("_" if int(t) == self.mask_id else self.symbols[int(t)] for t in tokens)

@@ -2,8 +2,8 @@
 
 A sequence holds the clues, three tokens each (relation, thing, thing), then the table, a row per attribute and a column
 per house. The clues are given; an instance hides the whole table. Every puzzle has exactly one solution, and none of
-its clues can be left out. Puzzles are shown in random guises: values and attributes renamed, the row of houses turned
-round, clues and what they treat alike in another order; held-out puzzles always in the same one.
+its clues can be left out. Puzzles are shown under random symmetries: values and attributes renamed, the row of houses
+turned round, clues and what they treat alike in another order; held-out puzzles always under the same one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tasks.errors import UnmaskError
-from tasks.generate_zebra import DATA, MOST, RELATIONS
-from tasks.task import SPLITS, Instances, Task
+from tasks.task import DATA, Instances, Task, random_rows
 
 WORDS = {"at": "is in", "same": "is with", "different": "is not with", "left": "is left of", "next": "is next to"}
+RELATIONS = tuple(WORDS)
+MAX_CLUES = {3: 7, 4: 12, 5: 18}  # per puzzle of so many houses and as many attributes; nearly all have fewer
 AT, LEFT = RELATIONS.index("at"), RELATIONS.index("left")
 
 
@@ -35,17 +36,16 @@ class Zebra(Task):
     def __init__(self, houses: int = 4) -> None:
         self._path = DATA / f"zebra{houses}.npz"
         if not self._path.exists():
-            packaged = ", ".join(str(n) for n in MOST if (DATA / f"zebra{n}.npz").exists())
+            packaged = ", ".join(str(n) for n in MAX_CLUES if (DATA / f"zebra{n}.npz").exists())
             raise UnmaskError(f"no packaged Zebra puzzles of {houses} houses; packaged are those of {packaged}")
         self.houses = self.attributes = houses
-        self.clues = MOST[houses]
+        self.clues = MAX_CLUES[houses]
         self.name = f"zebra{houses}"
         things = [f"{chr(ord('A') + a)}{v + 1}" for a in range(houses) for v in range(houses)]
         self.symbols = (*things, *(f"house {h + 1}" for h in range(houses)), *RELATIONS, "-")
         self.prompt_length = 3 * self.clues
         self.shape = (1, self.prompt_length + houses * houses)
 
-    # ------------------------------------------------------------------ tokens
     @property
     def _first_house(self) -> int:
         return self.houses * self.attributes
@@ -65,11 +65,10 @@ class Zebra(Task):
         table = torch.cartesian_prod(torch.arange(self.attributes), torch.arange(self.houses))
         return torch.cat([clues, table + torch.tensor([self.clues, 3])])
 
-    # ------------------------------------------------------------------ data
     @cached_property
     def _files(self) -> dict[str, Tensor]:
         with np.load(self._path, allow_pickle=False) as arrays:
-            return {key: torch.from_numpy(arrays[key]).long() for key in arrays.files}
+            return {key: torch.from_numpy(array).long() for key, array in arrays.items()}
 
     def _plain(self, clues: Tensor) -> Instances:
         """(N, M, 5) clues as instances: value v of every attribute is in house v."""
@@ -82,7 +81,7 @@ class Zebra(Task):
         return self.behind_prompt(torch.cat([tokens, table], 1))
 
     def augment(self, instances: Instances, generator: torch.Generator) -> Instances:
-        """The same puzzles, however far filled in, in another guise: values and attributes renamed, the row of houses
+        """The same puzzles, however far filled in, under a symmetry: values and attributes renamed, the row of houses
         turned round or not, clues and what they treat alike in another order."""
         n, size, device = len(instances), self.houses, instances.tokens.device
 
@@ -115,31 +114,21 @@ class Zebra(Task):
         return Instances(shown(instances.tokens), shown(instances.answers))
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:
-        clues = self._files["train"]
-        rows = torch.randint(len(clues), (n,), generator=generator, device=generator.device).cpu()
-        return self.augment(self._plain(clues[rows].to(generator.device)), generator)
+        clues = self._files["train"][random_rows(len(self._files["train"]), n, generator)]
+        return self.augment(self._plain(clues.to(generator.device)), generator)
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
-        if split not in SPLITS:
-            raise UnmaskError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-        clues = self._files[split]
-        if n is not None and not 1 <= n <= len(clues):
-            raise UnmaskError(f"{self.name} has {len(clues)} {split} puzzles; cannot take {n}")
-        shown = self.augment(self._plain(clues), torch.Generator().manual_seed(2**31 + SPLITS.index(split)))
-        return shown[: len(clues) if n is None else n]
+        generator = self.split_generator(split)
+        return self.first(n, self.augment(self._plain(self._files[split]), generator), f"{split} puzzles")
 
-    # ------------------------------------------------------------------ truth
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
         """1 where the whole table is right."""
         return (tokens == instances.answers).all(1).float()
 
     def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
         """``solved``, and ``cell_accuracy`` over the table."""
-        table = instances.tokens == self.mask_id
-        right = ((tokens == instances.answers) & table).sum(1) / table.sum(1).clamp(min=1)
-        return {"solved": self.reward(tokens, instances), "cell_accuracy": right}
+        return {"solved": self.reward(tokens, instances), "cell_accuracy": self.accuracy(tokens, instances)}
 
-    # ------------------------------------------------------------------ for people
     def draw(self, tokens: Tensor) -> str:
         """The clues as sentences, then the table."""
         lines = []

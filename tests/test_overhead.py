@@ -1,9 +1,9 @@
-"""A loose guard on what the faces cost; the tight one is benchmarks/overhead.py, on an idle machine."""
+"""A loose guard on what the interfaces cost; the tight one is benchmarks/overhead.py, on an idle machine."""
 
 from benchmarks import overhead
 
 
-def test_no_face_costs_twice_what_it_may() -> None:
+def test_no_interface_costs_twice_what_it_may() -> None:
     _, ratios = overhead.measure(repeats=3)
     assert ratios.keys() == overhead.TARGETS.keys()
     for name, ratio in ratios.items():

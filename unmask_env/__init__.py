@@ -1,10 +1,14 @@
 """Unmasking as a Markov decision process around a frozen denoiser. Importing it registers the ``Unmask/`` ids."""
 
-import tasks
-from unmask_env.judged import free_text
-from unmask_env.registration import ids, register
+from __future__ import annotations
 
-__all__ = ["ids", "register"]
+import tasks
+from unmask_env.free_text import free_text
+from unmask_env.reference import reference
+from unmask_env.registration import ids, make_process, register
+from unmask_env.state import Rules
+
+__all__ = ["Rules", "ids", "make_process", "reference", "register"]
 
 register("Unmask/Sudoku4x4-v0", task="sudoku4", denoiser="sudoku4")
 register("Unmask/Sudoku6x6-v0", task="sudoku6", denoiser="sudoku6")

@@ -10,31 +10,32 @@ from torch import Tensor
 
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
-from pretrain.processes import LEAST
-from tasks import Task, UnmaskError, read_options
-from unmask_env.core import Denoised, IncompatibleDenoiserError
-from unmask_env.huggingface import HFDenoiser
+from pretrain.uniform import ALPHA_MIN
+from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
+from unmask_env.language_models import HFDenoiser
+from unmask_env.state import WHOLE, Denoised
 
 HUGGING_FACE = "hf:"  # before the names of models of transformers
 
 
 class Denoiser(Protocol):
-    """Maps tokens (N, L) to :class:`Denoised` on ``device``; counts its forwards in ``calls``.
+    """Maps tokens (N, L) to :class:`unmask_env.state.Denoised` on ``device``; counts its forwards in ``calls``.
 
-    ``hidden_dim`` is the number of channels of its hidden states, None where it gives none.
+    Above 128 symbols it is called with a second argument, ``where`` (N, L) bool: the positions at which its answer is
+    wanted. ``hidden_dim`` is the number of channels of its hidden states, None where it gives none.
     """
 
     calls: int
     hidden_dim: int | None
     device: torch.device
 
-    def __call__(self, tokens: Tensor) -> Denoised: ...
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised: ...
 
 
 class FrozenDenoiser:
     """A pretrained backbone in evaluation mode, without gradients: the model itself is switched over, not a copy.
 
-    One with uniform noise that predicts ``absorbing`` is asked as at t = 1: what is on the board is given, and open
+    One with uniform noise that predicts ``absorbing`` is asked as at t = 1: what is on the board is given, and masked
     positions hold noise symbols, always the same ones. At that time they carry no information, so this is P(x_0 | what
     is given), as of a masked model.
 
@@ -48,7 +49,7 @@ class FrozenDenoiser:
     """
 
     def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
-        check_fits(model.vocab_size, model.length, task, model.fingerprint)
+        task.check_denoiser(model.vocab_size, model.length, model.fingerprint)
         if model.noise == "uniform" and model.predicts != "absorbing":
             raise IncompatibleDenoiserError(
                 f"this denoiser was trained with uniform noise and predicts {model.predicts!r}, which does not know "
@@ -64,16 +65,35 @@ class FrozenDenoiser:
             self._noise = model.process.noise(1, torch.Generator(device).manual_seed(0))
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Denoised:
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
         self.calls += 1
+        if self.vocab_size > WHOLE and self._noise is None and where is not None:
+            return self._at(tokens, where)
         if self._noise is None:
             logits, hidden = self.model(tokens)
         else:
-            is_open = tokens == self.model.mask_id
-            alpha = torch.where(is_open, LEAST, 1.0)
-            logits, hidden = self.model(torch.where(is_open, self._noise, tokens), alpha, is_open)
-        log_probs, exponents = self.model.order.reverse(logits.float(), hidden)
-        return Denoised(log_probs, hidden, exponents if self.model.order.learned else None)
+            masked = tokens == self.model.mask_id
+            alpha = torch.where(masked, ALPHA_MIN, 1.0)
+            logits, hidden = self.model(torch.where(masked, self._noise, tokens), alpha, masked)
+        return self._of(logits, hidden)
+
+    def _of(self, logits: Tensor, hidden: Tensor) -> Denoised:
+        log_probs, order_weights = self.model.order.reverse(logits.float(), hidden)
+        return Denoised.of(log_probs, hidden, order_weights if self.model.order.learned else None)
+
+    def _at(self, tokens: Tensor, where: Tensor) -> Denoised:
+        """Of a large vocabulary, the head is applied where it is asked for."""
+        hidden = self.model.trunk(tokens)
+        if self.model.order.learned:  # its weights may need a row's logits everywhere: one row at a time
+            rows = [
+                self._of(self.model.logits(hidden[row : row + 1]), hidden[row : row + 1]) for row in range(len(hidden))
+            ]
+            return Denoised.join(rows, torch.cat)
+
+        def log_probs_at(rows: Tensor, positions: Tensor) -> Tensor:
+            return self.model.logits(hidden[rows, positions], positions).float().log_softmax(-1)
+
+        return Denoised.at(where, self.vocab_size, log_probs_at, hidden)
 
 
 class TableDenoiser:
@@ -97,45 +117,28 @@ class TableDenoiser:
                 f"a joint has one axis of the same size per position, not {tuple(joint.shape)}"
             )
         if task is not None:
-            check_fits(vocab_size, length, task)
+            task.check_denoiser(vocab_size, length)
         self.vocab_size, self.length, self.mask_id = vocab_size, length, vocab_size
-        self.sequences = torch.cartesian_prod(*[torch.arange(vocab_size, device=joint.device)] * length).view(
-            -1, length
-        )  # (V**L, L)
+        symbols = torch.arange(vocab_size, device=joint.device)
+        self.sequences = torch.cartesian_prod(*[symbols] * length).view(-1, length)  # (V**L, L)
         self.probabilities = (joint / joint.sum()).flatten().double()
         self.one_hot = torch.nn.functional.one_hot(self.sequences, vocab_size).double()  # (V**L, L, V)
         self.device = joint.device
         self.calls = 0
 
-    def __call__(self, tokens: Tensor) -> Denoised:
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
         self.calls += 1
         visible = tokens.unsqueeze(1)  # (N, 1, L)
         agrees = ((visible == self.mask_id) | (visible == self.sequences)).all(2)  # (N, V**L)
-        weight = agrees * self.probabilities
-        marginal = torch.einsum("ns,slv->nlv", weight, self.one_hot)
-        return Denoised((marginal / marginal.sum(-1, keepdim=True).clamp(min=1e-300)).log().float())
-
-
-def check_fits(vocab_size: int, length: int, task: Task, fingerprint: str | None = None) -> None:
-    """Raises :class:`IncompatibleDenoiserError` unless the sizes, and the symbols where they are known, are the
-    task's."""
-    if (vocab_size, length) != (task.vocab_size, task.length):
-        raise IncompatibleDenoiserError(
-            f"task {task.name} has {task.vocab_size} symbols and {task.length} positions; "
-            f"this denoiser was trained for {vocab_size} symbols and {length} positions"
-        )
-    if fingerprint not in (None, task.fingerprint):
-        raise IncompatibleDenoiserError(
-            f"this denoiser was trained on other symbols than those of task {task.name}, as many as they are; name the "
-            "task with the source and options of its training"
-        )
+        marginal = torch.einsum("ns,slv->nlv", agrees * self.probabilities, self.one_hot)
+        return Denoised.of((marginal / marginal.sum(-1, keepdim=True).clamp(min=1e-300)).log().float())
 
 
 def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: torch.device | str = "cpu") -> Denoiser:
     """A denoiser by packaged name, folder or hub id; a backbone is wrapped; a denoiser is returned as it is.
 
     ``hf:`` and a folder or hub id is a model of ``transformers``, with the options of
-    :class:`unmask_env.huggingface.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``.
+    :class:`unmask_env.language_models.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``.
 
     Raises:
         CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
@@ -150,5 +153,5 @@ def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: 
     if isinstance(source, Backbone):
         return FrozenDenoiser(source, task, device)
     if hasattr(source, "vocab_size") and hasattr(source, "length"):
-        check_fits(source.vocab_size, source.length, task)
+        task.check_denoiser(source.vocab_size, source.length)
     return source

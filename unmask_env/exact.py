@@ -1,30 +1,30 @@
 """Exact solutions of the unmasking decision process on boards small enough to list, in float64.
 
-A state is a board, an action an open position, and the frozen denoiser fills it: with its most likely symbol
+A state is a board, an action a masked position, and the frozen denoiser fills it: with its most likely symbol
 (temperature 0), or with symbol v in proportion to p_i(v)^(1 / T). A complete board earns ``task.reward``. For a
 reference policy g the regularised objective is J(pi) = E[r(x_0)] - beta * sum_n E KL(pi(.|s_n) || g(.|s_n)).
 
 Shapes: N instances, P starts (distinct instance boards), S boards and E edges of one level, L positions, V symbols.
-A policy is an order, or its table: per level (S, L) log-probabilities. KLs are in nats.
+A policy is a :class:`Policy` of single positions, or its table: per level (S, L) log-probabilities. KLs are in nats.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
-from unmask_env.core import Denoised, Observation, Order, masked_log_softmax
-from unmask_env.denoiser import Denoiser
-from unmask_env.reference import Random
+from unmask_env.distributions import masked_log_softmax
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy, Random
+from unmask_env.state import Denoised, Observation
 
 INF = math.inf
 MAX_HOLES = 16
-MAX_HOLES_OF_SETS = 12
 Table = list[Tensor]
 
 
@@ -55,7 +55,7 @@ class Level:
     @property
     def complete(self) -> Tensor:
         """(S,) bool."""
-        return ~self.observation.open.any(1)
+        return ~self.observation.masked.any(1)
 
 
 @dataclass(frozen=True)
@@ -82,30 +82,25 @@ class Graph:
 
 @torch.no_grad()
 def enumerate_boards(
-    task: Task,
-    denoiser: Denoiser,
-    instances: Instances,
-    temperature: float = 0.0,
-    max_states: int = 300_000,
-    batch: int = 2048,
-    hidden: bool = False,
+    process: Unmasking, instances: Instances, max_states: int = 300_000, batch: int = 2048, hidden: bool = False
 ) -> Graph:
     """All boards reachable from ``instances``, level by level; each is denoised once, ``batch`` at a time.
 
     Instances with the same board are one start, and a complete board's reward is the mean over that start's answers:
-    an order does not see the answer, so that mean is all it can raise. Boards of different starts are kept apart; where
-    two starts share a board, optima are upper bounds for an order that sees the board alone.
+    a policy does not see the answer, so that mean is all it can raise. Boards of different starts are kept apart; where
+    two starts share a board, optima are upper bounds for a policy that sees the board alone.
 
     Args:
-        temperature: 0 fills greedily; above 0, symbols of probability 0 are left out.
-        hidden: keep the denoiser's hidden states, for orders that read them.
+        process: of single positions. Temperature 0 fills greedily; above 0, symbols of probability 0 are left out.
+        hidden: keep the denoiser's hidden states, for policies that read them.
 
     Raises:
-        TooLargeError: more than 16 holes in an instance, or more than ``max_states`` boards.
-        UnmaskError: a negative temperature, or a denoiser that gives no symbol any probability.
+        TooLargeError: more than 16 masks in an instance, or more than ``max_states`` boards.
+        UnmaskError: a denoiser that gives no symbol any probability.
     """
+    task = process.task
     check_holes(task, instances)
-    instances = instances.to(denoiser.device)
+    instances = instances.to(process.device)
     tokens, start_of, count = instances.tokens.unique(dim=0, return_inverse=True, return_counts=True)
     start = torch.arange(len(tokens), device=tokens.device)
     by_start = instances[start_of.argsort()]
@@ -118,7 +113,7 @@ def enumerate_boards(
                 f"{len(count)} starts reach at least {total} boards, and {max_states} are allowed; take fewer blanks, "
                 "fewer instances or greedy filling (temperature 0), or raise max_states"
             )
-        observation, (parent, position, symbol, log_fill) = _expand(task, denoiser, tokens, temperature, batch, hidden)
+        observation, (parent, position, symbol, log_fill) = _expand(process, tokens, batch, hidden)
         reward = _mean_reward(task, observation, start, by_start, count)
         child, tokens, following = _merge(task, tokens, start, parent, position, symbol)
         levels.append(Level(observation, start, reward, parent, position, child, log_fill))
@@ -126,24 +121,27 @@ def enumerate_boards(
     return Graph(levels, start_of, count.double() / len(instances))
 
 
-def _expand(
-    task: Task, denoiser: Denoiser, tokens: Tensor, temperature: float, batch: int, hidden: bool
-) -> tuple[Observation, list[Tensor]]:
+def _expand(process: Unmasking, tokens: Tensor, batch: int, hidden: bool) -> tuple[Observation, list[Tensor]]:
     """The observation of the boards, and per edge: row, position, symbol, log-probability of the symbol."""
-    is_open = tokens == task.mask_id
-    outputs: list[Denoised] = []
+    seen: list[Observation] = []
     edges: list[tuple[Tensor, ...]] = []
-    for some, open_here in zip(tokens.split(batch), is_open.split(batch), strict=True):
-        output = denoiser(some)
-        outputs.append(output if hidden else output._replace(hidden=None))
-        log_fill = _log_fill(outputs[-1], temperature)
-        likely = (log_fill > -INF) & open_here.unsqueeze(2)
-        if not torch.equal(likely.any(2), open_here):
+    for some in tokens.split(batch):
+        observation = observe(process, some)
+        if not hidden:
+            observation = replace(observation, denoised=observation.denoised.without_hidden())
+        seen.append(observation)
+        symbols, log_fill = fillings(observation.denoised, process.temperature)  # (N, L, K)
+        likely = (log_fill > -INF) & observation.masked.unsqueeze(2)
+        if not torch.equal(likely.any(2), observation.masked):
             raise UnmaskError("the denoiser gives every symbol probability 0 somewhere; take instances that it allows")
-        row, position, symbol = likely.nonzero(as_tuple=True)
-        edges.append((row + len(edges) * batch, position, symbol, log_fill[row, position, symbol]))
-    joined = [torch.cat(column) for column in zip(*edges, strict=True)]
-    return Observation(tokens, is_open, Denoised.join(outputs, torch.cat)), joined
+        row, position, k = likely.nonzero(as_tuple=True)
+        edges.append((row + len(edges) * batch, position, symbols[row, position, k], log_fill[row, position, k]))
+    return Observation.join(seen, torch.cat), [torch.cat(column) for column in zip(*edges, strict=True)]
+
+
+def observe(process: Unmasking, tokens: Tensor) -> Observation:
+    """What a policy sees of boards (N, L), as at the start of an episode."""
+    return replace(process.observe(process.reset(Instances(tokens, torch.zeros_like(tokens)))), history=None)
 
 
 def _mean_reward(task: Task, observation: Observation, start: Tensor, by_start: Instances, count: Tensor) -> Tensor:
@@ -151,7 +149,7 @@ def _mean_reward(task: Task, observation: Observation, start: Tensor, by_start: 
     reward = torch.zeros(len(start), dtype=torch.float64, device=start.device)
     first = count.cumsum(0) - count
     for nth in range(int(count.max())):
-        rows = (~observation.open.any(1) & (count[start] > nth)).nonzero().squeeze(1)
+        rows = (~observation.masked.any(1) & (count[start] > nth)).nonzero().squeeze(1)
         if not len(rows):
             break
         reward[rows] += task.reward(observation.tokens[rows], by_start[first[start[rows]] + nth]).double()
@@ -178,15 +176,13 @@ def _merge(
     return group, children, start[parent[via]]
 
 
-def _log_fill(denoised: Denoised, temperature: float) -> Tensor:
-    """(N, L, V) float64 log-probability that a position, once chosen, is filled with a symbol."""
-    if temperature < 0:
-        raise UnmaskError(f"temperature must be 0 (greedy filling) or more, not {temperature}")
-    log_probs = denoised.log_probs.double()
+def fillings(denoised: Denoised, temperature: float) -> tuple[Tensor, Tensor]:
+    """(N, L, K) symbols that a position may be filled with once it is chosen, and their float64 log-probabilities."""
     if temperature == 0:
-        best = denoised.log_probs.argmax(-1, keepdim=True)
-        return torch.full_like(log_probs, -INF).scatter(-1, best, 0.0)
-    return masked_log_softmax(log_probs / temperature, log_probs > -INF)
+        best = denoised.best.unsqueeze(-1)
+        return best, torch.zeros(best.shape, dtype=torch.float64, device=best.device)
+    log_probs = denoised.top_log_probs.double()
+    return denoised.top_symbols, masked_log_softmax(log_probs / temperature, log_probs > -INF)
 
 
 def check_holes(task: Task, instances: Instances, most: int = MAX_HOLES) -> None:
@@ -197,50 +193,29 @@ def check_holes(task: Task, instances: Instances, most: int = MAX_HOLES) -> None
 
 
 # ---------------------------------------------------------------------- policies as tables
-def tabulate(graph: Graph, order: Order, batch: int = 4096) -> Table:
-    """The policy table of an order: per level (S, L) float64 log-probabilities, -inf on complete boards' rows.
+def tabulate(graph: Graph, policy: Policy, batch: int = 4096) -> Table:
+    """The table of a policy: per level (S, L) float64 log-probabilities, -inf on complete boards' rows.
 
-    The order is asked about ``batch`` incomplete boards at a time; gradients reach its parameters.
+    It is asked about ``batch`` incomplete boards at a time; gradients reach its parameters.
     """
     table = []
     for level in graph.levels:
         rows = (~level.complete).nonzero().squeeze(1)
-        log_prob = torch.full(level.observation.open.shape, -INF, dtype=torch.float64, device=rows.device)
+        log_prob = torch.full(level.observation.masked.shape, -INF, dtype=torch.float64, device=rows.device)
         if len(rows):
-            asked = torch.cat([_ask(order, level.observation[some]) for some in rows.split(batch)])
+            asked = torch.cat([ask(policy, level.observation[some]) for some in rows.split(batch)])
             log_prob = log_prob.index_put((rows,), asked)
         table.append(log_prob)
     return table
 
 
-class TableOrder:
-    """A policy table as an order, for rollouts; where several starts share a board, the shallowest one's row counts."""
-
-    def __init__(self, graph: Graph, table: Table) -> None:
-        boards = torch.cat([level.observation.tokens for level in graph.levels]).cpu().numpy()
-        self.row = {board.tobytes(): row for row, board in reversed(list(enumerate(boards)))}
-        self.table = torch.cat(table)
-
-    def log_prob(self, observation: Observation) -> Tensor:
-        """(N, L) float64 log-probabilities.
-
-        Raises:
-            UnmaskError: a board that is not in the graph.
-        """
-        rows = [self.row.get(board.tobytes()) for board in observation.tokens.cpu().numpy()]
-        if None in rows:
-            board = observation.tokens[rows.index(None)].tolist()
-            raise UnmaskError(f"board {board} is not in the graph; enumerate it with this denoiser and temperature")
-        return self.table[torch.tensor(rows, device=self.table.device)]
-
-
-def _ask(order: Order, observation: Observation) -> Tensor:
+def ask(policy: Policy, observation: Observation) -> Tensor:
     """(N, L) float64 log-probabilities, normalised anew: in float32 they sum to one to 1e-7 only."""
-    log_prob = order.log_prob(observation).double()
+    log_prob = policy(observation).log_probs.double()
     return masked_log_softmax(log_prob, log_prob > -INF)
 
 
-def _table(graph: Graph, policy: Order | Table) -> Table:
+def _table(graph: Graph, policy: Policy | Table) -> Table:
     return policy if isinstance(policy, list) else tabulate(graph, policy)
 
 
@@ -258,7 +233,7 @@ class Values(NamedTuple):
     visits: list[Tensor]
 
 
-def evaluate(graph: Graph, policy: Order | Table, reference: Order | Table | None = None) -> Values:
+def evaluate(graph: Graph, policy: Policy | Table, reference: Policy | Table | None = None) -> Values:
     """What ``policy`` earns and how far it goes from ``reference``; differentiable in both tables."""
     table = _table(graph, policy)
     log_visits = _log_visits(graph, table)
@@ -271,7 +246,7 @@ def evaluate(graph: Graph, policy: Order | Table, reference: Order | Table | Non
     return Values(reward, trajectory_kl, _terminal_kl(graph, log_visits, _log_visits(graph, other)), visits)
 
 
-def finished(graph: Graph, policy: Order | Table) -> tuple[Tensor, Tensor, Tensor]:
+def finished(graph: Graph, policy: Policy | Table) -> tuple[Tensor, Tensor, Tensor]:
     """The exact distribution of finished sequences: tokens (C, L), start (C,), probability (C,) given the start."""
     log_visits = _log_visits(graph, _table(graph, policy))
     done = [level.complete for level in graph.levels]
@@ -347,12 +322,12 @@ class TerminalOptimum(NamedTuple):
 
 @torch.no_grad()
 def best_reward(graph: Graph) -> Tensor:
-    """(P,) the largest E[r(x_0)] of any order, which is what the denoiser leaves to win (beta to 0)."""
+    """(P,) the largest E[r(x_0)] of any policy, which is what the denoiser leaves to win (beta to 0)."""
     return _hard_value(graph, tabulate(graph, Random()), [level.reward for level in graph.levels])
 
 
 @torch.no_grad()
-def soft_optimal(graph: Graph, reference: Order | Table, beta: float) -> Optimum:
+def soft_optimal(graph: Graph, reference: Policy | Table, beta: float) -> Optimum:
     """The policy that maximises J: pi*(a|s) in proportion to g(a|s) exp(Q(s, a) / beta), by backward recursion.
 
     V(s) = beta log sum_a g(a|s) exp(Q(s, a) / beta) and Q(s, a) = sum_v p(v|s, a) V(s'), with V = r on complete boards
@@ -371,7 +346,7 @@ def soft_optimal(graph: Graph, reference: Order | Table, beta: float) -> Optimum
 
 @torch.no_grad()
 def terminal_optimal(
-    graph: Graph, reference: Order | Table, beta: float, tolerance: float = 1e-6, max_iterations: int = 10_000
+    graph: Graph, reference: Policy | Table, beta: float, tolerance: float = 1e-6, max_iterations: int = 10_000
 ) -> TerminalOptimum:
     """Maximises UPO's output-level objective E[r(x_0)] - beta * KL(p_pi || p_g) over policies that go where g goes.
 
@@ -421,7 +396,7 @@ def _check_beta(beta: float) -> None:
 
 def _action_values(level: Level, following: Tensor) -> Tensor:
     """(S, L) Q(s, a) = sum_v p(v|s, a) V(s'), with V of the next level's boards in ``following``."""
-    shape = level.observation.open.shape
+    shape = level.observation.masked.shape
     flat = following.new_zeros(shape).flatten()
     index = level.parent * shape[1] + level.position
     return flat.index_add(0, index, level.log_fill.exp() * following[level.child]).view(shape)
@@ -445,100 +420,3 @@ def _hard_value(graph: Graph, table: Table, terminal: list[Tensor]) -> Tensor:
         best = _action_values(level, value).masked_fill(log_g == -INF, -INF).amax(1)
         value = torch.where(level.complete, reward, best)
     return value
-
-
-# ---------------------------------------------------------------------- one sequence
-@torch.no_grad()
-def sequence_log_prob(
-    task: Task, denoiser: Denoiser, order: Order, instances: Instances, temperature: float = 1.0, batch: int = 2048
-) -> Tensor:
-    """(N,) float64 log-probability that ``order`` finishes with exactly ``instances.answers``.
-
-    By the subset dynamic programme P(S) = sum_{i in S} P(S - i) pi(i | x on S - i) p(x_i | x on S - i) over the 2^n
-    sets S of filled holes, so no other sequence is listed.
-
-    Raises:
-        TooLargeError: more than 16 holes in an instance. UnmaskError: a negative temperature.
-    """
-    check_holes(task, instances)
-    instances = instances.to(denoiser.device)
-    found = []
-    for tokens, answer in zip(instances.tokens, instances.answers, strict=True):
-        holes = (tokens == task.mask_id).nonzero().squeeze(1)
-        bits = 2 ** torch.arange(len(holes), device=tokens.device)
-        filled = (torch.arange(2 ** len(holes), device=tokens.device).unsqueeze(1) & bits) > 0  # (2^n, n)
-        flow = []
-        for some in filled.split(batch):
-            boards = tokens.repeat(len(some), 1)
-            boards[:, holes] = torch.where(some, answer[holes], task.mask_id)
-            denoised = denoiser(boards)
-            where = _ask(order, Observation(boards, boards == task.mask_id, denoised))
-            flow.append(where[:, holes] + _log_fill(denoised, temperature)[:, holes, answer[holes]])
-        found.append(_subset_log_prob(filled, torch.cat(flow)))
-    possible = ((instances.tokens == task.mask_id) | (instances.tokens == instances.answers)).all(1)
-    return torch.stack(found).masked_fill(~possible, -INF)
-
-
-def _subset_log_prob(filled: Tensor, flow: Tensor) -> Tensor:
-    """log P(all holes), where ``flow`` (2^n, n) is the log-probability of each next hole after the sets ``filled``."""
-    hole = torch.arange(filled.shape[1], device=filled.device)
-    log_p = torch.zeros(len(filled), dtype=torch.float64, device=filled.device)
-    size = filled.sum(1)
-    for n in range(1, len(hole) + 1):
-        sets = (size == n).nonzero().squeeze(1)
-        before = (sets.unsqueeze(1) - 2**hole).clamp(min=0)  # (C, n); where the set lacks the hole, masked below
-        log_p[sets] = (log_p[before] + flow[before, hole]).masked_fill(~filled[sets], -INF).logsumexp(1)
-    return log_p[-1]
-
-
-# ---------------------------------------------------------------------- sets
-@torch.no_grad()
-def fewest_forwards(task: Task, denoiser: Denoiser, instances: Instances, batch: int = 2048) -> Tensor:
-    """(N,) float64: the fewest forwards in which sets of positions, filled greedily and never opened again, can restore
-    each instance's own answer; inf where no sequence of sets does.
-
-    n(A) = 0 where every hole is filled, and else 1 + min n(A') over A' that adds to A some positions whose top symbol
-    is right on the board with the holes A filled: a recursion over the 2^H boards without a mistake, 3^H steps in all.
-    No order that plays so, learned or not, restores more answers in as many forwards.
-
-    Raises:
-        TooLargeError: more than 12 holes in an instance. UnmaskError: a task with several right answers.
-    """
-    if not task.one_answer:
-        raise UnmaskError(
-            f"{task.name} has several right answers; the fewest forwards are counted towards the only one"
-        )
-    check_holes(task, instances, MAX_HOLES_OF_SETS)
-    instances = instances.to(denoiser.device)
-    fewest = torch.zeros(len(instances), dtype=torch.float64, device=denoiser.device)
-    holes = (instances.tokens == task.mask_id).sum(1)
-    for count in holes.unique().tolist():
-        rows = (holes == count).nonzero().squeeze(1)
-        for some in rows.split(max(1, 2**17 >> count)) if count else ():
-            fewest[some] = _fewest(task, denoiser, instances[some], count, batch)
-    possible = ((instances.tokens == task.mask_id) | (instances.tokens == instances.answers)).all(1)
-    return fewest.masked_fill(~possible, INF)
-
-
-def _fewest(task: Task, denoiser: Denoiser, instances: Instances, count: int, batch: int) -> Tensor:
-    """(N,) :func:`fewest_forwards` of instances with ``count`` holes each."""
-    n, device = len(instances), instances.tokens.device
-    where = (instances.tokens == task.mask_id).nonzero()[:, 1].view(n, count)
-    bit = 2 ** torch.arange(count, device=device)
-    sets = torch.arange(2**count, device=device)
-    member = (sets.unsqueeze(1) & bit) > 0  # (2^H, H)
-    answer = instances.answers.gather(1, where)  # (N, H)
-    reach = torch.empty(n, len(sets), dtype=torch.long, device=device)  # what is filled, or would be filled rightly
-    boards = torch.arange(n * len(sets), device=device)
-    for some in boards.split(batch):
-        row, held = some // len(sets), member[some % len(sets)]
-        tokens = instances.tokens[row].scatter(1, where[row], answer[row].masked_fill(~held, task.mask_id))
-        right = denoiser(tokens).log_probs.argmax(-1).gather(1, where[row]) == answer[row]
-        reach.view(-1)[some] = ((right | held) * bit).sum(1)
-    fewest = torch.full((n, len(sets)), INF, dtype=torch.float64, device=device)
-    fewest[:, -1] = 0
-    for held in range(len(sets) - 2, -1, -1):
-        larger = sets[(sets & held == held) & (sets != held)]
-        allowed = larger & ~reach[:, held].unsqueeze(1) == 0
-        fewest[:, held] = 1 + torch.where(allowed, fewest[:, larger], INF).min(1).values
-    return fewest[:, 0]

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
-
 import tasks
 from tasks import Task, UnknownNameError, UnmaskError
 
-if TYPE_CHECKING:  # registration stays light: torch models load when an environment is made
+if TYPE_CHECKING:  # registration stays light: Gymnasium and torch models load when an environment is made
     import torch
 
+    from pretrain.backbone import Backbone
     from unmask_env.denoiser import Denoiser
+    from unmask_env.process import Unmasking
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None =
     Raises:
         UnmaskError: an id outside the grammar, or another package's. UnknownNameError: an unknown task name.
     """
+    import gymnasium
+
     if not re.fullmatch(r"(?:[\w:-]+/)?[\w:.-]+-v\d+", id):
         raise UnmaskError(f"malformed environment id {id!r}; write it as Namespace/Name-v0")
     if isinstance(task, str) and task.partition(":")[0] not in tasks.names():
@@ -52,7 +54,7 @@ def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None =
     gymnasium.register(
         id,
         entry_point="unmask_env.gym_env:UnmaskEnv",
-        vector_entry_point="unmask_env.vector:UnmaskVectorEnv",
+        vector_entry_point="unmask_env.vector_env:UnmaskVectorEnv",
         kwargs={"env_id": id},
     )
 
@@ -69,42 +71,38 @@ def lookup(id: str) -> Registered:
     return _REGISTERED[id]
 
 
-def resolve_task(task: str | Task) -> Task:
-    return tasks.get(task) if isinstance(task, str) else task
+def make_process(
+    task: str | Task | None,
+    denoiser: str | Path | Backbone | Denoiser | None = None,
+    *,
+    env_id: str | None = None,
+    temperature: float = 0.0,
+    device: torch.device | str = "cpu",
+    **rules: Any,
+) -> Unmasking:
+    """The decision process of a task and a denoiser: ``make_process("sudoku6", denoiser="sudoku6-tiny")``.
 
-
-def resolve(
-    id: str, denoiser: str | Path | Denoiser | None = None, device: torch.device | str = "cpu"
-) -> tuple[Task, Denoiser]:
-    """The task of ``id`` and its denoiser, or the one named instead.
+    Args:
+        task: a task, its name with options, or an environment's id.
+        denoiser: packaged name, folder, hub id, backbone or denoiser; an environment has a default one.
+        env_id: an environment's id, for what is not given. rules: fields of :class:`unmask_env.state.Rules`.
 
     Raises:
-        UnknownNameError, CheckpointError, IncompatibleDenoiserError: each in one line.
+        UnmaskError: a task or denoiser is missing, or a setting is not allowed; UnknownNameError, CheckpointError,
+            IncompatibleDenoiserError: each in one line.
     """
     from unmask_env.denoiser import load_denoiser
+    from unmask_env.process import Unmasking
+    from unmask_env.state import Rules
 
-    found = lookup(id)
-    task = resolve_task(found.task)
-    source = denoiser if denoiser is not None else found.denoiser
-    if source is None:
-        raise UnmaskError(f"{id} was registered without a denoiser; name one")
-    return task, load_denoiser(source, task, device)
-
-
-def given_or_resolved(
-    task: Task | None,
-    denoiser: Denoiser | None,
-    id: str,
-    name: str | Path | None,
-    device: torch.device | str,
-) -> tuple[Task, Denoiser]:
-    """``task`` and ``denoiser`` where both are given, else what :func:`resolve` finds for ``id`` and ``name``.
-
-    Raises:
-        UnmaskError: one is given without the other; and what :func:`resolve` raises.
-    """
-    if task is not None and denoiser is not None:
-        return task, denoiser
-    if task is not None or denoiser is not None:
-        raise UnmaskError("give both task and denoiser, or neither: config.env and config.denoiser are then looked up")
-    return resolve(id, name, device)
+    checked = Rules.of(rules)
+    if isinstance(task, str) and "/" in task.partition(":")[0]:
+        task, env_id = None, task
+    registered = None if env_id is None else lookup(env_id)
+    task = registered.task if task is None and registered is not None else task
+    denoiser = registered.denoiser if denoiser is None and registered is not None else denoiser
+    if task is None or denoiser is None:
+        missing = "task" if task is None else "denoiser"
+        raise UnmaskError(f"this environment needs a {missing}; give {missing}=... or register the id with one")
+    task = tasks.get(task) if isinstance(task, str) else task
+    return Unmasking(task, load_denoiser(denoiser, task, device), checked, temperature)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.checkpoint import write_atomically
 from tasks import Task
-from unmask_env.core import State
+from unmask_env.state import State
 
 CELL = 40
 INK, GRID, FRAME, PAPER = (20, 24, 32), (190, 196, 206), (60, 66, 78), (255, 255, 255)
@@ -30,14 +30,14 @@ def image(
     tokens: torch.Tensor,
     clues: torch.Tensor,
     answers: torch.Tensor | None = None,
-    last: int | None = None,
+    last: Sequence[int] = (),
     caption: str = "",
 ) -> np.ndarray:
     """One board as (H, W, 3) uint8.
 
     Args:
         tokens: (L,) the board. clues: (L,) bool, given from the start. answers: (L,), to mark wrong cells in red.
-        last: the position filled last, marked yellow. caption: a line under the board.
+        last: the positions filled last, marked yellow. caption: a line under the board.
     """
     rows, columns = task.shape
     cell = CELL if max(rows, columns) <= 12 else 24
@@ -52,7 +52,7 @@ def image(
             colour = CLUE
         elif token != task.mask_id:
             wrong = answers is not None and token != int(answers[position])
-            colour = WRONG if wrong else LAST if position == last else FILLED
+            colour = WRONG if wrong else LAST if position in last else FILLED
         draw.rectangle((x, y, x + cell, y + cell), fill=colour, outline=GRID)
         if token != task.mask_id:
             draw.text((x + cell / 2, y + cell / 2), task.symbol(token), INK, _font(cell // 2), anchor="mm")
@@ -92,8 +92,7 @@ def replay(
         panels = []
         for name, boards in trajectories.items():
             now, before = boards[min(k, len(boards) - 1)], boards[max(0, min(k, len(boards) - 1) - 1)]
-            changed = (now != before).nonzero().flatten()
-            last = int(changed[0]) if len(changed) and k < len(boards) else None
+            last = (now != before).nonzero().flatten().tolist() if k < len(boards) else []
             wrong = int(((now != answers) & (now != task.mask_id)).sum())
             panels.append(image(task, now, clues, answers, last, f"{name}: {wrong} wrong"))
             panels.append(np.full((panels[-1].shape[0], 12, 3), 255, np.uint8))

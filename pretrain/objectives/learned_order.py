@@ -8,20 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain import processes
+from pretrain import masking
 from pretrain.backbone import Backbone
+from pretrain.masking import PolynomialSchedule
 from pretrain.objectives.masked import cross_entropies, integrand
-from pretrain.processes import Powers
 
 
 def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(surrogate to differentiate, one-sample estimate of the bound in nats per position), scalars.
 
     *Times.* What is drawn uniformly is not t but the share s of positions that are masked on average, and t follows for
-    each sequence (:meth:`pretrain.processes.Powers.log_time`). In tau = -log t the velocities are the exponents, and
-    d tau = d s / mean_i w_i t^(w_i): whatever the exponents, a position's probability of being masked times its weight
-    w_i / mean_j w_j t^(w_j) is at most L. With t itself uniform, a position with a small exponent is revealed at times
-    that are never drawn, training does not see what it costs, and exponents fall to where the bound is worst.
+    each sequence (:meth:`pretrain.masking.PolynomialSchedule.log_time`). In tau = -log t the velocities are the
+    exponents, and d tau = d s / mean_i w_i t^(w_i): whatever they are, a position's probability of being masked times
+    its weight w_i / mean_j w_j t^(w_j) is at most L. With t itself uniform, a position with a small exponent is
+    revealed at times that are never drawn, training does not see what it costs, and exponents fall to where the bound
+    is worst.
 
     *The order's gradient.* The estimate's gradient in the trunk and in the revealing exponents is the bound's. The
     masking exponents also decide which masks are drawn. So a second mask z_2 is drawn at the same time, independently
@@ -40,22 +41,22 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
     Args:
         clean: (N, L) int64 complete sequences.
     """
-    share = processes.low_discrepancy_times(clean.shape[0], generator)
+    share = masking.low_discrepancy_times(clean.shape[0], generator)
     hidden = None
     if model.order.reads_clean:
         with torch.no_grad():
             hidden = model.trunk(clean)
-    schedule = Powers(model.order.exponents(clean, hidden))
+    schedule = PolynomialSchedule(model.order.order_weights(clean, hidden))
     log_t = schedule.log_time(share)
-    probability = (schedule.exponents * log_t.unsqueeze(1)).exp()  # (N, L) float64, t^w
-    weight = 1 / (schedule.exponents * probability).detach().mean(1, keepdim=True)  # d tau / d share
-    velocity = (schedule.exponents * weight).float()
+    probability = (schedule.order_weights * log_t.unsqueeze(1)).exp()  # (N, L) float64, t^w
+    weight = 1 / (schedule.order_weights * probability).detach().mean(1, keepdim=True)  # d tau / d share
+    velocity = (schedule.order_weights * weight).float()
 
     def draw() -> tuple[Tensor, Tensor, Tensor]:
         """(N, L) each: a mask, and under it the cross-entropies and the velocity of revealing."""
-        noisy = processes.mask(clean, probability.detach(), model.mask_id, generator)
-        log_probs, exponents = model.order.reverse(*model(noisy))
-        return noisy == model.mask_id, cross_entropies(log_probs.float(), clean), (exponents * weight).float()
+        noisy = masking.mask(clean, probability.detach(), model.mask_id, generator)
+        log_probs, order_weights = model.order.reverse(*model(noisy))
+        return noisy == model.mask_id, cross_entropies(log_probs.float(), clean), (order_weights * weight).float()
 
     masked, cross_entropy, reverse = draw()
     with torch.no_grad():
@@ -80,14 +81,14 @@ def block_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> Te
         model: with a ``block_length``. clean: (N, L) int64.
     """
     n, length = clean.shape
-    block = processes.blocks_of(length, model.block_length or length).to(clean.device)
+    block = masking.blocks_of(length, model.block_length or length).to(clean.device)
     if model.block_length == 1:
         logits = model.predict_blocks(torch.full_like(clean, model.mask_id), clean).float()
         return cross_entropies(logits.log_softmax(-1), clean).mean()
     blocks = int(block[-1]) + 1
-    t = processes.low_discrepancy_times(n * blocks, generator)
+    t = masking.low_discrepancy_times(n * blocks, generator)
     t = t[torch.randperm(n * blocks, generator=generator, device=t.device)].view(n, blocks)[:, block]  # (N, L)
-    noisy = processes.mask(clean, t, model.mask_id, generator)
+    noisy = masking.mask(clean, t, model.mask_id, generator)
     logits = model.predict_blocks(noisy, clean).float()
     cross_entropy = cross_entropies(logits.log_softmax(-1), clean)
     return integrand(cross_entropy, 1 / t, 1 / t, noisy == model.mask_id).mean() / length

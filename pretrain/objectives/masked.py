@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain import processes
+from pretrain import masking
 
 
 def integrand(cross_entropy: Tensor, velocity: Tensor, reverse: Tensor, masked: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def masked_diffusion_loss(
     Returns:
         Scalar float32: the bound divided by the number of positions behind the prompt, averaged over the batch.
     """
-    t = processes.low_discrepancy_times(clean.shape[0], generator).unsqueeze(1)
+    t = masking.low_discrepancy_times(clean.shape[0], generator).unsqueeze(1)
     behind = torch.arange(clean.shape[1], device=clean.device) >= prompt_length
-    noisy = processes.mask(clean, t * behind, mask_id, generator)
+    noisy = masking.mask(clean, t * behind, mask_id, generator)
     cross_entropy = cross_entropies(model(noisy).logits.float().log_softmax(-1), clean)
     return integrand(cross_entropy, 1 / t, 1 / t, noisy == mask_id).mean() / (clean.shape[1] - prompt_length)

@@ -3,7 +3,7 @@ uniform t estimates the bound; all are computed in float64 from log-probabilitie
 
 Which prediction a loss wants, and what a network that outputs another kind then learns (arXiv 2605.22765; minimised by
 enumeration in tests/pretrain/test_uniform.py): the plug-in bound wants leave-one-out, cross-entropy and the
-maximal-coupling bound the denoiser. :meth:`pretrain.processes.Uniform.convert` goes between the two, so that either
+maximal-coupling bound the denoiser. :meth:`pretrain.uniform.Uniform.convert` goes between the two, so that either
 network can be trained with either.
 
 Shapes: N sequences, L positions, V symbols. ``slope`` is d alpha / dt, below 0.
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain import processes
+from pretrain import masking
 from pretrain.backbone import Backbone
-from pretrain.processes import LEAST, Uniform, alpha_of
+from pretrain.uniform import ALPHA_MIN, Uniform, alpha_of
 from tasks import UnmaskError
 
 Loss = Literal["bound", "coupling", "cross_entropy"]
-ALMOST = 1 - 1e-9  # the noise level of given positions in formulas that take a logarithm of 1 - alpha
+ALPHA_MAX = 1 - 1e-9  # the noise level of given positions in formulas that take a logarithm of 1 - alpha
 
 
 class Corrupted(NamedTuple):
@@ -54,7 +54,7 @@ def uniform_loss(
     """
     (n, length), process = clean.shape, model.process
     process.check(clean)
-    t = processes.low_discrepancy_times(n, generator)
+    t = masking.low_discrepancy_times(n, generator)
 
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=clean.device)
@@ -79,7 +79,7 @@ def loss_at(model: Backbone, clean: Tensor, corrupted: Corrupted, loss: Loss) ->
     tokens, alpha, noise = corrupted
     is_noise = (tokens == noise) & corrupted.free
     log_probs = model(tokens, alpha, is_noise).logits.double().log_softmax(-1)
-    alpha, slope, process = alpha.double().clamp(max=ALMOST), LEAST - 1, model.process
+    alpha, slope, process = alpha.double().clamp(max=ALPHA_MAX), ALPHA_MIN - 1, model.process
     if model.predicts == "absorbing":
         if loss == "cross_entropy":
             each = cross_entropy(log_probs, clean) * is_noise

@@ -16,20 +16,24 @@ from PIL import Image
 
 import tasks
 from agents.cli import main
-from agents.policy import PolicyShape, load_policy, new_policy
-from pretrain import bounds
+from agents.policy import PolicyConfig, load_policy, new_policy
+from pretrain import likelihood
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_state, packaged, save_model
-from pretrain.train import PretrainConfig, pretrain
-from unmask_env import exact, ids, reference
+from pretrain.train import MDMConfig, pretrain
+from unmask_env import exact, ids
 from unmask_env.denoiser import load_denoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import REFERENCES, Policy, reference
+from unmask_env.state import Rollout, Rules
 
 ROOT = Path(__file__).parents[2]
+SUDOKU6 = tasks.get("sudoku6")
 TINY = ("--task", "sudoku6", "--denoiser", "sudoku6-tiny")
 LEVELS = [
     (), ("list",), ("pretrain",), ("pretrain", "mdm"), ("train",), ("train", "upo"), ("train", "imitation"),
     ("train", "ppo-sb3"), ("train", "ppo-torchrl"), ("train", "grpo-torchrl"),
-    ("evaluate",), ("likelihood",), ("show",), ("demo",),
+    ("evaluate",), ("frontier",), ("likelihood",), ("show",), ("demo",),
 ]  # fmt: skip
 
 
@@ -72,7 +76,7 @@ def start(*arguments: object) -> subprocess.Popen:
 def weak(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 4x4 denoiser of a few steps: often unsure, often wrong."""
     out = tmp_path_factory.mktemp("weak") / "denoiser"
-    pretrain(PretrainConfig("sudoku4", str(out), steps=30, batch=32, dim=16, layers=1, heads=2, ema=0.0, threads=1))
+    pretrain(MDMConfig("sudoku4", str(out), steps=30, batch=32, dim=16, layers=1, heads=2, ema=0.0, threads=1))
     return out
 
 
@@ -81,7 +85,7 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An order policy of 6x6 boards in a folder."""
     task = tasks.get("sudoku6")
     folder = tmp_path_factory.mktemp("order") / "policy"
-    save_model(new_policy(PolicyShape(), task, load_denoiser("sudoku6-tiny", task), seed=0), folder)
+    save_model(new_policy(PolicyConfig(), task, load_denoiser("sudoku6-tiny", task), seed=0), folder)
     return folder
 
 
@@ -110,11 +114,33 @@ def test_help_on_every_level(unmask, level: tuple[str, ...]) -> None:
     assert " ".join(level) in re.sub(r"\s+", " ", done.out)
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("train",), ("paint",), ()], ids=" ".join)
+def test_the_tables_of_commands_come_without_torch(arguments: tuple[str, ...]) -> None:
+    """So they are there at once."""
+    script = (
+        "import sys\nfrom agents.cli import main\n"
+        f"try:\n    main({list(arguments)})\n"
+        "except SystemExit as stop:\n    print(stop.code, [name for name in ('torch', 'tyro') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    *table, last = done.stdout.splitlines()
+    assert last == f"{0 if '--help' in arguments else 2} []"
+    assert (table == []) == (arguments[-1:] != ("--help",))
+    names = {line.split()[0] for line in table[2:]}
+    if not table:
+        assert "known: " in done.stderr
+    elif arguments and arguments[0] != "--help":
+        assert table[0].startswith(f"usage: unmask {arguments[0]} COMMAND")
+        assert names == {"imitation", "upo", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"}
+    else:
+        assert {level[0] for level in LEVELS if level} == names
+
+
 def test_list(unmask) -> None:
     done = unmask("list")
     assert (done.code, done.err) == (0, "")
     words = set(re.split(r"[\s,]+", done.out))
-    assert {*tasks.names(), *ids(), *packaged(PACKAGED_DENOISERS), *reference.REFERENCES} <= words
+    assert {*tasks.names(), *ids(), *packaged(PACKAGED_DENOISERS), *REFERENCES} <= words
     for title in ("tasks", "environments", "packaged denoisers", "reference policies", "packaged order policies"):
         assert f"{title}: " in done.out
 
@@ -153,11 +179,11 @@ def check_mistake(done: Outcome, *parts: str) -> None:
             ["evaluate", "--task", "sudoku4", "--denoiser", "sudoku6-tiny"],
             ["task sudoku4 has 4 symbols and 16 positions", "6 symbols and 36 positions"],
         ),
-        (["evaluate", *TINY, "--limit", "0"], ["limit must be at least 1, not 0"]),
-        (["evaluate", *TINY, "--limit", "-3"], ["limit must be at least 1, not -3"]),
+        (["evaluate", *TINY, "--limit", "0"], ["limit must be a whole number of at least 1, not 0"]),
+        (["evaluate", *TINY, "--limit", "-3"], ["limit must be a whole number of at least 1, not -3"]),
         (["evaluate", *TINY, "--limit", "10000000"], ["cannot take 10000000"]),
         (["evaluate", *TINY, "--limit", "many"], ["--limit", "many"]),
-        (["evaluate", *TINY, "--limit", "1", "--batch", "0"], ["batch must be at least 1, not 0"]),
+        (["evaluate", *TINY, "--limit", "1", "--batch", "0"], ["batch must be a whole number of at least 1, not 0"]),
         (["evaluate", *TINY, "--blanks", "36"], ["blanks must be between 1 and 35, not 36"]),
         (["evaluate", *TINY, "--device", "gpu"], ["unknown device 'gpu'"]),
         (["evaluate", *TINY, "--puzzles", "nowhere.csv"], ["nowhere.csv"]),
@@ -172,28 +198,39 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["train", "upo"], ["--out"]),
         (["train", "upo", "--out", "x", "--reference", "best"], ["best", "margin"]),
         (["train", "upo", "--out", "x", "--env", "Unmask/Sudoku5x5-v0"], ["unknown environment", "Sudoku6x6"]),
-        (["train", "upo", "--out", "x", "--group", "1"], ["group must be at least 2"]),
+        (["train", "upo", "--out", "x", "--group", "1"], ["group must be a whole number of at least 2, not 1"]),
         (
             ["train", "upo", "--out", "x", "--reference", "margin", "--regulariser", "step_kl", *TINY[2:]],
             ["KL to the deterministic reference margin is infinite"],
         ),
-        (["train", "upo", "--out", "x", "--denoiser", "sudoku6-tiny", "--resume"], ["nothing to resume"]),
-        (["train", "ppo-sb3", "--out", "x", "--reference", "margin", *TINY[2:]], ["deterministic reference Margin"]),
-        (["train", "ppo-torchrl", "--out", "x", "--reference", "entropy", *TINY[2:]], ["deterministic", "Entropy"]),
+        (["train", "upo", "--out", "x", "--denoiser", "sudoku6-tiny", "--resume", "must"], ["nothing to resume"]),
+        (["train", "ppo-sb3", "--out", "x", "--reference", "margin", *TINY[2:]], ["deterministic reference margin"]),
+        (
+            ["train", "ppo-torchrl", "--out", "x", "--reference", "entropy", *TINY[2:]],
+            ["deterministic reference entropy is infinite"],
+        ),
         (["train", "ppo-torchrl", "--out", "x", "--minibatches", "7", *TINY[2:]], ["64 boards x 36 steps", "7 minib"]),
-        (["train", "grpo-torchrl", "--out", "x", "--group", "1", *TINY[2:]], ["group must be at least 2"]),
-        (["train", "grpo-torchrl", "--out", "x", "--hidden", *TINY[2:]], ["hidden states", "--no-hidden"]),
-        (["train", "ppo-sb3", "--out", "x", "--boards", "0", *TINY[2:]], ["boards must be at least 1, not 0"]),
+        (
+            ["train", "grpo-torchrl", "--out", "x", "--group", "1", *TINY[2:]],
+            ["group must be a whole number of at least 2, not 1"],
+        ),
+        (
+            ["train", "ppo-sb3", "--out", "x", "--num-envs", "0", *TINY[2:]],
+            ["num_envs must be a whole number of at least 1, not 0"],
+        ),
         (["evaluate", *TINY, "--limit", "5", "--exact"], ["holes, and 16 are allowed", "fewer blanks"]),
-        (["train", "imitation", "--out", "x", "--easy", "2"], ["easy must be between 0 and 1, not 2"]),
+        (
+            ["train", "imitation", "--out", "x", "--certain-fraction", "2"],
+            ["certain_fraction must be a number between 0 and 1, not 2"],
+        ),
         (["pretrain", "mdm", "--task", "sudoku5", "--out", "x"], ["unknown task 'sudoku5'"]),
         (["pretrain", "mdm", "--task", "sudoku4"], ["--out"]),
-        (["pretrain", "mdm", "--task", "sudoku4", "--out", "x", "--resume"], ["nothing to resume"]),
+        (["pretrain", "mdm", "--task", "sudoku4", "--out", "x", "--resume", "must"], ["nothing to resume"]),
         (["show", *TINY, "--order", "best"], ["unknown order 'best'"]),
         (["show", *TINY, "--index", "-1"], ["index must be between 0 and", "not -1"]),
         (["show", *TINY, "--index", "10000000"], ["index must be between 0 and", "not 10000000"]),
-        (["likelihood", *TINY, "--samples", "0"], ["samples must be at least 1, not 0"]),
-        (["likelihood", *TINY, "--limit", "0"], ["limit must be at least 1, not 0"]),
+        (["likelihood", *TINY, "--samples", "0"], ["samples must be a whole number of at least 1, not 0"]),
+        (["likelihood", *TINY, "--limit", "0"], ["limit must be a whole number of at least 1, not 0"]),
         (["likelihood", *TINY, "--json", "."], ["is a folder; name a file"]),
         (["likelihood", "--task", "text", "--denoiser", "sudoku6-tiny"], ["task text has 84 symbols and 64 positions"]),
         (["evaluate", *TINY, "--orders", "margin", "learned"], ["has learned no order", "unmask pretrain lomdm"]),
@@ -201,9 +238,24 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["pretrain", "mdm", "--task", "sudoku4:size=5", "--out", "x"], ["takes blanks, reward; not size"]),
         (["pretrain", "mdm", "--task", "tabular:no.csv", "--out", "x"], ["cannot read the table no.csv"]),
         (["pretrain", "mdm", "--task", "text:no.txt", "--out", "x"], ["cannot read no.txt as UTF-8 text"]),
-        (["pretrain", "lomdm", "--task", "sudoku4", "--order-lr", "-1", "--out", "x"], ["order_lr must be at least 0"]),
+        (
+            ["pretrain", "lomdm", "--task", "sudoku4", "--order-lr", "-1", "--out", "x"],
+            ["order_lr must be a number of at least 0, not -1"],
+        ),
         (["demo", "--denoiser", "sudoku7", "--out", "x"], ["unknown denoiser 'sudoku7'"]),
-        (["demo", "--denoiser", "sudoku6-tiny", "--out", "x", "--limit", "0"], ["0"]),
+        (["demo", "--denoiser", "sudoku6-tiny", "--out", "x", "--limit", "0"], ["limit must be a whole", "not 0"]),
+        (["evaluate", *TINY, "--difficulty", "odd"], ["--difficulty", "odd"]),
+        (["evaluate", *TINY, "--orders", "threshold", "--actions", "single"], ["threshold is for actions 'set'"]),
+        (["evaluate", *TINY, "--orders", "remdm", "--actions", "set"], ["remdm is for actions 'set+remask'"]),
+        (["show", *TINY, "--order", "threshold", "--actions", "single"], ["threshold is for actions 'set'"]),
+        (["show", *TINY, "--order", "remdm", "--actions", "set"], ["remdm is for actions 'set+remask'"]),
+        (["show", *TINY, "--order", "margin", "--threshold", "0.5"], ["--threshold is for learned policies over sets"]),
+        (
+            ["show", *TINY, "--order", "threshold", "--threshold", "0.5"],
+            ["references carry theirs: threshold:theta=0.8"],
+        ),
+        (["show", *TINY, "--order", "sudoku6-tiny-upo", "--threshold", "0.5"], ["--threshold is for learned policies"]),
+        (["show", *TINY, "--order", "sudoku6-tiny-sets", "--threshold", "1"], ["above 0 and below 1, not 1"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -334,7 +386,7 @@ def test_likelihood(unmask, tmp_path: Path) -> None:
     assert [row["form"] for row in rows] == ["path bound", "order bound"]
     task = tasks.get("sudoku6")
     model = load_denoiser("sudoku6-tiny", task).model
-    found = bounds.bound(model, task.heldout(40).answers, torch.Generator().manual_seed(0), samples=4)
+    found = likelihood.bound(model, task.heldout(40).answers, torch.Generator().manual_seed(0), samples=4)
     assert rows[0]["nats"] == pytest.approx(float(found.path.mean()))
     assert rows[0]["standard_error"] == pytest.approx(float(found.path.std()) / 40**0.5)
     assert rows[0]["nats"] > 17.155
@@ -361,6 +413,37 @@ def test_uniform_denoisers(unmask, tmp_path: Path, kind: str) -> None:
     assert "masked models" in unmask("likelihood", "--task", "sudoku4", "--denoiser", out, "--truncated").err
 
 
+def test_evaluate_by_difficulty(unmask, tmp_path: Path) -> None:
+    """Puzzles that singles solve, those that need more, and both."""
+    rows = {}
+    for difficulty in ("easy", "hard", "all"):
+        out = tmp_path / "rows.json"
+        options = [] if difficulty == "all" else ["--difficulty", difficulty]
+        assert unmask("evaluate", *TINY, "--orders", "margin", "--limit", 40, "--json", out, *options).code == 0
+        [rows[difficulty]] = json.loads(out.read_text())
+        given = SUDOKU6.heldout(40, difficulty=difficulty)
+        assert rows[difficulty]["nfe"] == pytest.approx(float((given.tokens == 6).sum(1).float().mean()))
+    assert rows["easy"]["solve_rate"] > rows["hard"]["solve_rate"]
+
+
+def test_every_order_plays_the_kind_of_action_that_it_is_made_for(unmask, tmp_path: Path) -> None:
+    out, orders = tmp_path / "rows.json", ["margin", "fixed_k:k=4", "remdm:steps=6", "sudoku6-tiny-sets", "oracle_sets"]
+    options = ("--limit", 6, "--orders", *orders, "--json", out)
+    assert unmask("evaluate", *TINY, *options).code == 0
+    rows = {row["order"]: row["nfe"] for row in json.loads(out.read_text())}
+    given = SUDOKU6.heldout(6)
+    blanks = (given.tokens == 6).sum(1).float()
+    assert rows["margin"] == pytest.approx(float(blanks.mean()))
+    assert rows["fixed_k:k=4"] == pytest.approx(float((blanks / 4).ceil().mean()))
+    assert max(rows["sudoku6-tiny-sets"], rows["oracle_sets"]) < rows["fixed_k:k=4"]
+    process = Unmasking(SUDOKU6, load_denoiser("sudoku6-tiny", SUDOKU6), Rules("set+remask"))
+    played = process.rollout(
+        reference("remdm:steps=6"), given[blanks.argsort(stable=True)], torch.Generator().manual_seed(0)
+    )
+    assert rows["remdm:steps=6"] == pytest.approx(float(played.nfe.float().mean()))
+    assert int(played.state.remask_count.sum()) > 0
+
+
 def test_evaluate_follows_the_seed(unmask, tmp_path: Path) -> None:
     rates = []
     for seed in (1, 1, 2):
@@ -384,12 +467,10 @@ def test_evaluate_with_exact_columns(unmask, tmp_path: Path, reference_name: str
     assert [row["order"] for row in rows] == orders
     assert not any(key.startswith("exact") for key in rows[2]), "the oracle sees the answers"
     task = tasks.get("sudoku4", blanks=8)
-    graph = exact.enumerate_boards(task, load_denoiser("sudoku4", task), task.heldout(5))
+    graph = exact.enumerate_boards(Unmasking(task, load_denoiser("sudoku4", task)), task.heldout(5))
     best = float((graph.weight * exact.best_reward(graph)).sum())
     for row in rows[:2]:
-        values = exact.evaluate(
-            graph, reference.get(row["order"]), reference.get(reference_name or "softmax_confidence")
-        )
+        values = exact.evaluate(graph, reference(row["order"]), reference(reference_name or "softmax_confidence"))
         for key in ("reward", "trajectory_kl", "terminal_kl"):
             mean = float((graph.weight * getattr(values, key)).sum())
             assert row[f"exact_{key}"] == pytest.approx(mean, abs=1e-6), key
@@ -404,7 +485,7 @@ def test_large_boards_are_refused_before_anything_is_evaluated(unmask, monkeypat
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was evaluated")
 
-    monkeypatch.setattr("agents.evaluate.evaluate", never)
+    monkeypatch.setattr("agents.evaluate.compare", never)
     out = tmp_path / "rows.json"
     check_mistake(unmask("evaluate", *TINY, "--exact", "--json", out), "28 holes, and 16 are allowed")
     assert not out.exists()
@@ -417,14 +498,13 @@ def test_show_fills_one_board(unmask, tmp_path: Path) -> None:
     assert (done.code, done.err) == (0, "")
     instance = tasks.get("sudoku6").heldout(4)
     blanks = int((instance.tokens[3] == 6).sum())
-    steps = re.findall(
-        r"step (\d+): row (\d), column (\d) becomes (\d) \(confidence ([\d.]+), order ([\d.]+)\)", done.out
-    )
+    line = r"step (\d+) \(order ([\d.]+)\): row (\d), column (\d) becomes (\d) \(confidence ([\d.]+), (right|WRONG)\)"
+    steps = re.findall(line, done.out)
     assert [int(step[0]) for step in steps] == list(range(1, blanks + 1))
-    cells = {(int(row) - 1) * 6 + int(column) - 1: int(digit) - 1 for _, row, column, digit, *_ in steps}
+    cells = {(int(row) - 1) * 6 + int(column) - 1: int(digit) - 1 for _, _, row, column, digit, *_ in steps}
     assert set(cells) == set((instance.tokens[3] == 6).nonzero().flatten().tolist()), "each blank once"
     right = sum(cells[i] == int(instance.answers[3, i]) for i in cells)
-    assert (done.out.count(" right"), done.out.count("WRONG")) == (right, blanks - right)
+    assert (done.out.count(", right"), done.out.count("WRONG")) == (right, blanks - right)
     assert tasks.get("sudoku6").draw(instance.answers[3]).splitlines()[0].strip() in done.out or right < blanks
     with Image.open(gif) as image:
         assert image.format == "GIF"
@@ -434,7 +514,93 @@ def test_show_fills_one_board(unmask, tmp_path: Path) -> None:
 def test_show_with_a_learned_order(unmask, order: Path) -> None:
     done = unmask("show", *TINY, "--order", order, "--delay", "0")
     assert (done.code, done.err) == (0, "")
-    assert "step 1: row " in done.out
+    assert re.search(r"step 1 \(order [\d.]+\): row ", done.out)
+
+
+MOVE = re.compile(r"row (\d), column (\d) (?:becomes (\d) \(confidence ([\d.]+), (?:right|WRONG)\)|is masked again)")
+Move = tuple[int, int | None, float]
+"""A cell, the digit that it becomes (None: masked again), and the confidence."""
+
+
+def moves_of(out: str) -> list[list[Move]]:
+    """What ``unmask show`` printed, step by step; the steps are numbered from 1."""
+    words = re.sub(r"\s+", " ", out)
+    steps = re.split(r"step (\d+) \(order [\d.]+\): ", words)[1:]
+    assert [int(number) for number in steps[::2]] == list(range(1, len(steps) // 2 + 1))
+    return [
+        [
+            (6 * int(row) + int(column) - 7, int(digit) - 1 if digit else None, float(confidence or 0))
+            for row, column, digit, confidence in MOVE.findall(step)
+        ]
+        for step in steps[1::2]
+    ]
+
+
+def check_shown(out: str, index: int, process: Unmasking, policy: Policy, generator: torch.Generator | None) -> Rollout:
+    """The moves are those of a rollout, each board with its confidences, and the last board is drawn."""
+    task = process.task
+    one = task.heldout(index + 1)[index:]
+    played = process.rollout(policy, one, generator, record=True)
+    boards = [*(step.observation.tokens[0] for step in played.steps), played.tokens[0]]
+    moves = moves_of(out)
+    assert len(moves) == int(played.nfe[0])
+    for step, before, after in zip(moves, boards, boards[1:], strict=False):
+        changed = (before != after).nonzero().flatten().tolist()
+        assert [cell for cell, _, _ in step] == changed
+        probability = process.denoiser(before.unsqueeze(0)).log_probs[0].exp()
+        for cell, symbol, confidence in step:
+            assert int(after[cell]) == (task.mask_id if symbol is None else symbol)
+            if symbol is not None:
+                assert confidence == pytest.approx(float(probability[cell, symbol]), abs=6e-4)
+    assert task.draw(boards[-1]).strip() in "\n".join(line.rstrip() for line in out.splitlines())
+    return played
+
+
+@pytest.mark.parametrize("threshold", [None, 0.05, 0.9])
+def test_show_plays_sets(unmask, threshold: float | None) -> None:
+    options = [] if threshold is None else ["--threshold", threshold]
+    done = unmask("show", *TINY, "--order", "sudoku6-tiny-sets", "--index", 3, "--delay", 0, *options)
+    assert (done.code, done.err) == (0, "")
+    process = Unmasking(SUDOKU6, load_denoiser("sudoku6-tiny", SUDOKU6), Rules("set"))
+    policy = load_policy("sudoku6-tiny-sets", SUDOKU6, process.denoiser)
+    played = check_shown(done.out, 3, process, policy if threshold is None else policy.at(threshold), None)
+    blanks = int((SUDOKU6.heldout(4).tokens[3] == 6).sum())
+    assert sum(len(step) for step in moves_of(done.out)) == blanks, "each blank once"
+    assert int(played.nfe[0]) < blanks / 2, "several at a time"
+
+
+def test_a_higher_threshold_fills_fewer_at_a_time(unmask) -> None:
+    """On the same board, so at the first step."""
+    outs = [
+        unmask("show", *TINY, "--order", "sudoku6-tiny-sets", "--delay", 0, "--threshold", threshold).out
+        for threshold in (0.05, 0.5, 0.99)
+    ]
+    low, middle, high = ({cell for cell, _, _ in moves_of(out)[0]} for out in outs)
+    assert high < middle < low
+
+
+def test_show_masks_again(unmask) -> None:
+    done = unmask("show", *TINY, "--order", "remdm:steps=16,eta=0.2", "--index", 1, "--delay", 0, "--seed", 4)
+    assert (done.code, done.err) == (0, "")
+    process = Unmasking(SUDOKU6, load_denoiser("sudoku6-tiny", SUDOKU6), Rules("set+remask"))
+    generator = torch.Generator().manual_seed(4)
+    played = check_shown(done.out, 1, process, reference("remdm:steps=16,eta=0.2"), generator)
+    again = [cell for step in moves_of(done.out) for cell, symbol, _ in step if symbol is None]
+    assert len(again) == int(played.state.remask_count.sum()) > 0
+    assert done.out.count("masked") == len(again)
+
+
+def test_show_draws_symbols(unmask) -> None:
+    """Of a policy that takes its mode: the filling alone is drawn, and the seed decides it."""
+    one, same, other, greedy = (
+        unmask("show", *TINY, "--order", "sudoku6-tiny-upo", "--delay", 0, *options)
+        for options in (
+            ("--temperature", 3, "--seed", 1), ("--temperature", 3, "--seed", 1), ("--temperature", 3, "--seed", 2), (),
+        )
+    )  # fmt: skip
+    assert [done.code for done in (one, same, other, greedy)] == [0] * 4
+    assert one.out == same.out
+    assert len({one.out, other.out, greedy.out}) == 3
 
 
 # ---------------------------------------------------------------------- runs, killed and resumed
@@ -488,9 +654,9 @@ def test_a_killed_run_resumes_to_the_same_weights(unmask, killed, weak: Path, tm
     assert not (out / "model.safetensors").exists()
     assert 1 <= load_state(out / "state.safetensors")["step"] < total, "it was killed on the way"
     again = unmask(*command, "--out", out)
-    check_mistake(again, "already holds a run; add --resume")
+    check_mistake(again, "already holds a run; add --resume auto")
 
-    resumed = unmask(*command, "--out", out, "--resume")
+    resumed = unmask(*command, "--out", out, "--resume", "auto")
     assert (resumed.code, resumed.err) == (0, "")
     whole = unmask(*command, "--out", tmp_path / "whole")
     assert (whole.code, whole.err) == (0, "")
@@ -500,11 +666,11 @@ def test_a_killed_run_resumes_to_the_same_weights(unmask, killed, weak: Path, tm
     leftovers = [p.name for p in out.iterdir() if p.name.startswith(".")]
     assert leftovers == []
 
-    other = unmask(*command, "--out", out, "--resume", "--seed", "5")
+    other = unmask(*command, "--out", out, "--resume", "auto", "--seed", "5")
     check_mistake(other, "with other settings: seed was 0, is 5")
     state = out / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-50])
-    check_mistake(unmask(*command, "--out", out, "--resume"), "truncated or not a training state")
+    check_mistake(unmask(*command, "--out", out, "--resume", "auto"), "truncated or not a training state")
 
 
 def test_what_was_trained_can_be_evaluated(unmask, weak: Path, tmp_path: Path) -> None:
@@ -529,7 +695,7 @@ def test_what_was_trained_can_be_evaluated(unmask, weak: Path, tmp_path: Path) -
 def test_learners_of_the_libraries(unmask, weak: Path, tmp_path: Path, name: str) -> None:
     """A run on real 4x4 boards, refused a second time, then resumed to no effect, then evaluated."""
     out, rows = tmp_path / "run", tmp_path / "rows.json"
-    sizes = ["--puzzles", "2", "--group", "2"] if name == "grpo-torchrl" else ["--boards", "4"]
+    sizes = ["--puzzles", "2", "--group", "2"] if name == "grpo-torchrl" else ["--num-envs", "4"]
     command = [
         "train", name, "--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--no-copy", "--dim", "8", "--heads", "2",
         "--layers", "1", "--iterations", "2", "--minibatches", "2", "--threads", "1", "--beta", "0.01", *sizes,
@@ -538,14 +704,26 @@ def test_learners_of_the_libraries(unmask, weak: Path, tmp_path: Path, name: str
     done = unmask(*command)
     assert (done.code, done.err) == (0, "")
     settings = json.loads((out / "run.json").read_text())
-    assert (settings["iterations"], settings["beta"], settings["shape"]["dim"]) == (2, 0.01, 8)
+    assert (settings["iterations"], settings["beta"], settings["policy"]["dim"]) == (2, 0.01, 8)
     assert list((out / "tb").glob("events*"))
     assert load_state(out / "state.safetensors")["step"] == 2
     before = (out / "model.safetensors").read_bytes()
-    check_mistake(unmask(*command), "already holds a run; add --resume")
-    check_mistake(unmask(*command, "--resume", "--beta", "0.5"), "with other settings: beta was 0.01, is 0.5")
-    assert unmask(*command, "--resume").code == 0
+    check_mistake(unmask(*command), "already holds a run; add --resume auto")
+    check_mistake(unmask(*command, "--resume", "auto", "--beta", "0.5"), "with other settings: beta was 0.01, is 0.5")
+    assert unmask(*command, "--resume", "auto").code == 0
     assert (out / "model.safetensors").read_bytes() == before
     done = unmask("evaluate", "--task", "sudoku4", "--denoiser", weak, "--orders", out, "--limit", "4", "--json", rows)
     assert (done.code, done.err) == (0, "")
     assert [row["order"] for row in json.loads(rows.read_text())] == [str(out)]
+
+
+@pytest.mark.parametrize("name", ["ppo-sb3", "ppo-torchrl", "grpo-torchrl"])
+def test_learners_of_the_libraries_read_hidden_states(unmask, weak: Path, tmp_path: Path, name: str) -> None:
+    sizes = ["--puzzles", "2", "--group", "2"] if name == "grpo-torchrl" else ["--num-envs", "4"]
+    done = unmask(
+        "train", name, "--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--no-copy", "--dim", "8", "--heads", "2",
+        "--layers", "1", "--iterations", "2", "--minibatches", "2", "--threads", "1", *sizes, "--read-hidden",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    assert load_policy(tmp_path / "run").reads_hidden

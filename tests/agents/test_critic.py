@@ -8,7 +8,9 @@ from torch import Tensor
 
 from agents.critic import Critic, new_critic
 from tests.oracles.enumeration import TableTask, random_joint
-from unmask_env.core import Denoised, Observation
+from tests.toys import observation as observation_of
+from tests.toys import random_critic
+from unmask_env.state import Denoised, Observation
 
 TASK = TableTask(random_joint(3, 4, seed=0))
 
@@ -18,16 +20,11 @@ def observation(n: int = 5) -> Observation:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, (n, 4), generator=generator)
     tokens[:, 2:] = 3
-    return Observation(tokens, tokens == 3, Denoised(torch.randn(n, 4, 3, generator=generator).log_softmax(-1)))
+    return observation_of(tokens, tokens == 3, Denoised.of(torch.randn(n, 4, 3, generator=generator).log_softmax(-1)))
 
 
 def randomised() -> Critic:
-    critic = new_critic(TASK, seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        for parameter in critic.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-    return critic
+    return random_critic(TASK)
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -54,26 +51,26 @@ def test_the_seed_draws_its_weights_and_nothing_else() -> None:
 def change_a_token(seen: Observation) -> Observation:
     tokens = seen.tokens.clone()
     tokens[:, 0] = (tokens[:, 0] + 1) % 3
-    return Observation(tokens, seen.open, seen.denoised)
+    return observation_of(tokens, seen.fillable, seen.denoised)
 
 
 def open_a_position(seen: Observation) -> Observation:
-    is_open = seen.open.clone()
-    is_open[:, 0] = True
-    return Observation(seen.tokens, is_open, seen.denoised)
+    fillable = seen.fillable.clone()
+    fillable[:, 0] = True
+    return observation_of(seen.tokens, fillable, seen.denoised)
 
 
 def swap_the_likely_symbols(seen: Observation) -> Observation:
     """As sure as before, of another symbol."""
     log_probs = seen.denoised.log_probs.clone()
     log_probs[:, 3] = log_probs[:, 3].roll(1, -1)
-    return Observation(seen.tokens, seen.open, Denoised(log_probs))
+    return observation_of(seen.tokens, seen.fillable, Denoised.of(log_probs))
 
 
 def sharpen(seen: Observation) -> Observation:
     log_probs = seen.denoised.log_probs.clone()
     log_probs[:, 2] = (3 * log_probs[:, 2]).log_softmax(-1)
-    return Observation(seen.tokens, seen.open, Denoised(log_probs))
+    return observation_of(seen.tokens, seen.fillable, Denoised.of(log_probs))
 
 
 @pytest.mark.parametrize("change", [change_a_token, open_a_position, swap_the_likely_symbols, sharpen])
@@ -86,8 +83,8 @@ def test_it_sees_every_part_of_the_observation(change: Callable[[Observation], O
 def test_it_sees_where_a_symbol_stands() -> None:
     """Two boards of the same symbols in other places, the denoiser's output being equal everywhere."""
     tokens = torch.tensor([[0, 1, 3, 3], [1, 0, 3, 3]])
-    alike = Denoised(torch.full((2, 4, 3), 1 / 3).log())
-    values: Tensor = randomised()(Observation(tokens, tokens == 3, alike))
+    alike = Denoised.of(torch.full((2, 4, 3), 1 / 3).log())
+    values: Tensor = randomised()(observation_of(tokens, tokens == 3, alike))
     assert (values[0] - values[1]).abs() > 1e-4
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ from rich.console import Console
 from torch import Tensor
 
 import tasks
-from agents.evaluate import Result, evaluate, load_order, normal_interval, paired_difference, table, wilson
-from agents.policy import OrderPolicy, PolicyShape, new_policy
+from agents.evaluate import Result, compare, load_order, normal_interval, paired_difference, table, wilson
+from agents.policy import OrderPolicy, PolicyConfig, new_policy
 from pretrain.checkpoint import save_model
-from tasks import Instances, UnknownNameError, UnmaskError
+from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
-from unmask_env import core, reference
-from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
+from tests.toys import PositionPolicy, generator, rollout
+from unmask_env.denoiser import TableDenoiser, load_denoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import LeftToRight, Margin, Oracle, Random, TopK
 
 KEYS = ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "n", "ci95", "seconds"]
 
@@ -65,15 +68,15 @@ def test_paired_difference_by_hand() -> None:
     assert (mean, low, high) == pytest.approx((-0.5, -0.5 - half, -0.5 + half))
 
 
-# ---------------------------------------------------------------------- evaluate
+# ---------------------------------------------------------------------- compare
 @pytest.fixture(scope="module")
 def sudoku6() -> tasks.Task:
     return tasks.get("sudoku6")
 
 
 @pytest.fixture(scope="module")
-def tiny(sudoku6: tasks.Task) -> FrozenDenoiser:
-    return load_denoiser("sudoku6-tiny", sudoku6)
+def tiny(sudoku6: tasks.Task) -> Unmasking:
+    return Unmasking(sudoku6, load_denoiser("sudoku6-tiny", sudoku6))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 500])
@@ -82,11 +85,11 @@ def test_metrics_come_in_the_order_of_the_instances(sudoku6, tiny, batch: int) -
     instances = sudoku6.heldout(20)
     blanks = (instances.tokens == sudoku6.mask_id).sum(1)
     assert not torch.equal(blanks, blanks.sort().values)
-    [result] = evaluate(sudoku6, tiny, {"left_to_right": reference.LeftToRight()}, instances, batch=batch)
+    [result] = compare(tiny, {"left_to_right": LeftToRight()}, instances, batch=batch)
     for i in range(20):
         one = instances[i : i + 1]
-        played = core.rollout(sudoku6, tiny, reference.LeftToRight(), one)
-        for name, value in sudoku6.metrics(played.state.tokens, one).items():
+        played = rollout(sudoku6, tiny.denoiser, LeftToRight(), one)
+        for name, value in sudoku6.metrics(played.tokens, one).items():
             assert result.metrics[name][i] == value[0], (name, i)
     assert float(result.metrics["cell_accuracy"].mean()) > 0
     assert len(result.metrics["cell_accuracy"].unique()) > 1
@@ -95,24 +98,26 @@ def test_metrics_come_in_the_order_of_the_instances(sudoku6, tiny, batch: int) -
 def test_nfe_is_the_number_of_blanks(sudoku6, tiny) -> None:
     instances = sudoku6.heldout(12)
     blanks = (instances.tokens == sudoku6.mask_id).sum(1).float()
-    [result] = evaluate(sudoku6, tiny, {"random": reference.Random()}, instances, batch=5)
+    [result] = compare(tiny, {"random": Random()}, instances, batch=5)
     assert result.nfe == pytest.approx(float(blanks.mean()))
+    assert torch.equal(result.forwards, blanks), "each instance has its own"
+    assert not torch.equal(blanks, blanks.sort().values)
     fixed = tasks.get("sudoku6", blanks=9)
-    [result] = evaluate(fixed, tiny, {"random": reference.Random()}, fixed.heldout(5))
+    [result] = compare(replace(tiny, task=fixed), {"random": Random()}, fixed.heldout(5))
     assert result.nfe == 9
 
 
 def test_a_forward_per_step_of_the_longest_board(sudoku6, tiny) -> None:
     instances = sudoku6.heldout(8)
     blanks = (instances.tokens == sudoku6.mask_id).sum(1)
-    before = tiny.calls
-    evaluate(sudoku6, tiny, {"margin": reference.Margin()}, instances)
-    assert tiny.calls - before == int(blanks.max())
+    before = tiny.denoiser.calls
+    compare(tiny, {"margin": Margin()}, instances)
+    assert tiny.denoiser.calls - before == int(blanks.max())
 
 
 def test_json_rows(sudoku6, tiny) -> None:
-    orders = {"random": reference.Random(), "mine": new_policy(PolicyShape(), sudoku6, tiny, seed=0)}
-    results = evaluate(sudoku6, tiny, orders, sudoku6.heldout(10))
+    orders = {"random": Random(), "mine": new_policy(PolicyConfig(), sudoku6, tiny.denoiser, seed=0)}
+    results = compare(tiny, orders, sudoku6.heldout(10))
     rows = json.loads(json.dumps([result.row() for result in results]))
     assert [row["order"] for row in rows] == ["random", "mine"]
     for row, result in zip(rows, results, strict=True):
@@ -144,8 +149,8 @@ def test_a_row_by_hand() -> None:
 
 
 def test_the_table_shows_every_order(sudoku6, tiny) -> None:
-    orders = {"left_to_right": reference.LeftToRight(), "oracle": reference.Oracle()}
-    results = evaluate(sudoku6, tiny, orders, sudoku6.heldout(20))
+    orders = {"left_to_right": LeftToRight(), "oracle": Oracle()}
+    results = compare(tiny, orders, sudoku6.heldout(20))
     console = Console(width=80)
     with console.capture() as capture:
         console.print(table(results, "the title"))
@@ -182,9 +187,9 @@ def test_references_are_sampled_and_learned_orders_take_their_most_likely_positi
     joint = torch.tensor([[0.4, 0.0], [0.3, 0.3]])
     task, denoiser = Fixed(joint), TableDenoiser(joint)
     learned = OrderPolicy(2, [[0], [1]], base="softmax_confidence", base_tau=1.0, dim=4, layers=1, heads=1)
-    orders = {"random": reference.Random(), "learned": learned, "left_to_right": reference.LeftToRight()}
+    orders = {"random": Random(), "learned": learned, "left_to_right": LeftToRight()}
     instances = task.sample(2000, torch.Generator())
-    random, most_likely, left = (r.solved for r in evaluate(task, denoiser, orders, instances, seed=1))
+    random, most_likely, left = (r.solved for r in compare(Unmasking(task, denoiser), orders, instances, seed=1))
     assert float(random.mean()) == pytest.approx(0.5, abs=0.05)
     assert not most_likely.any(), "position 1, of confidence .7, always comes first"
     assert left.all()
@@ -194,10 +199,42 @@ def test_the_seed_decides_the_stochastic_orders() -> None:
     joint = random_joint(3, 3, seed=23)
     task, denoiser = TableTask(joint), TableDenoiser(joint)
     instances = task.sample(200, torch.Generator().manual_seed(0))
-    orders = {"random": reference.Random()}
-    one, same, other = (evaluate(task, denoiser, orders, instances, seed=s)[0].solved for s in (1, 1, 2))
+    orders = {"random": Random()}
+    one, same, other = (compare(Unmasking(task, denoiser), orders, instances, seed=s)[0].solved for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+class Written(Task):
+    """Two positions, all holes; the metrics are the symbols."""
+
+    name, symbols, shape = "written", ("a", "b", "c"), (1, 2)
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        return Instances(torch.full((n, 2), 3), torch.zeros(n, 2, dtype=torch.long))
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return tokens[:, 0].float()
+
+    def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+        return {"solved": tokens[:, 0].float(), "second": tokens[:, 1].float()}
+
+
+def test_filling_is_drawn_apart_from_the_order() -> None:
+    """An order that is sampled and one that takes its mode, both from left to right, draw the same symbols."""
+    task, denoiser = Written(), TableDenoiser(random_joint(3, 2, seed=5))
+    process, instances = Unmasking(task, denoiser, temperature=1.0), task.sample(500, torch.Generator())
+    learned = PositionPolicy(lambda seen: LeftToRight()(seen).log_probs)
+    assert not learned.sampled
+    policies = {"reference": LeftToRight(), "mode": learned, "random": Random()}
+    left, mode, random = compare(process, policies, instances, seed=3)
+    assert mode.metrics["solved"].unique().tolist() == [0, 1, 2], "they are drawn"
+    for name in ("solved", "second"):
+        assert torch.equal(left.metrics[name], mode.metrics[name])
+    played = rollout(
+        task, denoiser, Random(), instances, generator=generator(3), temperature=1.0, fill_generator=generator(4)
+    )
+    assert torch.equal(torch.stack(list(random.metrics.values()), 1), played.tokens.float())
 
 
 def test_rewards_that_are_no_proportion_get_a_normal_interval() -> None:
@@ -208,8 +245,8 @@ def test_rewards_that_are_no_proportion_get_a_normal_interval() -> None:
 
 
 def test_load_order(tmp_path: Path, sudoku6, tiny) -> None:
-    assert load_order("top_k", sudoku6) == reference.TopK(5)
-    save_model(new_policy(PolicyShape(), sudoku6, tiny, seed=0), tmp_path / "policy")
+    assert load_order("top_k", sudoku6) == TopK(5)
+    save_model(new_policy(PolicyConfig(), sudoku6, tiny.denoiser, seed=0), tmp_path / "policy")
     assert isinstance(load_order(str(tmp_path / "policy"), sudoku6), OrderPolicy)
     with pytest.raises(UnknownNameError) as error:
         load_order("best", sudoku6)
@@ -220,5 +257,5 @@ def test_load_order(tmp_path: Path, sudoku6, tiny) -> None:
 
 
 def test_a_batch_below_one_is_refused(sudoku6, tiny) -> None:
-    with pytest.raises(UnmaskError, match="batch must be at least 1, not 0"):
-        evaluate(sudoku6, tiny, {"margin": reference.Margin()}, sudoku6.heldout(2), batch=0)
+    with pytest.raises(UnmaskError, match="batch must be a whole number of at least 1, not 0"):
+        compare(tiny, {"margin": Margin()}, sudoku6.heldout(2), batch=0)

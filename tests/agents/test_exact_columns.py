@@ -5,12 +5,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from agents.evaluate import Exact, add_exact, evaluate, exact_table
+from agents.evaluate import Exact, add_exact, compare, exact_table
 from tasks import Instances
 from tests.oracles.enumeration import TableTask, random_joint
-from tests.unmask_env.test_exact import WrongDenoiser
-from unmask_env import exact, reference
+from tests.toys import WrongDenoiser
+from unmask_env import exact
 from unmask_env.exact import TooLargeError
+from unmask_env.process import Unmasking
+from unmask_env.reference import Margin, Oracle, Random, SoftmaxConfidence, SoftmaxMargin
 
 INF = float("inf")
 
@@ -25,9 +27,9 @@ class Sums(TableTask):
         return tokens.float().mean(1) / 2
 
 
-TASK, DENOISER = Sums(), WrongDenoiser(3, 4, seed=2)
-TARGET = reference.SoftmaxConfidence(0.5)
-ORDERS = {"random": reference.Random(), "oracle": reference.Oracle(), "soft": reference.SoftmaxMargin(0.1)}
+PROCESS = Unmasking(Sums(), WrongDenoiser(3, 4, seed=2))
+TARGET = SoftmaxConfidence(0.5)
+ORDERS = {"random": Random(), "oracle": Oracle(), "soft": SoftmaxMargin(0.1)}
 # Boards of one to four holes, in no order; the third and the last are the same board with other answers.
 TOKENS = [[3, 3, 0, 3], [3, 3, 3, 3], [1, 3, 3, 2], [3, 0, 3, 3], [2, 3, 1, 0], [0, 3, 3, 3], [1, 3, 3, 2]]
 
@@ -39,8 +41,8 @@ def instances() -> Instances:
 
 
 def columns(given: Instances, **options: object) -> dict[str, Exact | None]:
-    results = evaluate(TASK, DENOISER, ORDERS, given)
-    return {r.order: r.exact for r in add_exact(results, TASK, DENOISER, ORDERS, given, TARGET, **options)}
+    results = compare(PROCESS, ORDERS, given)
+    return {r.order: r.exact for r in add_exact(results, PROCESS, ORDERS, given, TARGET, **options)}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
@@ -50,7 +52,7 @@ def test_each_instance_has_its_own_numbers(batch: int) -> None:
     assert found["oracle"] is None
     for name in ("random", "soft"):
         for i in range(7):
-            graph = exact.enumerate_boards(TASK, DENOISER, given[i : i + 1])
+            graph = exact.enumerate_boards(PROCESS, given[i : i + 1])
             values = exact.evaluate(graph, ORDERS[name], TARGET)
             expected = (values.reward, exact.best_reward(graph), values.trajectory_kl, values.terminal_kl)
             for column, value in zip(found[name], expected, strict=True):
@@ -70,9 +72,9 @@ def test_the_order_of_the_instances_is_kept() -> None:
 
 
 def test_rows_are_means_over_instances() -> None:
-    results = evaluate(TASK, DENOISER, ORDERS, instances())
+    results = compare(PROCESS, ORDERS, instances())
     assert not any(key.startswith("exact") for result in results for key in result.row())
-    plain, (random, oracle, _) = results, add_exact(results, TASK, DENOISER, ORDERS, instances(), TARGET)
+    plain, (random, oracle, _) = results, add_exact(results, PROCESS, ORDERS, instances(), TARGET)
     assert random.metrics is plain[0].metrics
     assert not any(key.startswith("exact") for key in oracle.row())
     row = random.row()
@@ -84,8 +86,8 @@ def test_rows_are_means_over_instances() -> None:
 
 
 def test_the_table_shows_the_means_and_leaves_the_oracle_empty() -> None:
-    results = evaluate(TASK, DENOISER, ORDERS, instances())
-    results = add_exact(results, TASK, DENOISER, ORDERS, instances(), TARGET)
+    results = compare(PROCESS, ORDERS, instances())
+    results = add_exact(results, PROCESS, ORDERS, instances(), TARGET)
     console = Console(width=80)
     with console.capture() as capture:
         console.print(exact_table(results, "softmax_confidence"))
@@ -98,9 +100,9 @@ def test_the_table_shows_the_means_and_leaves_the_oracle_empty() -> None:
 
 def test_a_deterministic_reference_is_infinitely_far() -> None:
     """Of an order that goes elsewhere; itself it is at distance 0."""
-    orders = {"random": reference.Random(), "margin": reference.Margin()}
-    results = evaluate(TASK, DENOISER, orders, instances())
-    results = add_exact(results, TASK, DENOISER, orders, instances(), reference.Margin())
+    orders = {"random": Random(), "margin": Margin()}
+    results = compare(PROCESS, orders, instances())
+    results = add_exact(results, PROCESS, orders, instances(), Margin())
     assert bool((results[0].exact.trajectory_kl == INF).any())
     assert results[0].row()["exact_trajectory_kl"] is None  # JSON knows no infinity
     assert results[1].row()["exact_trajectory_kl"] == pytest.approx(0, abs=1e-9)
@@ -117,4 +119,4 @@ def test_too_many_holes_are_refused_before_any_board_is_listed(monkeypatch: pyte
     monkeypatch.setattr(exact, "enumerate_boards", never)
     tokens = torch.tensor([[0] * 16 + [2], [2] * 17])
     with pytest.raises(TooLargeError, match="17 holes, and 16 are allowed"):
-        add_exact([], Long(), DENOISER, {}, Instances(tokens, torch.zeros_like(tokens)), TARGET)
+        add_exact([], Unmasking(Long(), PROCESS.denoiser), {}, Instances(tokens, torch.zeros_like(tokens)), TARGET)

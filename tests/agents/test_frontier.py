@@ -11,12 +11,14 @@ from agents.cli import main
 from agents.demo import DemoConfig, run
 from agents.evaluate import Result
 from agents.frontier import Point
-from agents.policy import PolicyShape, new_policy
+from agents.policy import PolicyConfig, new_policy
 from pretrain.checkpoint import save_model
 from tasks import UnknownNameError, UnmaskError
-from unmask_env import core, parallel
-from unmask_env.core import Rules
+from tests.toys import rollout
 from unmask_env.denoiser import load_denoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import Threshold, sweeps
+from unmask_env.state import Rules
 
 
 def point(nfe: float, solved: float, learned: bool = False) -> Point:
@@ -71,15 +73,15 @@ def test_the_interval_at_equal_forwards_counts_the_forwards_too() -> None:
 def test_a_sweep_plays_what_it_says(tmp_path) -> None:
     task = tasks.get("sudoku4")
     denoiser, instances = load_denoiser("sudoku4", task), task.heldout(40)
-    save_model(new_policy(PolicyShape(), task, denoiser, 0, "soft_threshold", sets=True), tmp_path / "policy")
+    save_model(new_policy(PolicyConfig(), task, denoiser, 0, "soft_threshold", sets=True), tmp_path / "policy")
     rules = Rules("set")
-    found = frontier.methods(["threshold", str(tmp_path / "policy")], task, denoiser, rules)
-    points = frontier.sweep(task, denoiser, found, instances, rules)
-    assert len(points) == len(frontier.SHARES) + len(frontier.THRESHOLDS)
+    process = Unmasking(task, denoiser, rules)
+    points = frontier.sweep(process, frontier.methods(["threshold", str(tmp_path / "policy")], process), instances)
+    assert len(points) == len(sweeps("set")["threshold"][1]) + len(frontier.THRESHOLDS)
     for p in points:
         if not p.learned:
-            order = parallel.Threshold(p.knob["theta"])
-            played = core.rollout(task, denoiser, order, instances, rules=rules)
+            order = Threshold(p.setting["theta"])
+            played = rollout(task, denoiser, order, instances, rules=rules)
             assert p.result.nfe == pytest.approx(float(played.nfe.float().mean()))
             assert float(p.result.solved.mean()) == pytest.approx(float(played.reward.mean()))
     nfe = [p.result.nfe for p in points if p.learned]
@@ -87,51 +89,53 @@ def test_a_sweep_plays_what_it_says(tmp_path) -> None:
     assert nfe[0] < nfe[-1]
     frontier.write(points, "title", tmp_path / "f.png")
     rows = json.loads((tmp_path / "f.json").read_text())
-    assert [row["knob"] for row in rows] == [p.knob for p in points]
+    assert [row["setting"] for row in rows] == [p.setting for p in points]
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
     assert "threshold" in str(frontier.table(points, "title").columns[3]._cells)
 
 
 def test_what_is_swept_by_name() -> None:
     task = tasks.get("sudoku4")
-    denoiser = load_denoiser("sudoku4", task)
-    assert set(frontier.methods(["heuristics"], task, denoiser, Rules("set"))) == set(frontier.SWEEPS)
-    again = frontier.methods(["heuristics"], task, denoiser, Rules("set+remask"))
-    assert set(again) == set(frontier.SWEEPS | frontier.REMASKING_SWEEPS)
+    sets, remask, single = (
+        Unmasking(task, load_denoiser("sudoku4", task), Rules(actions)) for actions in ("set", "set+remask", "single")
+    )
+    assert frontier.methods(["heuristics"], sets).keys() == sweeps("set").keys()
+    assert frontier.methods(["heuristics"], remask).keys() == sweeps("set+remask").keys() > sweeps("set").keys()
     with pytest.raises(UnknownNameError, match="unknown order 'nobody'; known: entropy_bounded, "):
-        frontier.methods(["nobody"], task, denoiser, Rules("set"))
+        frontier.methods(["nobody"], sets)
     with pytest.raises(UnmaskError, match="the frontier is of sets"):
-        frontier.methods(["heuristics"], task, denoiser, Rules())
+        frontier.methods(["heuristics"], single)
 
 
 def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    common = ["evaluate", "--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "20"]
-    main([*common, "--actions", "set", "--orders", "threshold:theta=0.8", "fixed_k:k=3,score=entropy"])
+    common = ["--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "20"]
+    main(["evaluate", *common, "--actions", "set", "--orders", "threshold:theta=0.8", "fixed_k:k=3,score=entropy"])
     shown = capsys.readouterr().out
     assert "threshold:theta=0.8" in shown
     assert "fixed_k:k=3" in shown
-    main([*common, "--actions", "set", "--frontier", "f.png", "--orders", "fixed_k margin"])
+    main(["frontier", *common, "--out", "f.png", "--orders", "fixed_k margin"])
     assert (tmp_path / "f.png").exists()
-    assert len(json.loads((tmp_path / "f.json").read_text())) == len(frontier.SWEEPS["fixed_k margin"])
-    main([*common, "--actions", "set", "--frontier", "t.png", "--orders", "fixed_k margin", "--temperature", "3"])
+    assert len(json.loads((tmp_path / "f.json").read_text())) == len(sweeps("set")["fixed_k margin"][1])
+    main(["frontier", *common, "--out", "t.png", "--orders", "fixed_k margin", "--temperature", "3"])
     greedy, sampled = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ft")
     assert sampled[0]["solve_rate"] < greedy[0]["solve_rate"]
     (tmp_path / "folder.png").mkdir()
-    for options, message in (
-        (["--actions", "set", "--frontier", "folder.png"], "--frontier folder.png is a folder; name a file"),
-        (["--actions", "set", "--frontier", "g.png", "--json", "g.json"], "leave --json and --exact out"),
-        (["--actions", "set", "--orders", "margin"], "unknown order 'margin'"),
-        (["--actions", "set", "--orders", "threshold:theta=2"], "theta must be between 0 and 1, not 2.0"),
-        (["--actions", "set", "--orders", "threshold:colour=red"], "takes theta, score; not colour"),
-        (["--actions", "set", "--frontier", "f.jpg"], "--frontier writes a picture; f.jpg must end in .png"),
-        (["--frontier", "f.png"], "the frontier is of sets"),
-        (["--exact", "--actions", "set"], "--exact is for greedy filling, one position at a time"),
-        (["--remask-budget", "3"], "remask_budget is for actions 'set+remask'"),
-        (["--nfe-budget", "0"], "nfe_budget must be a whole number of at least 1, not 0"),
+    for command, *options, message in (
+        ("frontier", "--out", "folder.png", "--out folder.png is a folder; name a file"),
+        ("frontier", "--out", "f.jpg", "--out is a picture; f.jpg must end in .png"),
+        ("frontier", "--orders", "margin", "unknown order 'margin'; known: entropy_bounded"),
+        ("frontier", "--actions", "single", "the frontier is of sets"),
+        ("frontier", "--json", "g.json", "Unrecognized options: --json"),
+        ("evaluate", "--orders", "threshold:theta=2", "theta must be above 0 and below 1, not 2.0"),
+        ("evaluate", "--orders", "threshold:colour=red", "takes theta, score; not colour"),
+        ("evaluate", "--exact", "--actions", "set", "--exact is for greedy filling, one position at a time"),
+        ("evaluate", "--actions", "set", "--orders", "nobody", "unknown order 'nobody'"),
+        ("evaluate", "--actions", "set", "--remask-budget", "3", "remask_budget is for actions 'set+remask'"),
+        ("evaluate", "--nfe-budget", "0", "nfe_budget must be a whole number of at least 1, not 0"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main([*common, *options])
+            main([command, *common, *options])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
 

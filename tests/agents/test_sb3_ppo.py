@@ -6,28 +6,18 @@ import torch
 
 from agents import sb3_ppo
 from agents.critic import Critic
-from agents.learner import SB3PPOConfig
 from agents.policy import OrderPolicy
-from tests.agents.test_critic import randomised
+from agents.sb3_ppo import SB3PPOConfig
 from tests.oracles.enumeration import TableTask, random_joint
-from unmask_env.core import Observation
+from tests.toys import observation as observation_of
+from tests.toys import random_critic, random_order
 from unmask_env.denoiser import TableDenoiser
-from unmask_env.sb3 import SB3VecEnv
-from unmask_env.vector import UnmaskVectorEnv
+from unmask_env.sb3_env import SB3VecEnv
+from unmask_env.state import Observation
+from unmask_env.vector_env import UnmaskVectorEnv
 
 TASK = TableTask(random_joint(3, 4, seed=0), clues=(1,))
 DENOISER = TableDenoiser(TASK.joint)
-
-
-def random_order(candidates: int | None = None, sure: float = 0.9) -> OrderPolicy:
-    """Far from its base, and boards of both kinds: where the denoiser is sure and where it is not."""
-    torch.manual_seed(6)
-    order = OrderPolicy(
-        3, TASK.coordinates.tolist(), "softmax_confidence", 0.3, candidates, dim=8, layers=1, heads=2, sure=sure, gate=2
-    )
-    torch.nn.init.normal_(order.numbers.weight)
-    torch.nn.init.normal_(order.head.weight)
-    return order
 
 
 def playing(order: OrderPolicy, critic: Critic, **settings: object):
@@ -44,19 +34,19 @@ def playing(order: OrderPolicy, critic: Critic, **settings: object):
 def full(shown: dict[str, np.ndarray]) -> Observation:
     """What an order would see in a rollout, without the environment between them."""
     tokens = torch.from_numpy(shown["tokens"]).long()
-    return Observation(tokens, tokens == TASK.mask_id, DENOISER(tokens))
+    return observation_of(tokens, tokens == TASK.mask_id, DENOISER(tokens))
 
 
 @pytest.mark.parametrize("candidates", [None, 1])
 @torch.no_grad()
 def test_the_distribution_is_the_orders(candidates: int | None) -> None:
-    order, critic = random_order(candidates), randomised()
+    order, critic = random_order(TASK, candidates), random_critic(TASK)
     model, vec, shown = playing(order, critic)
     seen = full(shown)
-    unsure = order.unsure(seen)
+    unsure = order.uncertain(seen)
     assert unsure.any()
     assert not unsure.all()
-    expected = order.log_prob(seen)
+    expected = order(seen).log_probs
     masks = np.stack(vec.env_method("action_masks"))
     tensors, _ = model.policy.obs_to_tensor(shown)
     given = model.policy.get_distribution(tensors, action_masks=masks).distribution.probs
@@ -66,12 +56,12 @@ def test_the_distribution_is_the_orders(candidates: int | None) -> None:
 
 @torch.no_grad()
 def test_sampled_and_evaluated_actions_have_the_orders_log_probability() -> None:
-    order, critic = random_order(), randomised()
+    order, critic = random_order(TASK), random_critic(TASK)
     model, vec, shown = playing(order, critic)
     seen, masks = full(shown), np.stack(vec.env_method("action_masks"))
     tensors, _ = model.policy.obs_to_tensor(shown)
     actions, values, log_prob = model.policy(tensors, action_masks=masks)
-    expected = order.log_prob(seen).gather(1, actions.view(-1, 1)).squeeze(1)
+    expected = order(seen).log_probs.gather(1, actions.view(-1, 1)).squeeze(1)
     torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=1e-4)
     again, evaluated, _ = model.policy.evaluate_actions(tensors, actions, action_masks=torch.from_numpy(masks))
     torch.testing.assert_close(evaluated, log_prob)
@@ -80,10 +70,10 @@ def test_sampled_and_evaluated_actions_have_the_orders_log_probability() -> None
 
 
 def test_actions_are_legal() -> None:
-    order = random_order()
-    model, vec, shown = playing(order, randomised())
+    order = random_order(TASK)
+    model, vec, shown = playing(order, random_critic(TASK))
     with torch.no_grad():
-        likely = order.log_prob(full(shown)).argmax(1)
+        likely = order(full(shown)).log_probs.argmax(1)
     masks = np.stack(vec.env_method("action_masks"))
     best, _ = model.predict(shown, action_masks=masks, deterministic=True)
     assert best.tolist() == likely.tolist()
@@ -94,7 +84,7 @@ def test_actions_are_legal() -> None:
 
 def test_the_model_has_the_settings() -> None:
     """J has no discount; matrices alone decay; the policy's parameters are the order's and the critic's."""
-    order, critic = random_order(), randomised()
+    order, critic = random_order(TASK), random_critic(TASK)
     settings = {
         "minibatches": 4, "epochs": 3, "gae_lambda": 0.8, "clip": 0.3, "normalise": True, "critic_weight": 0.7,
         "grad_clip": 2.0, "weight_decay": 0.05, "beta": 0.2,

@@ -6,31 +6,39 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from agents.torchrl_ppo import SHOWN, group_relative, make_actor, summary
-from tests.agents.test_sb3_ppo import DENOISER, TASK, random_order
-from unmask_env.core import Observation
-from unmask_env.torchrl import UnmaskTorchEnv
+from agents.torchrl_ppo import group_relative, make_actor, observation_keys, summary
+from tests.oracles.enumeration import TableTask, random_joint
+from tests.toys import observation as observation_of
+from tests.toys import random_order
+from unmask_env.denoiser import TableDenoiser
+from unmask_env.state import Observation
+from unmask_env.torchrl_env import UnmaskTorchEnv
+
+TASK = TableTask(random_joint(3, 4, seed=0), clues=(1,))
+DENOISER = TableDenoiser(TASK.joint)
+ENV = UnmaskTorchEnv(num_envs=16, task=TASK, denoiser=DENOISER, seed=0)
+SHOWN = observation_keys(ENV)
 
 
 def full(tokens: Tensor) -> Observation:
-    return Observation(tokens, tokens == TASK.mask_id, DENOISER(tokens))
+    return observation_of(tokens, tokens == TASK.mask_id, DENOISER(tokens))
 
 
 def mid_play() -> TensorDict:
     """Sixteen boards after one action."""
-    env = UnmaskTorchEnv(num_envs=16, task=TASK, denoiser=DENOISER, seed=0)
-    td = env.reset()
+    ENV.set_seed(0)
+    td = ENV.reset()
     td["action"] = torch.tensor([0, 2, 3] * 5 + [0])
-    return env.step(td)["next"]
+    return ENV.step(td)["next"]
 
 
 # ---------------------------------------------------------------------- the policy
 @pytest.mark.parametrize("candidates", [None, 1])
 @torch.no_grad()
 def test_the_distribution_is_the_orders(candidates: int | None) -> None:
-    order, shown = random_order(candidates), mid_play()
-    actor, expected = make_actor(order), order.log_prob(full(shown["tokens"]))
-    unsure = order.unsure(full(shown["tokens"]))
+    order, shown = random_order(TASK, candidates), mid_play()
+    actor, expected = make_actor(order, SHOWN), order(full(shown["tokens"])).log_probs
+    unsure = order.uncertain(full(shown["tokens"]))
     assert unsure.any()
     assert not unsure.all()
     given = actor.get_dist(shown.select(*SHOWN)).probs
@@ -42,21 +50,21 @@ def test_the_distribution_is_the_orders(candidates: int | None) -> None:
 
 @torch.no_grad()
 def test_actions_are_legal() -> None:
-    order, shown = random_order(), mid_play()
-    actor, seen = make_actor(order), full(shown["tokens"])
+    order, shown = random_order(TASK), mid_play()
+    actor, seen = make_actor(order, SHOWN), full(shown["tokens"])
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         best = actor(shown.clone())["action"]
-    assert torch.equal(best, order.log_prob(seen).argmax(1))
+    assert torch.equal(best, order(seen).log_probs.argmax(1))
     with set_exploration_type(ExplorationType.RANDOM):
         drawn = torch.stack([actor(shown.clone())["action"] for _ in range(40)])
-    assert seen.open.gather(1, drawn.T).all()
+    assert seen.fillable.gather(1, drawn.T).all()
     assert (drawn != best).any(), "they are drawn"
 
 
 @torch.no_grad()
 def test_leading_dimensions_are_kept() -> None:
-    order, shown = random_order(), mid_play().select(*SHOWN)
-    actor = make_actor(order)
+    order, shown = random_order(TASK), mid_play().select(*SHOWN)
+    actor = make_actor(order, SHOWN)
     flat, folded = actor.get_dist(shown), actor.get_dist(shown.reshape(2, 8))
     torch.testing.assert_close(folded.probs, flat.probs.view(2, 8, 4))
 
@@ -65,7 +73,7 @@ def test_a_finished_board_gives_no_nan() -> None:
     shown = mid_play().select(*SHOWN)
     shown["action_mask"][0] = False
     shown["tokens"][0] = 0
-    actor = make_actor(random_order())
+    actor = make_actor(random_order(TASK), SHOWN)
     out = actor(shown.clone())
     assert out["action_log_prob"].isfinite().all()
     out["action_log_prob"][1:].sum().backward()

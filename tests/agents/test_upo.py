@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 import tasks
 from agents import upo
-from agents.learner import make_reference, start
-from agents.mining import Pool
-from agents.policy import OrderPolicy, PolicyShape, load_policy, new_policy
+from agents.policy import OrderPolicy, PolicyConfig, load_policy, new_policy
+from agents.replay import Replay
+from agents.setup import setup
 from agents.upo import (
     Batch,
     Tempered,
     UPOConfig,
-    categorical_kl,
     check_regulariser,
-    cross_entropy,
     flatten,
     group_advantage,
     regularised_advantage,
@@ -33,44 +31,44 @@ from agents.upo import (
 from pretrain.checkpoint import save_model
 from tasks import Instances, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
-from unmask_env import core, exact, reference
-from unmask_env.core import Denoised, Observation, masked_log_softmax
+from tests.oracles.tables import sequence_log_prob
+from tests.toys import JOINT, SEQUENCE_REWARD, FreePolicy, one_of, rollout
+from tests.toys import observation as observation_of
+from unmask_env import exact
 from unmask_env.denoiser import TableDenoiser, load_denoiser
+from unmask_env.distributions import Categorical
+from unmask_env.process import Unmasking
+from unmask_env.reference import (
+    Factor,
+    Margin,
+    Policy,
+    Random,
+    Reference,
+    SoftmaxConfidence,
+    SoftmaxMargin,
+    TopK,
+    reference,
+)
+from unmask_env.state import Denoised, Observation, Rules
 
 INF = math.inf
 NEVER = 99.0  # a reward or bound that no test reaches
 
 
-class TablePolicy(nn.Module):
-    """One free logit per (board, position), any order policy of V symbols and L positions."""
-
-    def __init__(self, vocab_size: int, length: int, seed: int | None = None) -> None:
-        super().__init__()
-        self.base = vocab_size + 1
-        shape = (self.base**length, length)
-        generator = torch.Generator().manual_seed(seed or 0)
-        logits = torch.zeros(shape) if seed is None else torch.randn(shape, generator=generator)
-        self.table = nn.Parameter(logits)
-
-    def log_prob(self, observation: Observation) -> Tensor:
-        powers = self.base ** torch.arange(observation.tokens.shape[1])
-        return masked_log_softmax(self.table[(observation.tokens * powers).sum(1)], observation.open)
-
-
-class Fixed(reference.Reference):
+class Fixed(Policy):
     """A reference from a table of probabilities per row."""
 
     def __init__(self, probabilities: list[list[float]]) -> None:
         self.table = torch.tensor(probabilities)
 
-    def log_prob(self, observation: Observation) -> Tensor:
-        return self.table.log()
+    def __call__(self, observation: Observation) -> Categorical:
+        return Categorical(self.table.log())
 
 
-class Forbidden(reference.Reference):
+class Forbidden(Policy):
     """Must not be asked."""
 
-    def log_prob(self, observation: Observation) -> Tensor:
+    def __call__(self, observation: Observation) -> Categorical:
         raise AssertionError("the reference was called")
 
 
@@ -80,10 +78,6 @@ class Toy(NamedTuple):
 
     batch: Batch  # advantage holds the reward
     reward: Tensor
-
-
-JOINT = random_joint(3, 3, seed=23)
-SEQUENCE_REWARD = torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(1))
 
 
 def enumerate_toy(length: int = 3) -> Toy:
@@ -101,13 +95,13 @@ def enumerate_toy(length: int = 3) -> Toy:
             board = board.clone()
             board[0, position] = log_probs[-1][0, position].argmax()
         rewards.append(SEQUENCE_REWARD[tuple(board[0].tolist())])
-    observation = Observation(torch.cat(tokens), torch.cat(is_open), Denoised(torch.cat(log_probs)))
+    observation = observation_of(torch.cat(tokens), torch.cat(is_open), Denoised.of(torch.cat(log_probs)))
     reward = torch.stack(rewards)
     trajectory = torch.arange(len(orders)).repeat_interleave(length)
     return Toy(
         Batch(
             observation,
-            torch.tensor(actions),
+            one_of(actions, length),
             torch.zeros(len(actions)),
             trajectory,
             torch.arange(length).repeat(len(orders)),
@@ -124,8 +118,8 @@ def toy() -> Toy:
     return made
 
 
-def taken(policy: nn.Module, batch: Batch) -> Tensor:
-    return policy.log_prob(batch.observation).gather(1, batch.action.unsqueeze(1)).squeeze(1)
+def chosen_log_prob(policy: Policy, batch: Batch) -> Tensor:
+    return policy(batch.observation).log_prob(batch.action)
 
 
 def per_trajectory(values: Tensor) -> Tensor:
@@ -137,34 +131,33 @@ def gradient(loss: Tensor, policy: nn.Module) -> Tensor:
 
 
 def on_policy(policy: nn.Module, batch: Batch) -> Batch:
-    return batch._replace(old_log_prob=taken(policy, batch).detach())
+    return batch._replace(old_log_prob=chosen_log_prob(policy, batch).detach())
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_the_trajectory_kl_surrogate_has_the_exact_gradient_on_policy(toy: Toy, seed: int | None) -> None:
     """In expectation over trajectories from the policy itself, against autograd through the enumerated KL."""
-    policy, target = TablePolicy(3, 3, seed), reference.SoftmaxConfidence(0.3)
+    policy, target = FreePolicy(3, 3, seed), SoftmaxConfidence(0.3)
     batch = on_policy(policy, toy.batch)
-    log_ref = target.log_prob(batch.observation)
-    chosen = taken(policy, batch)
-    log_target = log_ref.gather(1, batch.action.unsqueeze(1)).squeeze(1)
+    chosen = chosen_log_prob(policy, batch)
+    log_target = chosen_log_prob(target, batch)
     log_p, log_g = per_trajectory(chosen), per_trajectory(log_target)
-    exact = gradient((log_p.exp() * (log_p - log_g)).sum(), policy)
+    expected = gradient((log_p.exp() * (log_p - log_g)).sum(), policy)
 
-    chosen = taken(policy, batch)
+    chosen = chosen_log_prob(policy, batch)
     surrogate = trajectory_kl_surrogate(chosen, batch.old_log_prob, log_target, batch.trajectory, 6)
     estimate = gradient((log_p.detach().exp() * surrogate).sum(), policy)
-    torch.testing.assert_close(estimate, exact, atol=1e-6, rtol=1e-5)
-    assert exact.abs().max() > 1e-2
+    torch.testing.assert_close(estimate, expected, atol=1e-6, rtol=1e-5)
+    assert expected.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("seed", [None, 3, 4])
 def test_the_trajectory_kl_is_the_expected_sum_of_step_kls(toy: Toy, seed: int | None) -> None:
-    policy, target = TablePolicy(3, 3, seed), reference.SoftmaxMargin(0.5)
-    log_p = per_trajectory(taken(policy, toy.batch))
-    log_ref = target.log_prob(toy.batch.observation)
-    log_g = per_trajectory(log_ref.gather(1, toy.batch.action.unsqueeze(1)).squeeze(1))
-    steps = per_trajectory(categorical_kl(policy.log_prob(toy.batch.observation), log_ref))
+    policy, target = FreePolicy(3, 3, seed), SoftmaxMargin(0.5)
+    log_p = per_trajectory(chosen_log_prob(policy, toy.batch))
+    g = target(toy.batch.observation)
+    log_g = per_trajectory(chosen_log_prob(target, toy.batch))
+    steps = per_trajectory(policy(toy.batch.observation).kl(g))
     whole = (log_p.exp() * (log_p - log_g)).sum()
     torch.testing.assert_close((log_p.exp() * steps).sum(), whole)
 
@@ -176,11 +169,10 @@ def test_the_regularised_advantage_makes_the_gradient_exact(toy: Toy, beta: floa
 
     All six orders form one group, so the baselines are constants of (trajectory set, time) and drop out.
     """
-    policy, target = TablePolicy(3, 3, seed), reference.SoftmaxConfidence(0.2)
-    log_ref = target.log_prob(toy.batch.observation)
-    p = per_trajectory(taken(policy, toy.batch)).exp()
-    kl = categorical_kl(policy.log_prob(toy.batch.observation), log_ref)
-    exact = -gradient((p * (toy.reward - beta * per_trajectory(kl))).sum(), policy)
+    policy, target = FreePolicy(3, 3, seed), SoftmaxConfidence(0.2)
+    p = per_trajectory(chosen_log_prob(policy, toy.batch)).exp()
+    kl = policy(toy.batch.observation).kl(target(toy.batch.observation))
+    expected = -gradient((p * (toy.reward - beta * per_trajectory(kl))).sum(), policy)
 
     batch = on_policy(policy, toy.batch)
     batch = batch._replace(advantage=group_advantage(toy.reward, 6, False)[batch.trajectory])
@@ -190,8 +182,8 @@ def test_the_regularised_advantage_makes_the_gradient_exact(toy: Toy, beta: floa
         part = batch.rows((batch.trajectory == t).nonzero().squeeze(1))
         losses.append(upo_loss(policy, target, part, "step_kl", beta, clip=0.2)[0])
     estimate = gradient((p.detach() * torch.stack(losses)).sum(), policy)
-    torch.testing.assert_close(estimate, exact, atol=2e-6, rtol=1e-4)
-    assert exact.abs().max() > 1e-2
+    torch.testing.assert_close(estimate, expected, atol=2e-6, rtol=1e-4)
+    assert expected.abs().max() > 1e-2
 
     naive = batch._replace(advantage=group_advantage(toy.reward, 6, False)[batch.trajectory])
     losses = [
@@ -199,12 +191,12 @@ def test_the_regularised_advantage_makes_the_gradient_exact(toy: Toy, beta: floa
         for t in range(6)
     ]
     without = gradient((p.detach() * torch.stack(losses)).sum(), policy)
-    assert torch.allclose(without, exact, atol=2e-6) == (beta == 0), "the correction is needed"
+    assert torch.allclose(without, expected, atol=2e-6) == (beta == 0), "the correction is needed"
 
 
 def test_regularised_advantage_by_hand() -> None:
     """Two trajectories of one group, of three and of two steps (KLs 1, 2, 4 and 8, 16)."""
-    nothing = Observation(torch.zeros(5, 1), torch.ones(5, 1, dtype=torch.bool), Denoised(torch.zeros(5, 1, 1)))
+    nothing = observation_of(torch.zeros(5, 1), torch.ones(5, 1, dtype=torch.bool), Denoised.of(torch.zeros(5, 1, 1)))
     shuffled = torch.tensor([3, 0, 4, 2, 1])  # the order of the steps in the batch does not matter
     batch = Batch(
         nothing,
@@ -223,14 +215,14 @@ def test_regularised_advantage_by_hand() -> None:
 
 
 # ---------------------------------------------------------------------- the loss by hand
-class Given:
+class Given(Policy):
     """An order with the given probabilities, one row per step of the batch (the logits can be differentiated)."""
 
     def __init__(self, probabilities: list[list[float]]) -> None:
         self.logits = torch.tensor(probabilities).log().requires_grad_()
 
-    def log_prob(self, observation: Observation) -> Tensor:
-        return self.logits
+    def __call__(self, observation: Observation) -> Categorical:
+        return Categorical(self.logits)
 
 
 OLD = [0.5, 0.5, 0.25]
@@ -240,12 +232,12 @@ G = [[0.25, 0.5, 0.25], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5]]
 
 def tiny_batch(advantage: list[float]) -> Batch:
     """Trajectory 4 has steps 0 and 1, trajectory 7 has step 2."""
-    observation = Observation(
-        torch.full((3, 3), 2), torch.ones(3, 3, dtype=torch.bool), Denoised(torch.full((3, 3, 2), 0.5).log())
+    observation = observation_of(
+        torch.full((3, 3), 2), torch.ones(3, 3, dtype=torch.bool), Denoised.of(torch.full((3, 3, 2), 0.5).log())
     )
     return Batch(
         observation,
-        torch.tensor(ACTIONS),
+        one_of(ACTIONS, 3),
         torch.tensor(OLD).log(),
         torch.tensor([4, 4, 7]),
         torch.tensor([0, 1, 0]),
@@ -346,11 +338,11 @@ def test_the_surrogates_weight_is_clamped(ratio: float, weight: float) -> None:
 def test_categorical_kl_by_hand() -> None:
     p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], requires_grad=True)
     q = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.3, 0.5], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
-    kl = categorical_kl(p.log(), q.log())
+    kl = Categorical(p.log()).kl(Categorical(q.log()))
     expected = [0.5 * math.log(2) - 0.25 * math.log(2), math.log(5), 0.0, INF]
     torch.testing.assert_close(kl, torch.tensor(expected))
     log_p = p[:3].detach().log().requires_grad_()
-    categorical_kl(log_p, q[:3].log()).sum().backward()
+    Categorical(log_p).kl(Categorical(q[:3].log())).sum().backward()
     assert log_p.grad.isfinite().all()
     # d/dl of e^l (l - m) is e^l (1 + l - m)
     torch.testing.assert_close(log_p.grad[0], torch.tensor([0.5 * (1 + math.log(2)), 0.25, 0.25 * (1 - math.log(2))]))
@@ -360,7 +352,7 @@ def test_cross_entropy_by_hand() -> None:
     """One best position, a tie split evenly; positions outside the target's support do not count, even at -inf."""
     target = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
     log_pi = torch.tensor([[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [0.0, 1.0, 0.0]]).log().requires_grad_()
-    value = cross_entropy(target.log(), log_pi)
+    value = Categorical(log_pi).cross_entropy(Categorical(target.log()))
     torch.testing.assert_close(value, torch.tensor([-math.log(0.3), 1.5 * math.log(2), 0.0]))
     value.sum().backward()
     assert torch.equal(log_pi.grad, -target)
@@ -382,12 +374,10 @@ def test_group_advantage_by_hand() -> None:
 def test_equal_returns_give_exactly_zero_gradient(normalise: bool, value: float) -> None:
     """Also where the mean of equal float32 numbers is not one of them."""
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
-    policy = small_policy(task, denoiser, gate=1.0)
+    policy = small_policy(task, denoiser, belief_weight=1.0)
     behaviour = Tempered(policy, 1.0)
     instances = task.sample(2, torch.Generator().manual_seed(0)).repeat(7)
-    played = core.rollout(
-        task, denoiser, behaviour, instances, order_generator=torch.Generator().manual_seed(1), record=True
-    )
+    played = rollout(task, denoiser, behaviour, instances, generator=torch.Generator().manual_seed(1), record=True)
     batch = flatten(played, group_advantage(torch.full((14,), value), 7, normalise))
     loss, _ = upo_loss(behaviour, Forbidden(), batch, "none", 1.0, 0.2)
     loss.backward()
@@ -402,43 +392,41 @@ def test_equal_returns_give_exactly_zero_gradient(normalise: bool, value: float)
 def test_tempered_is_the_renormalised_power() -> None:
     policy = Given([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
     is_open = torch.tensor([[True] * 4, [False] * 4, [False, False, True, False]])
-    observation = Observation(torch.zeros(3, 4), is_open, Denoised(torch.zeros(3, 4, 1)))
-    cold, hot = (Tempered(policy, t).log_prob(observation) for t in (0.5, 2.0))
+    observation = observation_of(torch.zeros(3, 4), is_open, Denoised.of(torch.zeros(3, 4, 1)))
+    cold, hot = (Tempered(policy, t)(observation).log_probs for t in (0.5, 2.0))
     torch.testing.assert_close(cold[0].exp(), torch.tensor([4 / 6, 1 / 6, 1 / 6, 0]))
     roots = torch.tensor([0.5**0.5, 0.5, 0.5, 0])
     torch.testing.assert_close(hot[0].exp(), roots / roots.sum())
     for tempered in (cold, hot):
         assert tempered[1].tolist() == [-INF] * 4, "a finished board stays without a choice"
         assert tempered[2].tolist() == [-INF, -INF, 0.0, -INF]
-    assert torch.equal(Tempered(policy, 1.0).log_prob(observation), policy.logits)
+    assert torch.equal(Tempered(policy, 1.0)(observation).log_probs, policy.logits)
 
 
 def test_tempered_gradients_are_finite() -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
-    policy = small_policy(task, denoiser, gate=1.0)
+    policy = small_policy(task, denoiser, belief_weight=1.0)
     tokens = torch.tensor([[0, 0, 1], [0, 2, 1], [2, 2, 2]])
-    observation = Observation(tokens, tokens == 2, denoiser(tokens))
-    log_prob = Tempered(policy, 0.7).log_prob(observation)
-    log_prob[observation.open].square().sum().backward()
+    observation = observation_of(tokens, tokens == 2, denoiser(tokens))
+    log_prob = Tempered(policy, 0.7)(observation).log_probs
+    log_prob[observation.fillable].square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
-    assert policy.gate.grad.any()
+    assert policy.head.belief_weight.grad.any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_a_rollout_records_the_distribution_sampled_from(temperature: float) -> None:
     """What is recorded is the tempered log-probability, and the actions come from it."""
     task, denoiser = TableTask(JOINT), TableDenoiser(JOINT)
-    policy = TablePolicy(3, 3, seed=2)
+    policy = FreePolicy(3, 3, seed=2)
     behaviour = Tempered(policy, temperature)
     instances = Instances(torch.full((20_000, 3), 3), torch.zeros(20_000, 3, dtype=torch.long))
-    played = core.rollout(
-        task, denoiser, behaviour, instances, order_generator=torch.Generator().manual_seed(0), record=True
-    )
+    played = rollout(task, denoiser, behaviour, instances, generator=torch.Generator().manual_seed(0), record=True)
     batch = flatten(played, torch.zeros(20_000))
-    assert torch.equal(batch.old_log_prob, taken(behaviour, batch))
+    assert torch.equal(batch.old_log_prob, chosen_log_prob(behaviour, batch))
     first = played.steps[0]
-    expected = (policy.log_prob(first.observation)[0].exp() ** (1 / temperature)).detach()
-    drawn = first.action.bincount(minlength=3) / 20_000
+    expected = (policy(first.observation).log_probs[0].exp() ** (1 / temperature)).detach()
+    drawn = first.action.float().mean(0)
     torch.testing.assert_close(drawn, expected / expected.sum(), atol=0.012, rtol=0)
 
 
@@ -446,12 +434,12 @@ def test_flatten_keeps_the_live_steps() -> None:
     """Rows of 3, 1 and 2 holes."""
     task, denoiser = TableTask(JOINT), TableDenoiser(JOINT)
     tokens = torch.tensor([[3, 3, 3], [0, 3, 1], [3, 2, 3]])
-    played = core.rollout(
+    played = rollout(
         task,
         denoiser,
-        TablePolicy(3, 3, seed=1),
+        FreePolicy(3, 3, seed=1),
         Instances(tokens, torch.zeros_like(tokens)),
-        order_generator=torch.Generator().manual_seed(4),
+        generator=torch.Generator().manual_seed(4),
         record=True,
     )
     batch = flatten(played, torch.tensor([0.5, -1.0, 2.0]))
@@ -459,14 +447,15 @@ def test_flatten_keeps_the_live_steps() -> None:
         (0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1),
     ]  # fmt: skip
     assert batch.advantage.tolist() == [[0.5, -1.0, 2.0][t] for t in batch.trajectory]
-    assert batch.observation.open.gather(1, batch.action.unsqueeze(1)).all(), "every action was on an open position"
+    assert not (batch.action & ~batch.observation.fillable).any(), "every action was on a masked position"
+    assert (batch.action.sum(1) == 1).all()
     assert batch.old_log_prob.isfinite().all()
     for t, n in ((0, 3), (1, 1), (2, 2)):
         rows = (batch.trajectory == t).nonzero().squeeze(1)
-        assert sorted(batch.action[rows].tolist()) == tokens[t].eq(3).nonzero().flatten().tolist()
+        assert sorted(batch.action[rows].int().argmax(1).tolist()) == tokens[t].eq(3).nonzero().flatten().tolist()
         first = rows[batch.time[rows] == 0]
         assert torch.equal(batch.observation.tokens[first[0]], tokens[t])
-        assert batch.observation.open[rows].sum(1).tolist() == list(range(n, 0, -1))
+        assert batch.observation.fillable[rows].sum(1).tolist() == list(range(n, 0, -1))
     expected = denoiser(batch.observation.tokens).log_probs
     assert torch.equal(batch.observation.denoised.log_probs, expected)
     assert batch.observation.denoised.hidden is None
@@ -476,7 +465,15 @@ def test_flatten_keeps_hidden_states() -> None:
     task = tasks.get("sudoku6")
     denoiser = load_denoiser("sudoku6-tiny", task)
     instances = task.heldout(3)
-    played = core.rollout(task, denoiser, reference.Margin(), instances, record=True)
+
+    class Reading(Policy):
+        reads_hidden = True
+
+        def __call__(self, observation: Observation) -> Categorical:
+            return Margin()(observation)
+
+    assert rollout(task, denoiser, Margin(), instances, record=True).steps[0].observation.hidden is None
+    played = rollout(task, denoiser, Reading(), instances, record=True)
     batch = flatten(played, torch.zeros(3))
     assert len(batch.action) == int((instances.tokens == task.mask_id).sum())
     last = batch.observation[-1:]
@@ -486,14 +483,14 @@ def test_flatten_keeps_hidden_states() -> None:
 def test_trajectories_of_different_lengths_by_hand() -> None:
     """Splitting a batch by trajectory and averaging gives the whole batch's loss, also for means over steps."""
     task, denoiser = TableTask(JOINT), TableDenoiser(JOINT)
-    policy, now = TablePolicy(3, 3, seed=1), TablePolicy(3, 3, seed=2)
+    policy, now = FreePolicy(3, 3, seed=1), FreePolicy(3, 3, seed=2)
     tokens = torch.tensor([[3, 3, 3], [0, 3, 1], [3, 2, 3]])
     generator = torch.Generator().manual_seed(4)
     instances = Instances(tokens, torch.zeros_like(tokens))
-    played = core.rollout(task, denoiser, policy, instances, order_generator=generator, record=True)
+    played = rollout(task, denoiser, policy, instances, generator=generator, record=True)
     batch = flatten(played, torch.tensor([0.5, -1.0, 2.0]))
     for over_steps, regulariser in itertools.product(("sum", "mean"), ("none", "step_kl", "trajectory_kl")):
-        target = reference.SoftmaxConfidence(0.5)
+        target = SoftmaxConfidence(0.5)
         whole, _ = upo_loss(now, target, batch, regulariser, 0.5, 0.2, over_steps)
         parts = []
         for t in range(3):
@@ -507,15 +504,19 @@ def config(out: Path | str = "unused", **changes: object) -> UPOConfig:
     return UPOConfig(out=str(out), **changes)
 
 
+def reference_of(settings: UPOConfig) -> Reference:
+    return reference(settings.reference)
+
+
 def test_auto_regulariser() -> None:
     for name in ("max_confidence", "margin", "entropy", "left_to_right"):
         chosen = config(reference=name)
-        assert check_regulariser(chosen, make_reference(chosen)) == "cross_entropy"
+        assert check_regulariser(chosen, reference_of(chosen)) == "cross_entropy"
     for name in ("random", "softmax_confidence", "softmax_margin", "top_k"):
         chosen = config(reference=name)
-        assert check_regulariser(chosen, make_reference(chosen)) == "step_kl"
+        assert check_regulariser(chosen, reference_of(chosen)) == "step_kl"
         explicit = replace(chosen, regulariser="trajectory_kl")
-        assert check_regulariser(explicit, make_reference(explicit)) == "trajectory_kl"
+        assert check_regulariser(explicit, reference_of(explicit)) == "trajectory_kl"
 
 
 @pytest.mark.parametrize("regulariser", ["trajectory_kl", "step_kl"])
@@ -531,47 +532,49 @@ def test_the_kl_to_a_deterministic_reference_is_refused(tmp_path: Path, regulari
 def test_beta_zero_asks_no_reference(regulariser: str) -> None:
     for name in ("margin", "softmax_confidence"):
         chosen = config(reference=name, beta=0.0, regulariser=regulariser)
-        assert check_regulariser(chosen, make_reference(chosen)) == "none"
+        assert check_regulariser(chosen, reference_of(chosen)) == "none"
     loss, parts = upo_loss(Given(NOW), Forbidden(), tiny_batch([1.0] * 3), "none", 0.0, 0.2)
     assert loss.isfinite()
     assert set(parts) == {"loss/policy", "ratio/clipped"}
 
 
 def test_settings_reach_the_reference() -> None:
-    assert make_reference(config(reference="softmax_margin", tau=0.3)) == reference.SoftmaxMargin(0.3)
-    assert make_reference(config(reference="top_k", top_k=3)) == reference.TopK(3)
+    process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table))
+    assert setup(config(reference="softmax_margin:tau=0.3"), process).reference == SoftmaxMargin(0.3)
+    assert setup(config(reference="top_k:k=3"), process).reference == TopK(3)
+    assert setup(config(reference="factor", rules=Rules("set")), process).reference == Factor()
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("random", reference.Random()),
-        ("softmax_confidence", reference.SoftmaxConfidence(0.2)),
-        ("max_confidence", reference.SoftmaxConfidence(0.2)),
-        ("softmax_margin", reference.SoftmaxMargin(0.2)),
-        ("margin", reference.SoftmaxMargin(0.2)),
-        ("top_k", reference.TopK(3)),
+        ("random", Random()),
+        ("softmax_confidence:tau=0.2", SoftmaxConfidence(0.2)),
+        ("max_confidence", SoftmaxConfidence(0.05)),
+        ("softmax_margin:tau=0.2", SoftmaxMargin(0.2)),
+        ("margin", SoftmaxMargin(0.05)),
+        ("top_k:k=3", TopK(3)),
     ],
 )
-def test_a_run_starts_at_its_reference(name: str, target: reference.Reference) -> None:
-    """On boards where the denoiser is sure and on boards where it is not."""
+def test_a_run_starts_at_its_reference(name: str, target: Reference) -> None:
+    """On boards where the denoiser is confident and on boards where it is not."""
     task = tasks.get("sudoku6")
     denoiser = load_denoiser("sudoku6-tiny", task)
-    policy = start(config(reference=name, tau=0.2, top_k=3), task, denoiser)
+    policy = setup(config(reference=name), Unmasking(task, denoiser)).policy
     generator = torch.Generator().manual_seed(0)
-    played = core.rollout(task, denoiser, reference.Random(), task.heldout(6), order_generator=generator, record=True)
+    played = rollout(task, denoiser, Random(), task.heldout(6), generator=generator, record=True)
     observation = flatten(played, torch.zeros(6)).observation
-    sure = reference.confidence(observation).masked_fill(~observation.open, 0.0).max(1).values >= 0.97
-    assert sure.any()
-    assert (~sure).any()
-    divergence = categorical_kl(policy.log_prob(observation), target.log_prob(observation))
+    confident = observation.confidence.masked_fill(~observation.fillable, 0.0).max(1).values >= 0.97
+    assert confident.any()
+    assert (~confident).any()
+    divergence = policy(observation).kl(target(observation))
     torch.testing.assert_close(divergence, torch.zeros(len(divergence)), atol=2e-6, rtol=0)
 
 
-# ---------------------------------------------------------------------- mining
-def test_the_pool_keeps_the_most_recent_failures() -> None:
+# ---------------------------------------------------------------------- replay
+def test_replay_keeps_the_most_recent_failures() -> None:
     task = TableTask(JOINT)
-    pool = Pool(task, share=0.5, capacity=3)
+    pool = Replay(task, fraction=0.5, capacity=3)
     for start_at in (0, 10):
         rows = torch.arange(start_at, start_at + 3).unsqueeze(1).expand(3, 3)
         pool.add(Instances(rows, rows + 100), torch.tensor([True, False, True]))
@@ -581,10 +584,10 @@ def test_the_pool_keeps_the_most_recent_failures() -> None:
     assert (len(instances), fresh) == (8, 5), "half of eight, were there four"
     assert sorted(instances.tokens[fresh:, 0].tolist()) == [2, 10, 12]
     assert (instances.tokens[:fresh] == task.mask_id).all()
-    other = Pool(task, 0.5)
+    other = Replay(task, 0.5)
     other.load_state_dict(pool.state_dict())
     assert torch.equal(other.sample(8, torch.Generator().manual_seed(0))[0].tokens, instances.tokens)
-    assert Pool(task, 0.0).sample(4, torch.Generator())[1] == 4
+    assert Replay(task, 0.0).sample(4, torch.Generator())[1] == 4
 
 
 # ---------------------------------------------------------------------- training
@@ -603,17 +606,17 @@ class BestSequence(TableTask):
         return (tokens == 0).all(1).float()
 
 
-SHAPE = PolicyShape(copy=False, layers=1, dim=8, heads=2)
+SHAPE = PolicyConfig(copy=False, layers=1, dim=8, heads=2)
 
 
-def small_policy(task: tasks.Task, denoiser: TableDenoiser, gate: float = 0.0) -> OrderPolicy:
-    return new_policy(SHAPE, task, denoiser, seed=0, gate=gate)
+def small_policy(task: tasks.Task, denoiser: TableDenoiser, belief_weight: float = 0.0) -> OrderPolicy:
+    return new_policy(SHAPE, task, denoiser, seed=0, belief_weight=belief_weight)
 
 
 def small(out: Path, **changes: object) -> UPOConfig:
     settings: dict[str, object] = {
         "reference": "random", "beta": 1e-3, "iterations": 15, "puzzles": 8, "group": 4, "lr": 2e-2, "threads": 1,
-        "minibatches": 2, "shape": SHAPE,
+        "minibatches": 2, "policy": SHAPE,
     }  # fmt: skip
     return UPOConfig(out=str(out), **settings | changes)
 
@@ -623,7 +626,7 @@ def expected_reward(policy: OrderPolicy) -> float:
     """Exact: the probability of choosing position 1 first (then nothing can go wrong)."""
     tokens = torch.full((1, 3), 2)
     denoised = TableDenoiser(BestSequence.joint_table)(tokens)
-    return float(policy.log_prob(Observation(tokens, tokens == 2, denoised))[0, 1].exp())
+    return float(policy(observation_of(tokens, tokens == 2, denoised)).log_probs[0, 1].exp())
 
 
 @pytest.mark.parametrize(
@@ -631,15 +634,15 @@ def expected_reward(policy: OrderPolicy) -> float:
     [
         ({}, 0.9),
         ({"regulariser": "trajectory_kl"}, 0.9),
-        ({"beta": 0.0, "normalise": True, "over_steps": "mean", "mine": 0.0}, 0.9),
+        ({"beta": 0.0, "normalise": True, "over_steps": "mean", "replay_fraction": 0.0}, 0.9),
         ({"temperature": 2.0}, 0.9),
     ],
     ids=["step_kl", "trajectory_kl", "none", "hot"],
 )
 def test_training_finds_the_better_order(tmp_path: Path, changes: dict, least: float) -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
-    assert expected_reward(start(small(tmp_path, **changes), task, denoiser)) == pytest.approx(1 / 3)
-    trained = upo.train(small(tmp_path / "run", **changes), task, denoiser)
+    assert expected_reward(setup(small(tmp_path, **changes), Unmasking(task, denoiser)).policy) == pytest.approx(1 / 3)
+    trained = upo.train(small(tmp_path / "run", **changes), Unmasking(task, denoiser))
     assert expected_reward(trained) > least
     saved = load_policy(tmp_path / "run", task)
     assert expected_reward(saved) == expected_reward(trained)
@@ -650,14 +653,14 @@ def test_a_strong_regulariser_holds_the_policy_at_the_reference(tmp_path: Path) 
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
     for beta in (1.0, 10.0):
         settings = small(tmp_path / f"{beta}", beta=beta, iterations=40, group=16, lr=1e-2)
-        trained = upo.train(settings, task, denoiser)
+        trained = upo.train(settings, Unmasking(task, denoiser))
         assert expected_reward(trained) == pytest.approx(math.exp(1 / beta) / (math.exp(1 / beta) + 2), abs=0.08)
 
 
 def test_cross_entropy_pulls_to_a_deterministic_reference(tmp_path: Path) -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
     settings = small(tmp_path, reference="left_to_right", beta=5.0)
-    assert expected_reward(upo.train(settings, task, denoiser)) < 0.1
+    assert expected_reward(upo.train(settings, Unmasking(task, denoiser))) < 0.1
 
 
 def weights(policy: OrderPolicy) -> Tensor:
@@ -667,10 +670,10 @@ def weights(policy: OrderPolicy) -> Tensor:
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
     torch.manual_seed(0)
-    one = upo.train(small(tmp_path / "a", iterations=4), task, denoiser)
+    one = upo.train(small(tmp_path / "a", iterations=4), Unmasking(task, denoiser))
     torch.manual_seed(1)
-    same = upo.train(small(tmp_path / "b", iterations=4), task, denoiser)
-    other = upo.train(small(tmp_path / "c", iterations=4, seed=1), task, denoiser)
+    same = upo.train(small(tmp_path / "b", iterations=4), Unmasking(task, denoiser))
+    other = upo.train(small(tmp_path / "c", iterations=4, seed=1), Unmasking(task, denoiser))
     assert torch.equal(weights(one), weights(same))
     assert not torch.equal(weights(one), weights(other))
     saved = [(tmp_path / run / "model.safetensors").read_bytes() for run in "ab"]
@@ -701,20 +704,20 @@ def test_a_kl_to_top_k_from_a_policy_with_other_candidates_is_refused(tmp_path: 
     """Such a policy may choose what the reference never does: the KL would be infinite."""
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
     save_model(small_policy(task, denoiser), tmp_path / "everywhere")
-    settings = small(tmp_path / "run", reference="top_k", top_k=1, init=str(tmp_path / "everywhere"))
+    settings = small(tmp_path / "run", reference="top_k:k=1", init=str(tmp_path / "everywhere"))
     with pytest.raises(UnmaskError) as error:
-        upo.train(settings, task, denoiser)
+        upo.train(settings, Unmasking(task, denoiser))
     assert "\n" not in str(error.value)
 
 
 def test_a_run_where_nothing_is_left_to_decide(tmp_path: Path) -> None:
-    """The denoiser is sure of every board, so no loss has a gradient: the policy stays as it was."""
+    """The denoiser is confident on every board, so no loss has a gradient: the policy stays as it was."""
     joint = torch.full((2, 2, 2), 1e-9)
     joint[0, 0, 0] = 1
     task, denoiser = TableTask(joint), TableDenoiser(joint)
     settings = small(tmp_path / "run", reference="softmax_confidence", iterations=2)
-    trained = upo.train(settings, task, denoiser)
-    assert torch.equal(weights(trained), weights(start(settings, task, denoiser)))
+    trained = upo.train(settings, Unmasking(task, denoiser))
+    assert torch.equal(weights(trained), weights(setup(settings, Unmasking(task, denoiser)).policy))
 
 
 def test_instances_without_holes_among_the_others(tmp_path: Path) -> None:
@@ -725,27 +728,25 @@ def test_instances_without_holes_among_the_others(tmp_path: Path) -> None:
             tokens[-1] = drawn.answers[-1]
             return Instances(tokens, drawn.answers)
 
-    settings = small(tmp_path, iterations=2, mine=0.0, minibatches=1)
-    trained = upo.train(settings, SometimesFull(), TableDenoiser(BestSequence.joint_table))
+    settings = small(tmp_path, iterations=2, replay_fraction=0.0, minibatches=1)
+    trained = upo.train(settings, Unmasking(SometimesFull(), TableDenoiser(BestSequence.joint_table)))
     assert weights(trained).isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"group": 1}, "group must be at least 2"),
-        ({"temperature": 0.0}, "temperature must be greater than 0, not 0"),
-        ({"temperature": -1.0}, "temperature must be greater than 0, not -1"),
-        ({"mine": -0.1}, "mine must be at least 0 and below 1, not -0.1"),
-        ({"mine": 1.0}, "mine must be at least 0 and below 1, not 1.0"),
-        ({"tau": 0.0}, "tau must be a number greater than 0"),
-        ({"reference": "top_k", "top_k": 0}, "k must be a number greater than 0"),
+        ({"reference": "softmax_margin:tau=0"}, "tau must be a number above 0"),
+        ({"reference": "top_k:k=0"}, "k must be a whole number of at least 1, not 0"),
+        ({"reference": "oracle"}, "oracle is no reference for actions 'single'"),
+        ({"reference": "threshold"}, "threshold is no reference for actions 'single'"),
+        ({"rules": Rules("set"), "temperature": 2.0}, "policies over sets are sampled at temperature 1, not 2.0"),
         ({"env": "Unmask/Sudoku5x5-v0"}, "unknown environment 'Unmask/Sudoku5x5-v0'"),
         ({"denoiser": "sudoku7"}, "unknown denoiser 'sudoku7'"),
         ({"init": "sudoku7-upo"}, "unknown order policy 'sudoku7-upo'"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"shape": PolicyShape(layers=9)}, "has 3 blocks to copy, not 9"),
-        ({"resume": True}, "nothing to resume"),
+        ({"policy": PolicyConfig(layers=9)}, "has 3 blocks to copy, not 9"),
+        ({"resume": "must"}, "nothing to resume"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -759,14 +760,9 @@ def test_settings_that_do_not_fit(tmp_path: Path, changes: dict, message: str) -
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"puzzles": 0}, {"iterations": 0}, {"epochs": 0}, {"minibatches": 0}, {"save_every": 0}, {"beta": -1.0},
-        {"lr": -1.0}, {"clip": -0.1}, {"grad_clip": -1.0}, {"seed": -1}, {"threads": 0}, {"tau": math.nan},
-        {"shape": PolicyShape(layers=0)}, {"shape": PolicyShape(copy=False, dim=10, heads=4)},
-        {"shape": PolicyShape(readings=0)},
-    ],
-    ids=lambda changes: ",".join(f"{key}={getattr(value, 'layers', value)}" for key, value in changes.items()),
-)  # fmt: skip
+    [{"puzzles": 0}, {"policy": PolicyConfig(layers=0)}, {"policy": PolicyConfig(copy=False, dim=10, heads=4)}],
+    ids=["puzzles", "layers", "heads"],
+)
 def test_more_settings_that_do_not_fit(tmp_path: Path, changes: dict) -> None:
     few = {"denoiser": "sudoku6-tiny", "iterations": 1, "puzzles": 1, "group": 2}
     with pytest.raises(UnmaskError) as error:
@@ -789,7 +785,7 @@ class Neighbours:
         for position in range(self.length):
             near = (torch.arange(self.length) - position).abs() <= 1
             log_probs.append(self.inner(torch.where(near, tokens, self.mask_id)).log_probs[:, position])
-        return Denoised(torch.stack(log_probs, 1))
+        return Denoised.of(torch.stack(log_probs, 1))
 
 
 class Likely(TableTask):
@@ -806,10 +802,10 @@ class Likely(TableTask):
 
     def graph(self, temperature: float) -> exact.Graph:
         start_board = self.sample(1, torch.Generator())
-        return exact.enumerate_boards(self, Neighbours(self.joint), start_board, temperature)
+        return exact.enumerate_boards(Unmasking(self, Neighbours(self.joint), temperature=temperature), start_board)
 
     @torch.no_grad()
-    def kl(self, order: core.Order | exact.Table) -> float:
+    def kl(self, order: Policy | exact.Table) -> float:
         """KL(p_data || p_order), with sampled filling."""
         tokens, _, probability = exact.finished(self.graph(1.0), order)
         finished = torch.zeros_like(self.data)
@@ -817,36 +813,36 @@ class Likely(TableTask):
         return float(torch.where(self.rewarded, self.data * (self.data / finished).log(), 0.0).sum())
 
 
-THEOREM = {"tau": 0.2, "beta": 0.02}
+TAU, BETA = 0.2, 0.02
 
 
 def train_likely(out: Path, task: Likely, fill_temperature: float = 1.0) -> OrderPolicy:
     settings = UPOConfig(
-        out=str(out), reference="softmax_confidence", fill_temperature=fill_temperature, lr=1e-2, anneal=True,
-        iterations=15, epochs=3, minibatches=2, puzzles=8, group=16, mine=0.0, threads=1,
-        shape=PolicyShape(copy=False, dim=16, layers=1, sure=2.0, readings=1), **THEOREM,
+        out=str(out), reference=f"softmax_confidence:tau={TAU}", beta=BETA, fill_temperature=fill_temperature,
+        lr=1e-2, anneal=True, iterations=15, epochs=3, minibatches=2, puzzles=8, group=16, replay_fraction=0.0,
+        threads=1, policy=PolicyConfig(copy=False, dim=16, layers=1, defer_above=2.0, num_passes=1),
     )  # fmt: skip
-    return upo.train(settings, task, Neighbours(task.joint))
+    return upo.train(settings, Unmasking(task, Neighbours(task.joint)))
 
 
 @pytest.mark.parametrize("seed", [2, 4])
 def test_training_brings_the_sequences_nearer_to_the_data(tmp_path: Path, seed: int) -> None:
     """UPO's theorem: KL(p_data || p_pi) < KL(p_data || p_g), exactly; and what sequence_log_prob says is the same."""
-    task, target = Likely(seed), reference.SoftmaxConfidence(THEOREM["tau"])
+    task, target = Likely(seed), SoftmaxConfidence(TAU)
     trained = train_likely(tmp_path / "run", task)
     before, after = task.kl(target), task.kl(trained)
     assert after < before - 0.01
     likely = task.data.nonzero()
     instances = Instances(torch.full_like(likely, task.mask_id), likely)
-    log_p = exact.sequence_log_prob(task, Neighbours(task.joint), trained, instances)
+    log_p = sequence_log_prob(Unmasking(task, Neighbours(task.joint), temperature=1.0), trained, instances)
     data = task.data[tuple(likely.T)]
     assert float((data * (data.log() - log_p)).sum()) == pytest.approx(after, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_soft_optimum_brings_them_nearer_still(seed: int) -> None:
-    task, target = Likely(seed), reference.SoftmaxConfidence(THEOREM["tau"])
-    optimum = exact.soft_optimal(task.graph(1.0), target, THEOREM["beta"])
+    task, target = Likely(seed), SoftmaxConfidence(TAU)
+    optimum = exact.soft_optimal(task.graph(1.0), target, BETA)
     assert task.kl(optimum.policy) < task.kl(target)
 
 
@@ -857,18 +853,18 @@ def test_the_terminal_kl_of_a_trained_policy_is_below_its_trajectory_kl(
     task = Likely(6)
     trained = train_likely(tmp_path / "run", task, fill_temperature)
     with torch.no_grad():
-        values = exact.evaluate(task.graph(fill_temperature), trained, reference.SoftmaxConfidence(THEOREM["tau"]))
+        values = exact.evaluate(task.graph(fill_temperature), trained, SoftmaxConfidence(TAU))
     assert 1e-4 < float(values.terminal_kl) < float(values.trajectory_kl)
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 10_000), fill_temperature=st.sampled_from([0.0, 0.7, 1.0]), readings=st.integers(1, 2))
+@given(seed=st.integers(0, 10_000), fill_temperature=st.sampled_from([0.0, 0.7, 1.0]), num_passes=st.integers(1, 2))
 def test_the_terminal_kl_of_a_random_policy_is_below_its_trajectory_kl(
-    seed: int, fill_temperature: float, readings: int
+    seed: int, fill_temperature: float, num_passes: int
 ) -> None:
-    task, target = Likely(2), reference.SoftmaxConfidence(0.2)
-    shape = PolicyShape(copy=False, dim=8, layers=1, heads=2, sure=2.0, readings=readings)
-    policy = new_policy(shape, task, Neighbours(task.joint), seed, "softmax_confidence", 0.2, gate=1.0)
+    task, target = Likely(2), SoftmaxConfidence(0.2)
+    shape = PolicyConfig(copy=False, dim=8, layers=1, heads=2, defer_above=2.0, num_passes=num_passes)
+    policy = new_policy(shape, task, Neighbours(task.joint), seed, "softmax_confidence", 0.2, belief_weight=1.0)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in policy.parameters():
@@ -883,18 +879,17 @@ def test_the_terminal_kl_of_a_random_policy_is_below_its_trajectory_kl(
 def test_the_terminal_divergence_is_exact_and_a_step_lowers_it(temperature: float, fill_temperature: float) -> None:
     """Of the distribution sampled from; averaged over instances, of which two share a board."""
     task = Likely(4)
-    denoiser, target = Neighbours(task.joint), reference.SoftmaxConfidence(0.2)
+    denoiser, target = Neighbours(task.joint), SoftmaxConfidence(0.2)
     tokens = torch.tensor([[2, 2, 2, 2], [2, 2, 2, 2], [0, 2, 2, 2], [2, 2, 1, 2]])
     instances = Instances(tokens, torch.zeros_like(tokens))
-    graph = exact.enumerate_boards(task, denoiser, instances, fill_temperature)
-    policy = TablePolicy(2, 4, seed=3)
+    process = Unmasking(task, denoiser, temperature=fill_temperature)
+    graph = exact.enumerate_boards(process, instances)
+    policy = FreePolicy(2, 4, seed=3)
     behaviour = Tempered(policy, temperature)
     divergence = upo.terminal_divergence(graph, behaviour, target)
     first = divergence()
     singly = [
-        exact.evaluate(
-            exact.enumerate_boards(task, denoiser, instances[i : i + 1], fill_temperature), behaviour, target
-        ).terminal_kl
+        exact.evaluate(exact.enumerate_boards(process, instances[i : i + 1]), behaviour, target).terminal_kl
         for i in range(4)
     ]
     assert float(first.detach()) == pytest.approx(float(torch.cat(singly).mean().detach()), rel=1e-6)
@@ -911,7 +906,7 @@ def test_the_terminal_divergence_is_exact_and_a_step_lowers_it(temperature: floa
 def test_the_terminal_kl_to_a_deterministic_reference_is_refused(tmp_path: Path) -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
     with pytest.raises(UnmaskError, match="KL to the deterministic reference margin is infinite") as error:
-        upo.train(small(tmp_path / "run", reference="margin", regulariser="terminal_kl"), task, denoiser)
+        upo.train(small(tmp_path / "run", reference="margin", regulariser="terminal_kl"), Unmasking(task, denoiser))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -933,8 +928,77 @@ def test_the_terminal_kl_on_large_boards_is_refused_before_anything_is_played(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     played = []
-    original = upo.rollout
-    monkeypatch.setattr(upo, "rollout", lambda *given, **named: played.append(1) or original(*given, **named))
+    original = Unmasking.rollout
+    monkeypatch.setattr(Unmasking, "rollout", lambda *given, **named: played.append(1) or original(*given, **named))
     with pytest.raises(exact.TooLargeError):
         upo.train(large_board(tmp_path / "run"))
     assert not played
+
+
+def test_replay_holds_the_puzzles_that_failed_and_no_others(tmp_path: Path) -> None:
+    """A task of two kinds of instances: the ones that no order fails and the ones that every order does."""
+
+    class HalfHopeless(BestSequence):
+        def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+            return instances.answers[:, 0].float()  # the answer's first symbol decides
+
+    task = HalfHopeless()
+    process = Unmasking(task, TableDenoiser(BestSequence.joint_table))
+    ready = setup(small(tmp_path / "run", puzzles=40), process)
+    replay = Replay(task, 0.5)
+    upo.collect(ready, Tempered(ready.policy, 1.0), replay, "none", torch.Generator().manual_seed(0))
+    assert 0 < len(replay) < 40
+    assert (replay.answers[:, 0] == 0).all()
+
+
+def test_references_that_look_back_regularise_sets(tmp_path: Path) -> None:
+    """KLASS as the reference: the batch keeps the forward before each step, so the loss asks it what play asked."""
+    settings = small(
+        tmp_path / "run", reference="kl_stability:theta=0.6,epsilon=10.0", beta=0.1, iterations=1, rules=Rules("set")
+    )
+    process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table), Rules("set"))
+    ready = setup(settings, process)
+    generator = torch.Generator().manual_seed(0)
+    instances = process.task.sample(6, generator)
+    played = process.rollout(ready.policy, instances, generator, record=True)
+    batch = flatten(played, torch.zeros(6), looks_back=True)
+    for step in played.steps:
+        asked = ready.reference(step.observation).mode()[step.alive]
+        rows = batch.observation[(batch.observation.history.steps == step.observation.history.steps[step.alive][0])]
+        assert torch.equal(ready.reference(rows).mode(), asked)
+    assert weights(upo.train(settings, process)).isfinite().all()
+
+
+def test_what_took_long_to_solve_is_not_replayed() -> None:
+    """The price of forwards is no failure."""
+
+    class Easy(BestSequence):
+        def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+            return torch.ones(len(tokens))
+
+    task = Easy()
+    rules = Rules("set", nfe_budget=8, speed=1.0)
+    ready = setup(config(policy=SHAPE, rules=rules), Unmasking(task, TableDenoiser(BestSequence.joint_table)))
+    replay = Replay(task, 0.5)
+    behaviour = Tempered(ready.policy, 1.0)
+    _, _, logged = upo.collect(ready, behaviour, replay, "none", torch.Generator().manual_seed(0))
+    assert logged["reward/fresh"] < 1
+    assert logged["solved/fresh"] == 1
+    assert not len(replay)
+
+
+def test_a_batch_keeps_the_forward_before_each_step_for_references_that_look_back() -> None:
+    process = Unmasking(TableTask(JOINT), TableDenoiser(JOINT), Rules("set"))
+    policy = new_policy(SHAPE, process.task, process.denoiser, seed=0, sets=True)
+    generator = torch.Generator().manual_seed(0)
+    instances = Instances(torch.full((40, 3), 3), torch.zeros(40, 3, dtype=torch.long))
+    played = process.rollout(policy, instances, generator, record=True)
+    batch = flatten(played, torch.zeros(40), looks_back=True)
+    at = {(t, n): row for row, (t, n) in enumerate(zip(batch.trajectory.tolist(), batch.time.tolist(), strict=True))}
+    seen, later = batch.observation, [(t, n) for t, n in at if n > 0]
+    assert len(later) > 10
+    now = [at[step] for step in later]
+    before = [at[t, n - 1] for t, n in later]
+    assert torch.equal(seen.history.previous.log_probs[now], seen.denoised.log_probs[before])
+    assert not torch.equal(seen.denoised.log_probs[now], seen.denoised.log_probs[before])
+    assert flatten(played, torch.zeros(40)).observation.history.previous is None

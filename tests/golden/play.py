@@ -15,14 +15,14 @@ import tasks
 from agents.policy import PACKAGED_POLICIES, load_policy
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import packaged
-from tasks import read_options
-from unmask_env import core, parallel
-from unmask_env import reference as R
-from unmask_env.core import Rules
+from tests.golden.cases import Case
 from unmask_env.denoiser import Denoiser, load_denoiser
-from unmask_env.sb3 import SB3VecEnv
-from unmask_env.torchrl import UnmaskTorchEnv
-from unmask_env.vector import UnmaskVectorEnv
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy, reference
+from unmask_env.sb3_env import SB3VecEnv
+from unmask_env.state import Rules
+from unmask_env.torchrl_env import UnmaskTorchEnv
+from unmask_env.vector_env import UnmaskVectorEnv
 
 ID = "Unmask/Sudoku4x4-v0"
 
@@ -54,38 +54,24 @@ def _denoiser(name: str, task: str) -> Denoiser:
     return load_denoiser(model, _task(task))
 
 
-def _policy(case):
-    single = case.rules["actions"] == "single"
-    if case.policy in packaged(PACKAGED_POLICIES):
-        policy = load_policy(case.policy, actions=case.rules["actions"])
-        if case.at is not None:
-            policy.threshold = case.at
-        return policy
-    name, colon, details = case.policy.partition(":")
-    name = "oracle" if name == "oracle_sets" else name
-    f = (R.REFERENCES if single else parallel.SET_REFERENCES)[name]
-    return f(**read_options("x", details if colon else None, f))
+def _policy(case: Case) -> Policy:
+    if case.policy not in packaged(PACKAGED_POLICIES):
+        return reference(case.policy)
+    policy = load_policy(case.policy)
+    return policy if case.at is None else policy.at(case.at)
 
 
-def play(case):
+def play(case: Case) -> dict[str, str]:
+    """Hashes of the finished tokens, rewards, forwards, and the log-probabilities of the live actions."""
     task, denoiser = _task(case.task), _denoiser(case.denoiser, case.task)
-    g = torch.Generator().manual_seed(3) if case.sampled else None
-    fg = torch.Generator().manual_seed(7) if case.temperature else None
+    process = Unmasking(task, denoiser, Rules(**case.rules), case.temperature)
+    generator = torch.Generator().manual_seed(3) if case.sampled else None
+    fill_generator = torch.Generator().manual_seed(7) if case.temperature else None
     instances = task.heldout(case.instances)[: case.instances]
-    played = core.rollout(
-        task,
-        denoiser,
-        _policy(case),
-        instances,
-        rules=Rules(**case.rules),
-        order_generator=g,
-        temperature=case.temperature,
-        fill_generator=fg,
-        record=True,
-    )
+    played = process.rollout(_policy(case), instances, generator, fill_generator, record=True)
     log_prob = torch.cat([step.log_prob[step.alive] for step in played.steps])
     return {
-        "tokens": digest(played.state.tokens),
+        "tokens": digest(played.tokens),
         "reward": rounded(played.reward, 5),
         "nfe": digest(played.nfe),
         "log_prob": rounded(log_prob, 2),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tasks import Instances, Task
-from unmask_env.core import Denoised, Observation
+from unmask_env.state import Denoised, Observation
 
 
 class TableTask(Task):
@@ -76,7 +76,7 @@ def terminal_distribution(order, denoiser, start: list[int], vocab_size: int) ->
         boards = torch.tensor(list(level))
         denoised: Denoised = denoiser(boards)
         is_open = boards == vocab_size
-        where = order.log_prob(Observation(boards, is_open, denoised)).double().exp()
+        where = order(Observation(boards, is_open, is_open, denoised)).log_probs.double().exp()
         what = denoised.log_probs.double().exp()
         following: dict[tuple[int, ...], float] = {}
         for row, (board, mass) in enumerate(level.items()):

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from tests.oracles.enumeration import TableTask, sequences
-from unmask_env.core import Denoised, Observation
+from tests.toys import observation as observation_of
+from unmask_env.state import Denoised
 
 
 class Counting:
@@ -27,11 +28,11 @@ class Counting:
         return self.inner(tokens)
 
 
-def exact_return(task: TableTask, denoiser, log_policy, log_reference, temperature: float) -> tuple[float, float]:
+def exact_return(task: TableTask, denoiser, policy, reference, temperature: float) -> tuple[float, float]:
     """(E[r], KL(pi || g)) of whole episodes, by a dynamic programme over all partial boards.
 
     Args:
-        log_policy, log_reference: (N, L) log-probabilities of an :class:`Observation` of N boards.
+        policy, reference: of single positions.
     """
     vocab, start = task.vocab_size, {}
     for sequence in sequences(vocab, task.length).tolist():
@@ -41,8 +42,8 @@ def exact_return(task: TableTask, denoiser, log_policy, log_reference, temperatu
     for _ in range(task.length - len(task.clues)):
         tokens = torch.tensor(list(level))
         is_open = tokens == vocab
-        seen = Observation(tokens, is_open, denoiser(tokens))
-        log_pi, log_g = (f(seen).double() for f in (log_policy, log_reference))
+        seen = observation_of(tokens, is_open, denoiser(tokens))
+        log_pi, log_g = (one(seen).log_probs.double() for one in (policy, reference))
         ratio = torch.where(is_open, log_pi - log_g, 0.0)
         mass = torch.tensor(list(level.values()), dtype=torch.float64)
         divergence += float((mass[:, None] * log_pi.exp().where(is_open, 0.0) * ratio).sum())

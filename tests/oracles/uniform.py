@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from pretrain.uniform import Uniform
+
 
 class Enumerated:
     """p_0 over K ** L sequences, random, correlated, of full support; float64.
@@ -100,3 +102,28 @@ class Enumerated:
         """(S * S, L, K) P(x_0^l = k | x, u); every pair is possible."""
         joint = self.pair_joint(alpha)
         return torch.einsum("st,slk->tlk", joint / joint.sum(0), self.one_hot)
+
+
+JOINTS = {name: Enumerated(k, length, seed) for name, (k, length, seed) in {
+    "3^2": (3, 2, 1), "4^2": (4, 2, 2), "3^3": (3, 3, 3)}.items()}  # fmt: skip
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def process(joint: Enumerated) -> Uniform:
+    return Uniform(torch.ones(joint.L, joint.K, dtype=torch.bool))
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def tv(p: Tensor, q: Tensor) -> Tensor:
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+def one_hot(symbols: Tensor, k: int) -> Tensor:
+    """Log-probabilities."""
+    return torch.nn.functional.one_hot(symbols, k).double().log()

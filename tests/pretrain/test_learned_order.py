@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain import bounds, processes
+from pretrain import likelihood, masking
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, load_state
+from pretrain.masking import PolynomialSchedule
 from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import masked_diffusion_loss
-from pretrain.processes import Powers
 from pretrain.run import Interrupted
 from pretrain.train import (
     ARConfig,
@@ -24,13 +24,14 @@ from pretrain.train import (
     GenMD4Config,
     LearnedScheduleConfig,
     LoMDMConfig,
+    MDMConfig,
     Objective,
     PretrainConfig,
     pretrain,
 )
 from tasks import UnmaskError
+from tests.oracles.boards import SEQUENCES, Exact, L, M, V, agrees, backbone, block_nll, generator
 from tests.oracles.enumeration import TableTask, random_joint
-from tests.pretrain.test_bounds import SEQUENCES, Exact, L, M, V, agrees, backbone, block_nll, generator
 
 LEARNED = ["positions", "symbols", "context"]
 MASKS = torch.tensor(list(itertools.product([False, True], repeat=L)))  # (8, L)
@@ -62,9 +63,9 @@ def time_of(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def expected_surrogate(model: Backbone, clean: Tensor, share: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The mean of the surrogate of one sequence (1, L) over all 64 pairs of masks at the time of ``share``."""
     pending: list[Tensor] = []
-    monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _: torch.full((n,), share, dtype=torch.float64))
-    monkeypatch.setattr(processes, "mask", lambda x, p, mask_id, _: torch.where(pending.pop(0), mask_id, x))
-    w = model.order.exponents(clean, model.trunk(clean)).detach()
+    monkeypatch.setattr(masking, "low_discrepancy_times", lambda n, _: torch.full((n,), share, dtype=torch.float64))
+    monkeypatch.setattr(masking, "mask", lambda x, p, mask_id, _: torch.where(pending.pop(0), mask_id, x))
+    w = model.order.order_weights(clean, model.trunk(clean)).detach()
     p = time_of(w, share)[0] ** w
     total = torch.zeros((), dtype=torch.float64)
     for first, second in itertools.product(MASKS, repeat=2):
@@ -75,7 +76,7 @@ def expected_surrogate(model: Backbone, clean: Tensor, share: float, monkeypatch
     return total
 
 
-def masking(name: str) -> bool:
+def decides_masks(name: str) -> bool:
     """Whether a parameter decides which masks are drawn."""
     return name.startswith(("order.masking", "order.raw"))
 
@@ -86,13 +87,13 @@ def masking(name: str) -> bool:
 def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, share, monkeypatch):
     """Of every parameter: trunk, head, masking and revealing exponents. The time is a constant for the gradient."""
     model, clean = backbone(order=order).double(), SEQUENCES[3:4]
-    t, weight = time_of(model.order.exponents(clean, model.trunk(clean)).detach(), share)
+    t, weight = time_of(model.order.order_weights(clean, model.trunk(clean)).detach(), share)
     exact = gradients((weight * t * Exact(model, clean).at_time(t)).sum() / L, model)
     found = gradients(expected_surrogate(model, clean, share, monkeypatch), model)
     assert exact.keys() == found.keys()
     for name, value in exact.items():
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8, msg=name)
-    assert max(float(value.abs().max()) for name, value in exact.items() if masking(name)) > 1e-3
+    assert max(float(value.abs().max()) for name, value in exact.items() if decides_masks(name)) > 1e-3
     assert float(exact["head.weight"].abs().max()) > 1e-3
 
 
@@ -100,14 +101,14 @@ def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, share, 
 @pytest.mark.parametrize("order", LEARNED)
 def test_without_the_score_term_the_masking_exponents_are_misled(order, monkeypatch):
     model, clean, share = backbone(order=order).double(), SEQUENCES[3:4], 0.5
-    t, weight = time_of(model.order.exponents(clean, model.trunk(clean)).detach(), share)
+    t, weight = time_of(model.order.order_weights(clean, model.trunk(clean)).detach(), share)
     exact = gradients((weight * t * Exact(model, clean).at_time(t)).sum() / L, model)
-    whole = Powers.log_probability
-    monkeypatch.setattr(Powers, "log_probability", lambda self, *given: whole(self, *given).detach())
+    whole = PolynomialSchedule.log_probability
+    monkeypatch.setattr(PolynomialSchedule, "log_probability", lambda self, *given: whole(self, *given).detach())
     found = gradients(expected_surrogate(model, clean, share, monkeypatch), model)
     off = {name: float((found[name] - value).abs().max()) for name, value in exact.items()}
-    assert max(value for name, value in off.items() if masking(name)) > 1e-2
-    assert max(value for name, value in off.items() if not masking(name)) < 1e-8
+    assert max(value for name, value in off.items() if decides_masks(name)) > 1e-2
+    assert max(value for name, value in off.items() if not decides_masks(name)) < 1e-8
 
 
 # ---------------------------------------------------------------------- expectations, by sampling
@@ -138,7 +139,9 @@ def test_the_loss_and_its_gradient_are_unbiased(order):
     for name, value in expected.items():
         agrees(torch.stack(found[name]).double(), value.double(), visible=0.05)
     certain = [
-        value.abs() / torch.stack(found[name]).std(0) * 500**0.5 for name, value in expected.items() if masking(name)
+        value.abs() / torch.stack(found[name]).std(0) * 500**0.5
+        for name, value in expected.items()
+        if decides_masks(name)
     ]
     # Also of the masking exponents, whose score term is the noisiest part: the mean is far from 0 in its own errors.
     assert max(float(ratio.max()) for ratio in certain) > (2.5 if order == "positions" else 6)
@@ -150,12 +153,12 @@ def test_one_draw_of_the_loss_by_hand(order):
     model, clean = backbone(order=order), SEQUENCES
     repeat = generator(5)
     with torch.no_grad():
-        w = model.order.exponents(clean, model.trunk(clean)).expand(8, L)
-    shares = processes.low_discrepancy_times(8, repeat).tolist()
+        w = model.order.order_weights(clean, model.trunk(clean)).expand(8, L)
+    shares = masking.low_discrepancy_times(8, repeat).tolist()
     t, weight = (torch.cat(x) for x in zip(*(time_of(w[n : n + 1], shares[n]) for n in range(8)), strict=True))
     masks, costs, reveal = [], [], []
     for _ in range(2):
-        noisy = processes.mask(clean, t.unsqueeze(1) ** w, M, repeat)
+        noisy = masking.mask(clean, t.unsqueeze(1) ** w, M, repeat)
         with torch.no_grad():
             log_probs, own = model.order.reverse(*model(noisy))
         masks.append(noisy == M)
@@ -208,10 +211,10 @@ def test_without_spread_the_loss_is_masked_diffusions_to_the_bit():
 def parts(model: Backbone, clean: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(N, L) each, at the loss's draws: cross-entropy, velocities of masking and revealing, masked."""
     repeat, n = generator(seed), len(clean)
-    w = model.order.exponents(clean, model.trunk(clean)).expand(n, L)
-    shares = processes.low_discrepancy_times(n, repeat).tolist()
+    w = model.order.order_weights(clean, model.trunk(clean)).expand(n, L)
+    shares = masking.low_discrepancy_times(n, repeat).tolist()
     t, weight = (torch.cat(x) for x in zip(*(time_of(w[i : i + 1].detach(), shares[i]) for i in range(n)), strict=True))
-    noisy = processes.mask(clean, t.unsqueeze(1) ** w.detach(), M, repeat)
+    noisy = masking.mask(clean, t.unsqueeze(1) ** w.detach(), M, repeat)
     log_probs, own = model.order.reverse(*model(noisy))
     cross_entropy = -log_probs.gather(2, clean.unsqueeze(2)).squeeze(2)
     return cross_entropy, w * weight.unsqueeze(1), own * weight.unsqueeze(1), noisy == M
@@ -248,9 +251,9 @@ def test_the_revealing_network_learns_from_the_velocities_alone():
 
 def test_the_masking_network_learns_from_the_score_term(monkeypatch):
     model, clean = backbone(order="context"), SEQUENCES.repeat(3, 1)
-    whole = Powers.log_probability
+    whole = PolynomialSchedule.log_probability
     found = gradients(learned_order_loss(model, clean, generator(3))[0], model)
-    monkeypatch.setattr(Powers, "log_probability", lambda self, *given: whole(self, *given).detach())
+    monkeypatch.setattr(PolynomialSchedule, "log_probability", lambda self, *given: whole(self, *given).detach())
     without = gradients(learned_order_loss(model, clean, generator(3))[0], model)
     changed = {name for name in found if not torch.allclose(found[name], without[name], rtol=1e-4, atol=1e-6)}
     assert "order.masking.4.weight" in changed
@@ -261,7 +264,7 @@ def test_the_masking_network_learns_from_the_score_term(monkeypatch):
 def test_gradients_are_finite_at_the_ends_of_time(order, monkeypatch):
     model = backbone(order=order)
     for t in (1.0, 1 - 6e-8, 1e-7):
-        monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _, t=t: torch.full((n,), t))
+        monkeypatch.setattr(masking, "low_discrepancy_times", lambda n, _, t=t: torch.full((n,), t))
         for seed in range(10):
             surrogate, bound = learned_order_loss(model, SEQUENCES, generator(seed))
             assert bound.isfinite()
@@ -315,7 +318,7 @@ def test_the_gradient_of_the_block_loss_is_unbiased():
 def test_which_loss_a_model_is_trained_with():
     clean = SEQUENCES.repeat(2, 1)
     for config, model, loss in [
-        (PretrainConfig, backbone(), lambda m: masked_diffusion_loss(m, clean, M, generator(4))),
+        (MDMConfig, backbone(), lambda m: masked_diffusion_loss(m, clean, M, generator(4))),
         (ARConfig, backbone(1), lambda m: block_loss(m, clean, generator(4))),
         (BlockConfig, backbone(2), lambda m: block_loss(m, clean, generator(4))),
         (GenMD4Config, backbone(order="symbols"), lambda m: learned_order_loss(m, clean, generator(4))[0]),
@@ -351,7 +354,7 @@ class Stopping(Task):
 
 
 KINDS: dict[str, Callable[..., PretrainConfig]] = {
-    "masked": PretrainConfig,
+    "masked": MDMConfig,
     "ar": ARConfig,
     "block": lambda **settings: BlockConfig(**{"block_length": 2} | settings),
     "learned-schedule": LearnedScheduleConfig,
@@ -369,7 +372,7 @@ def small(kind: str, out: Path, **changes: object) -> PretrainConfig:
 
 def heldout_bound(model: Backbone) -> float:
     clean = Task().clean(512, generator(11))
-    return float(bounds.bound(model, clean, generator(12), samples=4).path.mean()) / 4
+    return float(likelihood.bound(model, clean, generator(12), samples=4).path.mean()) / 4
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +412,7 @@ def test_a_saved_run_reloads_with_its_order(kind, finished):
     for one, other in zip(model.order.reverse(*model(tokens)), loaded.order.reverse(*loaded(tokens)), strict=True):
         assert torch.equal(one, other)
     clean = Task().clean(9, generator(6))
-    w = [m.order.exponents(clean, m.trunk(clean)) for m in (model, loaded)]
+    w = [m.order.order_weights(clean, m.trunk(clean)) for m in (model, loaded)]
     assert torch.equal(*w)
 
 
@@ -418,7 +421,7 @@ def test_a_few_steps_move_the_order(kind, finished):
     _, model = finished(kind)
     clean = Task().clean(64, generator(6))
     with torch.no_grad():
-        w = model.order.exponents(clean, model.trunk(clean))
+        w = model.order.order_weights(clean, model.trunk(clean))
         own = model.order.reverse(*model(torch.full((1, 4), 3)))[1]
     assert w.max() - w.min() > 1e-3
     assert own.max() - own.min() > 1e-4
@@ -434,7 +437,7 @@ def test_before_its_start_the_order_is_left_alone(tmp_path):
     for name, value in plain.named_parameters():
         assert torch.equal(value, dict(late.named_parameters())[name]), name
     clean = Task().clean(5, generator())
-    assert (late.order.exponents(clean, late.trunk(clean)) == 0.7).all()
+    assert (late.order.order_weights(clean, late.trunk(clean)) == 0.7).all()
     begun = pretrain(small("lomdm", tmp_path / "begun", order_start=0.8, **settings), Task())
     assert not torch.equal(begun.head.weight, plain.head.weight)
     assert not (begun.order.masking[-1].weight == 0).all()
@@ -446,7 +449,7 @@ def test_ctrl_c_and_resume_end_with_the_same_weights(kind, at, finished, tmp_pat
     out, whole = tmp_path / "run", finished(kind)[0]
     with pytest.raises(Interrupted, match=f"stopped at step {at + 1} of 20"):
         pretrain(small(kind, out), task=Stopping(at))
-    pretrain(small(kind, out, resume=True), Task())
+    pretrain(small(kind, out, resume="must"), Task())
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     states = [load_state(folder / "state.safetensors")["parts"] for folder in (out, whole)]
     for part in ("model", "averaged"):
@@ -459,7 +462,7 @@ def test_an_order_of_another_form_is_not_resumed(tmp_path):
     with pytest.raises(Interrupted):
         pretrain(small("learned-schedule", tmp_path / "run"), Stopping(3))
     with pytest.raises(UnmaskError, match="cannot resume"):
-        pretrain(small("genmd4", tmp_path / "run", resume=True), Task())
+        pretrain(small("genmd4", tmp_path / "run", resume="must"), Task())
 
 
 @pytest.mark.parametrize("changes", [{"c1": 0.8}, {"c2": 0.5}], ids=str)
@@ -467,7 +470,7 @@ def test_the_constants_of_an_order_may_not_change(tmp_path, changes):
     with pytest.raises(Interrupted):
         pretrain(small("lomdm", tmp_path / "run"), Stopping(3))
     with pytest.raises(UnmaskError, match="with other settings"):
-        pretrain(small("lomdm", tmp_path / "run", resume=True, **changes), Task())
+        pretrain(small("lomdm", tmp_path / "run", resume="must", **changes), Task())
 
 
 @pytest.mark.parametrize(("first", "then"), [("masked", "ar"), ("ar", "masked"), ("masked", "block"), ("ar", "block")])
@@ -476,7 +479,7 @@ def test_a_run_of_one_objective_is_not_resumed_with_another(tmp_path, first, the
     with pytest.raises(Interrupted):
         pretrain(small(first, tmp_path / "run"), Stopping(3))
     with pytest.raises(UnmaskError):
-        pretrain(small(then, tmp_path / "run", resume=True), Task())
+        pretrain(small(then, tmp_path / "run", resume="must"), Task())
 
 
 def test_settings_of_the_order_are_saved(finished):
@@ -488,19 +491,10 @@ def test_settings_of_the_order_are_saved(finished):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("block", {"block_length": 0}, "block_length must be between 1 and 4, not 0"),
-        ("block", {"block_length": -1}, "block_length must be between 1 and 4, not -1"),
         ("block", {"block_length": 5}, "block_length must be between 1 and 4, not 5"),
         ("lomdm", {"c1": 0.5, "c2": 0.5}, "0 <= c2 < c1, not c1 = 0.5, c2 = 0.5"),
         ("lomdm", {"c2": 0.9}, "0 <= c2 < c1, not c1 = 0.7, c2 = 0.9"),
         ("lomdm", {"c2": -0.1}, "0 <= c2 < c1"),
-        ("lomdm", {"c1": math.nan}, "c1 must be finite, not nan"),
-        ("lomdm", {"order_start": 1.1}, "order_start must be between 0 and 1, not 1.1"),
-        ("genmd4", {"order_start": -0.1}, "order_start must be between 0 and 1, not -0.1"),
-        ("lomdm", {"order_lr": math.inf}, "order_lr must be finite, not inf"),
-        ("lomdm", {"c1": math.inf}, "c1 must be finite, not inf"),
-        ("masked", {"lr": math.inf}, "lr must be finite, not inf"),
-        ("learned-schedule", {"order_lr": -1.0}, "order_lr must be at least 0, not -1.0"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, kind, changes, message):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.masking import low_discrepancy_times, mask
 from pretrain.objectives.masked import masked_diffusion_loss
-from pretrain.processes import low_discrepancy_times, mask
 
 V, L, M = 2, 3, 2
 SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (8, 3)

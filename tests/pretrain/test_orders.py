@@ -1,26 +1,16 @@
 """What models know about their order, blocks of attention, and the learned order as a reference policy."""
 
-import dataclasses
-import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from agents import upo
-from agents.policy import PolicyShape
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, CheckpointError, load_model, save_model
 from pretrain.objectives.masked import integrand
 from pretrain.orders import ContextOrder, NoOrder, PositionOrder, SymbolOrder
-from tasks import Instances, UnmaskError
-from tests.oracles.enumeration import TableTask, random_joint
-from tests.pretrain.test_bounds import BOARDS, HIDDEN, SEQUENCES, L, M, V, backbone, close, generator, hide
-from unmask_env import core, exact, reference
-from unmask_env.core import Denoised, Observation
-from unmask_env.denoiser import FrozenDenoiser, TableDenoiser
+from tests.oracles.boards import BOARDS, HIDDEN, SEQUENCES, L, V, backbone, close, generator
 
 INF = math.inf
 EVERY = ["none", "positions", "symbols", "context"]
@@ -37,7 +27,7 @@ def test_no_order_reveals_all_alike():
     log_probs, own = order.reverse(logits, randn(4, L, 5))
     close(log_probs, logits.log_softmax(-1))
     assert own.tolist() == torch.ones(4, L).tolist()
-    assert order.exponents(SEQUENCES, None).expand(8, L).tolist() == torch.ones(8, L).tolist()
+    assert order.order_weights(SEQUENCES, None).expand(8, L).tolist() == torch.ones(8, L).tolist()
     assert not list(order.parameters())
     assert not order.learned
 
@@ -47,7 +37,7 @@ def test_learned_schedules_start_as_masked_diffusion(order):
     assert order.learned
     assert not order.reads_clean
     ones = torch.ones(8, L)
-    torch.testing.assert_close(order.exponents(SEQUENCES, None).expand(8, L), ones, atol=1e-6, rtol=0)
+    torch.testing.assert_close(order.order_weights(SEQUENCES, None).expand(8, L), ones, atol=1e-6, rtol=0)
     logits = randn(8, L, V).float()
     log_probs, own = order.reverse(logits, randn(8, L, 5))
     torch.testing.assert_close(own, ones, atol=1e-6, rtol=0)
@@ -58,7 +48,10 @@ def test_position_order_by_hand():
     order = PositionOrder(L)
     order.raw.data = torch.tensor([-1.0, 0.0, 2.0])
     expected = torch.tensor([math.log1p(math.exp(-1)), math.log(2), math.log1p(math.exp(2))])
-    masking, (log_probs, revealing) = order.exponents(SEQUENCES, None), order.reverse(randn(8, L, V), randn(8, L, 1))
+    masking, (log_probs, revealing) = (
+        order.order_weights(SEQUENCES, None),
+        order.reverse(randn(8, L, V), randn(8, L, 1)),
+    )
     torch.testing.assert_close(masking, expected.unsqueeze(0))
     torch.testing.assert_close(revealing, expected.expand(8, L))
     close(log_probs, randn(8, L, V).log_softmax(-1))
@@ -75,7 +68,7 @@ def test_symbol_order_by_hand():
     order, logits = symbol_order(vocab=4), randn(5, L, 4, seed=1)
     w = torch.log1p(order.raw.detach().exp())
     clean = torch.tensor([[0, 3, 1]])
-    close(order.exponents(clean, None).detach(), w[clean])
+    close(order.order_weights(clean, None).detach(), w[clean])
     rates = w * logits.softmax(-1)
     log_probs, own = order.reverse(logits, randn(5, L, 1))
     close(own.detach(), rates.sum(-1))
@@ -91,7 +84,7 @@ def test_the_integrand_of_symbol_order_is_the_one_of_genmd4(hidden):
     masked[list(hidden)] = True
     log_probs, own = order.reverse(logits, randn(8, L, 1))
     cross_entropy = -log_probs.gather(2, SEQUENCES.unsqueeze(2)).squeeze(2)
-    found = integrand(cross_entropy, order.exponents(SEQUENCES, None) / t, own / t, masked.expand(8, L))
+    found = integrand(cross_entropy, order.order_weights(SEQUENCES, None) / t, own / t, masked.expand(8, L))
     w, mu = torch.log1p(order.raw.exp()), logits.softmax(-1)
     w_x, mu_x = w[SEQUENCES], mu.gather(2, SEQUENCES.unsqueeze(2)).squeeze(2)
     expected = torch.where(masked, (-w_x * mu_x.log() - w_x + (w * mu).sum(-1)) / t, 0).sum(1)
@@ -108,7 +101,7 @@ def test_context_order_by_hand():
     order = context_order(0.7, 0.65)
     hidden = randn(6, 5, 4).float()
     for network, found in [
-        (order.masking, order.exponents(SEQUENCES, hidden)),
+        (order.masking, order.order_weights(SEQUENCES, hidden)),
         (order.revealing, order.reverse(randn(6, 5, V), hidden)[1]),
     ]:
         sigmoid = 1 / (1 + (-network(hidden).squeeze(2)).exp())
@@ -126,7 +119,7 @@ def test_context_exponents_stay_between_their_limits():
         hidden = torch.zeros(1, 9, 4)
         hidden[0, 0] = 1e4 * sign * order.masking.weight.detach().sign()
         hidden[0, 1:] = -hidden[0, 0]
-        w = order.exponents(SEQUENCES, hidden)
+        w = order.order_weights(SEQUENCES, hidden)
         assert w.min() > 0.05
         assert w.max() < 1.35
         assert w[0, 0].item() == pytest.approx(0.7 + sign * 0.65 * 8 / 9)
@@ -135,7 +128,7 @@ def test_context_exponents_stay_between_their_limits():
 def test_without_spread_the_context_order_is_masked_diffusion_to_the_bit():
     order = context_order(1.0, 0.0)
     hidden, logits = 3 * randn(8, L, 4).float(), randn(8, L, V).float()
-    masking, (log_probs, revealing) = order.exponents(SEQUENCES, hidden), order.reverse(logits, hidden)
+    masking, (log_probs, revealing) = order.order_weights(SEQUENCES, hidden), order.reverse(logits, hidden)
     assert masking.tolist() == revealing.tolist() == torch.ones(8, L).tolist()
     assert torch.equal(log_probs, logits.log_softmax(-1))
     t = torch.linspace(1e-3, 1, 8).unsqueeze(1)
@@ -151,7 +144,7 @@ def test_a_backbone_starts_without_preferences():
         model = Backbone(V, [[i] for i in range(L)], dim=8, layers=1, heads=2, order=name)
         logits, hidden = model(BOARDS)
         log_probs, own = model.order.reverse(logits, hidden)
-        w = model.order.exponents(SEQUENCES, model.trunk(SEQUENCES)).expand(8, L)
+        w = model.order.order_weights(SEQUENCES, model.trunk(SEQUENCES)).expand(8, L)
         torch.testing.assert_close(own, torch.full((27, L), start), atol=1e-6, rtol=0)
         torch.testing.assert_close(w, torch.full((8, L), start), atol=1e-6, rtol=0)
         torch.testing.assert_close(log_probs, logits.log_softmax(-1), atol=1e-6, rtol=0)
@@ -257,7 +250,7 @@ def test_a_saved_model_knows_its_order(tmp_path, settings):
     assert loaded.block_length == model.block_length
     for one, other in zip(model.order.reverse(*model(BOARDS)), loaded.order.reverse(*loaded(BOARDS)), strict=True):
         assert torch.equal(one, other)
-    w = [m.order.exponents(SEQUENCES, m.trunk(SEQUENCES)) for m in (model, loaded)]
+    w = [m.order.order_weights(SEQUENCES, m.trunk(SEQUENCES)) for m in (model, loaded)]
     assert torch.equal(*w)
 
 
@@ -283,148 +276,3 @@ def test_a_backbone_refuses_settings_that_do_not_fit(settings):
     """As it does for sizes; without it load_model takes such a config.json for a model of another kind."""
     with pytest.raises(ValueError, match=r"order|block_length|c2"):
         Backbone(V, [[i] for i in range(L)], dim=8, layers=1, heads=2, **settings)
-
-
-# ---------------------------------------------------------------------- the reference `learned`
-TASK = TableTask(random_joint(V, L, seed=1), clues=())
-
-
-def observe(denoiser: FrozenDenoiser, tokens: Tensor) -> Observation:
-    return Observation(tokens, tokens == M, denoiser(tokens))
-
-
-@pytest.mark.parametrize("order", LEARNED)
-def test_the_learned_reference_chooses_in_proportion_to_the_exponents(order):
-    model = backbone(order=order)
-    found = reference.get("learned").log_prob(observe(FrozenDenoiser(model, TASK), BOARDS))
-    own = model.order.reverse(*model(BOARDS))[1]
-    spread = 0.0
-    for board, row, log_prob in zip(BOARDS, own, found, strict=True):
-        holes = (board == M).nonzero().flatten().tolist()
-        assert all(log_prob[i] == -INF for i in range(L) if i not in holes)
-        for i in holes:
-            assert math.exp(log_prob[i]) == pytest.approx(float(row[i] / row[holes].sum()), rel=1e-4)
-            spread = max(spread, abs(math.exp(log_prob[i]) - 1 / len(holes)))
-    assert spread > 0.05, "the weights prefer some positions"
-
-
-@pytest.mark.parametrize("order", LEARNED)
-def test_the_greedy_learned_order_takes_the_largest_exponent(order):
-    model = backbone(order=order)
-    boards = BOARDS[(BOARDS == M).any(1)]
-    found = reference.get("learned_greedy").log_prob(observe(FrozenDenoiser(model, TASK), boards)).exp()
-    own = model.order.reverse(*model(boards))[1].masked_fill(boards != M, -INF)
-    best = own == own.max(1, keepdim=True).values
-    torch.testing.assert_close(found, best / best.sum(1, keepdim=True).float())
-    with pytest.raises(UnmaskError, match="deterministic reference LearnedGreedy"):
-        reference.require_full_support(reference.get("learned_greedy"))
-
-
-@pytest.mark.parametrize("order", LEARNED)
-def test_the_environment_fills_with_the_symbols_that_the_order_implies(order):
-    model = backbone(order=order)
-    denoised = FrozenDenoiser(model, TASK)(BOARDS)
-    log_probs, own = model.order.reverse(*model(BOARDS))
-    torch.testing.assert_close(denoised.log_probs, log_probs)
-    torch.testing.assert_close(denoised.exponents, own)
-
-
-@pytest.mark.parametrize(
-    "denoiser", [FrozenDenoiser(backbone(), TASK), TableDenoiser(TASK.joint)], ids=["none", "table"]
-)
-def test_a_denoiser_without_an_order_has_no_learned_reference(denoiser):
-    assert denoiser(BOARDS).exponents is None
-    with pytest.raises(UnmaskError, match="this denoiser has learned no order") as caught:
-        reference.get("learned").log_prob(observe(denoiser, BOARDS))
-    assert "\n" not in str(caught.value)
-
-
-def test_the_learned_reference_has_full_support_and_no_options():
-    reference.require_full_support(reference.get("learned"))
-    with pytest.raises(UnmaskError, match="'learned' does not take tau"):
-        reference.get("learned", tau=0.1)
-
-
-def instances(n: int = 12) -> Instances:
-    """With different numbers of holes."""
-    drawn = TASK.sample(n, generator(4))
-    shown = torch.arange(n).unsqueeze(1) % L > torch.arange(L)
-    return Instances(torch.where(shown, drawn.answers, M), drawn.answers)
-
-
-def test_outputs_joined_and_cut_keep_their_exponents():
-    whole = FrozenDenoiser(backbone(order="context"), TASK)(BOARDS)
-    parts = [FrozenDenoiser(backbone(order="context"), TASK)(some) for some in BOARDS.split(10)]
-    joined = Denoised.join(parts, torch.cat)
-    torch.testing.assert_close(joined.exponents, whole.exponents)
-    observation = Observation(BOARDS, BOARDS == M, whole)[torch.tensor([5, 2])]
-    assert torch.equal(observation.denoised.exponents, whole.exponents[[5, 2]])
-    assert Denoised.join([whole._replace(exponents=None)] * 2, torch.cat).exponents is None
-
-
-def test_enumerated_boards_keep_their_exponents():
-    model = backbone(order="context")
-    graph = exact.enumerate_boards(TASK, FrozenDenoiser(model, TASK), instances(), temperature=1.0, batch=5)
-    own = model.order.reverse(*model(BOARDS))[1]
-    for level in graph.levels:
-        at = (level.observation.tokens * torch.tensor([9, 3, 1])).sum(1)
-        torch.testing.assert_close(level.observation.denoised.exponents, own[at])
-    table = exact.tabulate(graph, reference.get("learned"))
-    values = exact.evaluate(graph, table, exact.tabulate(graph, reference.get("random")))
-    assert values.trajectory_kl.max() > 0.01
-
-
-def test_rollouts_flattened_for_upo_keep_their_exponents():
-    model = backbone(order="context")
-    played = core.rollout(
-        TASK,
-        FrozenDenoiser(model, TASK),
-        reference.get("learned"),
-        instances(),
-        order_generator=generator(1),
-        record=True,
-    )
-    batch = upo.flatten(played, torch.zeros(12))
-    own = model.order.reverse(*model(batch.observation.tokens))[1]
-    torch.testing.assert_close(batch.observation.denoised.exponents, own)
-    log_g = reference.get("learned").log_prob(batch.observation)
-    torch.testing.assert_close(log_g.gather(1, batch.action.unsqueeze(1)).squeeze(1), batch.old_log_prob)
-
-
-def test_the_learned_order_in_a_rollout_has_the_law_of_its_exponents():
-    """First positions chosen on the empty board."""
-    model, n = backbone(order="context"), 4000
-    empty = Instances(torch.full((n, L), M), torch.zeros(n, L, dtype=torch.long))
-    played = core.rollout(
-        TASK,
-        FrozenDenoiser(model, TASK),
-        reference.get("learned"),
-        empty,
-        order_generator=generator(2),
-        record=True,
-    )
-    found = played.steps[0].action.bincount(minlength=L) / n
-    own = model.order.reverse(*model(empty.tokens[:1]))[1][0]
-    assert (found - own / own.sum()).abs().max() < 5 * 0.5 / n**0.5
-
-
-def test_upo_trains_against_the_learned_order(tmp_path: Path):
-    settings = upo.UPOConfig(
-        out=str(tmp_path / "run"),
-        reference="learned",
-        beta=0.1,
-        iterations=2,
-        puzzles=4,
-        group=2,
-        minibatches=2,
-        threads=1,
-        shape=PolicyShape(copy=False, layers=1, dim=8, heads=2),
-    )
-    policy = upo.train(settings, TASK, FrozenDenoiser(backbone(order="context"), TASK))
-    assert all(p.isfinite().all() for p in policy.parameters())
-    with pytest.raises(UnmaskError, match="has learned no order"):
-        upo.train(dataclasses.replace(settings, out=str(tmp_path / "other")), TASK, TableDenoiser(TASK.joint))
-
-
-def test_hiding_is_what_the_other_tests_take_it_for():
-    assert hide(SEQUENCES, (0, 2)).tolist() == [[M, b, M] for _, b, _ in itertools.product(range(V), repeat=L)]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain import bounds
+from pretrain import likelihood
 from pretrain.backbone import Backbone
+from pretrain.masking import blocks_of
 from pretrain.orders import PositionOrder
-from pretrain.processes import blocks_of
 from pretrain.samplers import Remasking, nucleus, sample
 from tasks import UnmaskError
-from tests.pretrain.test_bounds import BOARDS, SEQUENCES, Exact, L, M, V, backbone, counted, generator, index
-from tests.pretrain.test_processes import chi_square, plackett_luce_probability
+from tests.oracles.boards import BOARDS, SEQUENCES, Exact, L, M, V, backbone, counted, generator, index
+from tests.oracles.statistics import chi_square, plackett_luce_probability
 
 METHODS = ["event", "ancestral", "cached"]
 MODELS = {
@@ -107,7 +107,7 @@ def test_the_exact_laws_agree_with_the_likelihoods_of_the_bounds(name):
         torch.testing.assert_close(found, (-Exact(model).nll()).exp().detach(), rtol=1e-5, atol=1e-6)
     if model.block_length == 1:
         torch.testing.assert_close(
-            found, (-bounds.bound(model, SEQUENCES, generator()).path).exp(), rtol=1e-5, atol=1e-6
+            found, (-likelihood.bound(model, SEQUENCES, generator()).path).exp(), rtol=1e-5, atol=1e-6
         )
     assert (found - 1 / 8).abs().max() > 0.05, "the weights prefer some sequences"
 
@@ -178,7 +178,7 @@ def test_the_order_of_events_is_plackett_luce_where_exponents_are_constant():
         assert torch.equal(before[before != M], after[before != M])
     counts = (order * torch.tensor([9, 3, 1])).sum(1).bincount(minlength=27).double()
     assert isinstance(model.order, PositionOrder)
-    w = model.order.exponents(final, None)[0].detach().double()
+    w = model.order.order_weights(final, None)[0].detach().double()
     orders = list(itertools.permutations(range(L)))
     found = counts[[9 * a + 3 * b + c for a, b, c in orders]]
     chi_square(found, torch.tensor([plackett_luce_probability(w, order) for order in orders]).double())

@@ -20,14 +20,14 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, CheckpointError, load_model, load_state, save_state, step_generator
 from pretrain.objectives.masked import masked_diffusion_loss
 from pretrain.run import Interrupted, decayed_groups
-from pretrain.train import PretrainConfig, learning_rate, pretrain
+from pretrain.train import MDMConfig, PretrainConfig, learning_rate, pretrain
 from tasks import Sudoku, UnknownNameError, UnmaskError
 
 SMALL = {"steps": 12, "batch": 8, "dim": 16, "layers": 1, "heads": 2, "warmup": 3, "save_every": 5, "log_every": 4}
 
 
 def small(out: Path, **changes: object) -> PretrainConfig:
-    return PretrainConfig(**{"task": "sudoku4", "out": str(out), "threads": 1, **SMALL, **changes})
+    return MDMConfig(**{"task": "sudoku4", "out": str(out), "threads": 1, **SMALL, **changes})
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def test_ctrl_c_and_resume_end_with_the_same_weights(finished, tmp_path, at):
     assert signal.getsignal(signal.SIGINT) is before, "the handler is given back"
     assert load_state(out / "state.safetensors")["step"] == at + 1
     assert not (out / "model.safetensors").exists()
-    pretrain(small(out, resume=True))
+    pretrain(small(out, resume="must"))
     assert_equal_runs(finished, out)
 
 
@@ -139,10 +139,10 @@ def test_resuming_twice_and_with_settings_that_may_change(finished, tmp_path):
     with pytest.raises(Interrupted):
         pretrain(small(out), task=Stopping(3))
     with pytest.raises(Interrupted):
-        pretrain(small(out, resume=True, save_every=2, log_every=1), task=Stopping(3))
+        pretrain(small(out, resume="must", save_every=2, log_every=1), task=Stopping(3))
     assert load_state(out / "state.safetensors")["step"] == 8
     moved = out.rename(tmp_path / "moved")
-    pretrain(small(moved, resume=True, threads=None))
+    pretrain(small(moved, resume="must", threads=None))
     assert_equal_runs(finished, moved)
 
 
@@ -150,7 +150,7 @@ def test_resuming_a_finished_run_restores_its_weights(finished, tmp_path):
     out = tmp_path / "run"
     pretrain(small(out))
     (out / "model.safetensors").unlink()
-    pretrain(small(out, resume=True))
+    pretrain(small(out, resume="must"))
     assert_equal_runs(finished, out)
 
 
@@ -158,9 +158,7 @@ def test_kill_9_and_resume_end_with_the_same_weights(tmp_path):
     config = small(tmp_path / "killed", steps=300, save_every=10)
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\n"
-        "from pretrain.train import PretrainConfig, pretrain\n"
-        f"pretrain(PretrainConfig(**{vars(config)!r}))\n"
+        f"import sys\nfrom pretrain.train import MDMConfig, pretrain\npretrain(MDMConfig(**{vars(config)!r}))\n"
     )
     state = Path(config.out) / "state.safetensors"
     with open(tmp_path / "log", "w") as log:
@@ -177,7 +175,7 @@ def test_kill_9_and_resume_end_with_the_same_weights(tmp_path):
     assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert 0 < load_state(state)["step"] < 300, "killed between its first and its last step"
     assert not (Path(config.out) / "model.safetensors").exists()
-    pretrain(replace(config, resume=True))
+    pretrain(replace(config, resume="must"))
     pretrain(replace(config, out=str(tmp_path / "whole")))
     assert_equal_runs(tmp_path / "whole", Path(config.out))
 
@@ -204,7 +202,7 @@ def test_bfloat16_trains_in_float32_weights(tmp_path):
 
 # ---------------------------------------------------------------------- settings
 def test_the_learning_rate_by_hand(tmp_path):
-    cosine = PretrainConfig("sudoku4", str(tmp_path), steps=1000, lr=1.0, warmup=10)
+    cosine = MDMConfig("sudoku4", str(tmp_path), steps=1000, lr=1.0, warmup=10)
     constant = replace(cosine, schedule="constant")
     assert learning_rate(constant, 0) == pytest.approx(0.1)
     assert learning_rate(constant, 4) == pytest.approx(0.5)
@@ -231,12 +229,8 @@ def test_only_matrices_decay():
     ("changes", "message"),
     [
         ({"dim": 10, "heads": 4}, "dim must be a multiple of heads; 10 is not one of 4"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"batch": 0}, "batch must be at least 1, not 0"),
-        ({"layers": 0}, "layers must be at least 1, not 0"),
-        ({"save_every": 0}, "save_every must be at least 1, not 0"),
         ({"device": "gpu"}, "unknown device 'gpu'; use cpu, cuda or cuda:N"),
-        ({"resume": True}, "nothing to resume"),
+        ({"resume": "must"}, "nothing to resume"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, changes, message):
@@ -279,7 +273,7 @@ def test_a_folder_that_already_holds_a_run(finished):
 
 def test_resuming_with_other_settings_names_them(finished):
     with pytest.raises(UnmaskError) as caught:
-        pretrain(small(finished, resume=True, lr=0.5, seed=3))
+        pretrain(small(finished, resume="must", lr=0.5, seed=3))
     message = str(caught.value)
     assert "with other settings" in message
     assert "lr was 0.002, is 0.5" in message
@@ -295,13 +289,13 @@ def test_resuming_a_truncated_or_foreign_state(finished, tmp_path):
     whole = (finished / "state.safetensors").read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="truncated or not a training state"):
-        pretrain(small(out, resume=True))
+        pretrain(small(out, resume="must"))
     state.write_bytes((finished / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="not a training state"):
-        pretrain(small(out, resume=True))
+        pretrain(small(out, resume="must"))
     state.write_bytes(whole)
     with pytest.raises(CheckpointError) as caught:  # the same settings, but the task has other sizes
-        pretrain(small(out, resume=True), task=Sudoku(2, 3))
+        pretrain(small(out, resume="must"), task=Sudoku(2, 3))
     assert "does not belong to this run" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -310,7 +304,7 @@ def test_resuming_a_state_of_another_program(tmp_path):
     (tmp_path / "run").mkdir()
     save_state(tmp_path / "run" / "state.safetensors", {"weights": torch.ones(3)})
     with pytest.raises(CheckpointError):
-        pretrain(small(tmp_path / "run", resume=True))
+        pretrain(small(tmp_path / "run", resume="must"))
 
 
 # ---------------------------------------------------------------------- two processes
@@ -322,9 +316,9 @@ def test_two_processes_train_one_model(tmp_path):
         "import os, sys\n"
         "from dataclasses import replace\n"
         "from safetensors.torch import save_file\n"
-        "from pretrain.train import PretrainConfig, pretrain\n"
+        "from pretrain.train import MDMConfig, pretrain\n"
         "from tasks import UnmaskError\n"
-        f"config = PretrainConfig(**{vars(config)!r})\n"
+        f"config = MDMConfig(**{vars(config)!r})\n"
         "try:\n"
         "    pretrain(replace(config, batch=7))\n"
         "except UnmaskError as error:\n"

@@ -8,26 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain import bounds, processes
+from pretrain import likelihood, masking
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.objectives import uniform as losses
-from pretrain.processes import LEAST, Uniform, alpha_of
 from pretrain.samplers import sample
 from pretrain.train import AUDMConfig, MaxCouplingConfig, UDMConfig, pretrain
+from pretrain.uniform import ALPHA_MIN, Uniform, alpha_of
 from pretrain.uniform_samplers import sample_uniform
 from tasks import UnmaskError
 from tests.oracles.enumeration import TableTask
-from tests.oracles.uniform import Enumerated
+from tests.oracles.uniform import JOINTS, Enumerated, close, generator, one_hot, process, tv
 from unmask_env.denoiser import FrozenDenoiser
 
-JOINTS = {name: Enumerated(k, length, seed) for name, (k, length, seed) in {
-    "3^2": (3, 2, 1), "4^2": (4, 2, 2), "3^3": (3, 3, 3)}.items()}  # fmt: skip
 ALPHAS = (0.05, 0.3, 0.7, 0.95)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(params=JOINTS)
@@ -35,25 +29,8 @@ def joint(request: pytest.FixtureRequest) -> Enumerated:
     return JOINTS[request.param]
 
 
-def process(joint: Enumerated) -> Uniform:
-    return Uniform(torch.ones(joint.L, joint.K, dtype=torch.bool))
-
-
 def at(alpha: float, rows: int) -> Tensor:
     return torch.full((rows, 1), alpha, dtype=torch.float64)
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-
-
-def tv(p: Tensor, q: Tensor) -> Tensor:
-    return 0.5 * (p - q).abs().sum(-1)
-
-
-def one_hot(symbols: Tensor, k: int) -> Tensor:
-    """Log-probabilities."""
-    return torch.nn.functional.one_hot(symbols, k).double().log()
 
 
 # ---------------------------------------------------------------------- (a) conversions
@@ -321,7 +298,7 @@ CASES = [("loo", "bound"), ("denoiser", "bound"), ("denoiser", "coupling"), ("lo
 @pytest.mark.parametrize(("predicts", "loss"), CASES)
 def test_the_training_loss_is_unbiased(predicts, loss, t, monkeypatch):
     joint, model, draw = JOINTS["3^2"], backbone(predicts), generator(1)
-    monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _: torch.full((n,), t))
+    monkeypatch.setattr(masking, "low_discrepancy_times", lambda n, _: torch.full((n,), t))
     expected = float(loss_at_time(model, joint, t, loss)) / joint.L
     clean = joint.X[torch.multinomial(joint.p0, 40_000, replacement=True, generator=draw)]
     with torch.no_grad():
@@ -335,17 +312,17 @@ def test_the_training_loss_is_unbiased(predicts, loss, t, monkeypatch):
 def test_the_likelihood_bound_is_unbiased_and_a_bound(predicts):
     joint, model = JOINTS["3^2"], backbone(predicts)
     expected = integrate(lambda t: loss_at_time(model, joint, t, "bound"), 40)
-    expected += float(losses.prior_divergence(model.process, LEAST, 1).sum())
+    expected += float(losses.prior_divergence(model.process, ALPHA_MIN, 1).sum())
     clean = joint.X[torch.multinomial(joint.p0, 20_000, replacement=True, generator=generator())]
-    found = bounds.bound(model, clean, generator(1), samples=4)
-    mean, error = bounds.mean_and_error(found.path)
+    found = likelihood.bound(model, clean, generator(1), samples=4)
+    mean, error = likelihood.mean_and_error(found.path)
     assert error < 0.05 * mean
     assert mean == pytest.approx(expected, abs=5 * error)
     assert mean > joint.entropy()
     assert torch.equal(found.path, found.order)
     assert not found.exact
     with pytest.raises(UnmaskError, match="for masked models"):
-        bounds.bound(model, clean[:2], generator(), truncated=True)
+        likelihood.bound(model, clean[:2], generator(), truncated=True)
 
 
 @pytest.mark.parametrize("predicts", ["loo", "denoiser", "absorbing"])
@@ -364,7 +341,7 @@ def test_given_positions_cost_nothing_and_teach_nothing(predicts):
 def test_gradients_are_finite_at_the_ends_of_time(predicts, loss, monkeypatch):
     model = backbone(predicts)
     for t in (1e-7, 1.0):
-        monkeypatch.setattr(processes, "low_discrepancy_times", lambda n, _, t=t: torch.full((n,), t))
+        monkeypatch.setattr(masking, "low_discrepancy_times", lambda n, _, t=t: torch.full((n,), t))
         value = losses.uniform_loss(model, JOINTS["3^2"].X, generator(), loss)
         value.backward()
         assert value.isfinite()
@@ -391,7 +368,7 @@ def test_a_few_steps_lower_the_bound(kind, tmp_path):
     assert (loaded.noise, loaded.predicts) == ("uniform", model.predicts)
     clean = task.clean(2000, generator(5))
     found, start = (
-        float(bounds.bound(m, clean, generator(6), samples=4).path.mean())
+        float(likelihood.bound(m, clean, generator(6), samples=4).path.mean())
         for m in (loaded, Backbone(3, task.coordinates.tolist(), 16, 1, 2, **config.architecture()))
     )
     assert found < start

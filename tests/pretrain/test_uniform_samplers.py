@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.backbone import Backbone, Output
-from pretrain.processes import Uniform, alpha_of
+from pretrain.uniform import Uniform, alpha_of
 from pretrain.uniform_samplers import (
     Corrector,
     State,
@@ -21,8 +21,7 @@ from pretrain.uniform_samplers import (
     sensitivity,
 )
 from tasks import UnmaskError
-from tests.oracles.uniform import Enumerated
-from tests.pretrain.test_uniform import JOINTS, close, generator, one_hot, process, tv
+from tests.oracles.uniform import JOINTS, Enumerated, close, generator, one_hot, process, tv
 
 MANY = 60_000
 NOISE = 0.012  # total variation that this many samples of 9 or 16 states show by chance, and some

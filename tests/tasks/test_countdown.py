@@ -8,7 +8,8 @@ import torch
 
 import tasks
 from tasks import Countdown, UnmaskError
-from tasks.countdown import check_expression, check_steps
+from tasks.countdown import check_steps
+from tests.oracles.arithmetic import check_expression
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_heldout_numbers_are_never_trained_on():
 def test_wrong_settings():
     with pytest.raises(UnmaskError, match="numbers must be 3 or 4, not 5"):
         Countdown(5)
-    with pytest.raises(UnmaskError, match="target_low the lower one"):
+    with pytest.raises(UnmaskError, match="target_low must be at most target_high, not 50 and 20"):
         tasks.get("countdown:target_low=50,target_high=20")
     with pytest.raises(UnmaskError, match="not 3 numbers to 99"):
         Countdown(3).encode([([1, 2], 3, "1+2=3")])
@@ -127,6 +128,8 @@ def test_wrong_settings():
         Countdown(3).encode([([1, 2, 3], 6, "print(1)")])
     with pytest.raises(UnmaskError, match="unknown split"):
         Countdown(3).heldout(3, "rest")
+    with pytest.raises(UnmaskError, match="--puzzles and --difficulty are for Sudoku tasks; countdown3 is not one"):
+        Countdown(3).select(3, difficulty="hard")
 
 
 @pytest.mark.parametrize("numbers", [3, 4])

@@ -137,7 +137,7 @@ def test_bad_files_are_told_before_the_tokenizer_is_looked_for(tmp_path, content
 def test_wrong_settings(tokenizer):
     with pytest.raises(UnmaskError, match="name the model's tokenizer"):
         tasks.get("math")
-    with pytest.raises(UnmaskError, match="answer_length must be at least 1"):
+    with pytest.raises(UnmaskError, match="answer_length must be a whole number of at least 1, not 0"):
         MathWord("sample", tokenizer, 0)
     with pytest.raises(UnmaskError, match="cannot read the tokenizer"):
         tasks.get("math:sample,tokenizer=/nowhere/at/all")

@@ -7,7 +7,8 @@ import torch
 
 import tasks
 from tasks import PuzzleFileError
-from tasks.sudoku_puzzles import read_csv, solutions
+from tasks.sudoku_csv import read_csv
+from tasks.sudoku_solver import solve
 
 ANSWER = "1234341221434321"
 PUZZLE = "1.3.3..2.14.4..1"
@@ -46,7 +47,7 @@ def test_a_file_with_solutions(tmp_path):
     ids=["no solution", "crlf", "bom", "spaces and blank lines", "short lines", "quoted"],
 )
 def test_ways_to_write_the_same_two_puzzles(tmp_path, text):
-    assert solutions(digits(PUZZLE), 2, 2, limit=2) == [digits(ANSWER)]
+    assert solve(digits(PUZZLE), 2, 2, limit=2) == [digits(ANSWER)]
     file = read_csv(written(tmp_path, text), 2, 2)
     assert file.puzzles.tolist() == [digits(PUZZLE)] * 2
     assert file.solutions.tolist() == [digits(ANSWER)] * 2
@@ -54,7 +55,7 @@ def test_ways_to_write_the_same_two_puzzles(tmp_path, text):
 
 def test_a_puzzle_with_several_solutions_keeps_one_and_counts_any_as_solved(tmp_path):
     instances = tasks.get("sudoku4").from_csv(written(tmp_path, f"Puzzle\n{AMBIGUOUS}\n"))
-    both = solutions(digits(AMBIGUOUS), 2, 2, limit=9)
+    both = solve(digits(AMBIGUOUS), 2, 2, limit=9)
     assert len(both) == 2
     assert (instances.answers[0] + 1).tolist() in both
     for filling in both:

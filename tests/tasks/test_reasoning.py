@@ -1,22 +1,15 @@
 """Problems of reasoning-gym, and its opinion of answers that this package scores itself."""
 
-import builtins
+import sys
 
 import pytest
 
 from tasks import UnmaskError, reasoning
-from tasks.countdown import check_expression
+from tests.oracles.arithmetic import check_expression
 
 
 def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def absent(name: str, *args, **kwargs):
-        if name == "reasoning_gym":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UnmaskError, match="pip install reasoning-gym"):
         reasoning.problems("countdown", 1, "test")
 

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +11,9 @@ import torch
 
 import tasks
 from tasks import Instances, Sudoku, UnknownNameError, UnmaskError
-from tasks.sudoku_puzzles import (
-    BOXES,
-    DATA,
-    canonical,
-    dig,
-    random_grid,
-    solutions,
-    solvable_by_singles,
-    split_of,
-    units,
-)
+from tasks.sudoku import BOXES
+from tasks.sudoku_solver import canonical, dig, random_grid, solvable_by_singles, solve, split_of, units
+from tasks.task import DATA
 
 NAMES = list(BOXES)
 SPLITS = ("train", "validation", "test")
@@ -63,7 +56,7 @@ def all_4x4() -> list[tuple[int, ...]]:
 
 # ---------------------------------------------------------------------- solving
 def test_the_solver_finds_exactly_the_288_grids(all_4x4):
-    found = solutions([0] * 16, 2, 2, limit=1000)
+    found = solve([0] * 16, 2, 2, limit=1000)
     assert len(found) == 288
     assert {tuple(grid) for grid in found} == set(all_4x4)
     assert len(all_4x4) == 288
@@ -77,17 +70,17 @@ def test_the_solver_agrees_with_brute_force_on_random_4x4_puzzles(all_4x4):
         if rng.random() < 0.3:  # a clue at random, often one that contradicts the rest
             puzzle[rng.randrange(16)] = rng.randint(1, 4)
         brute = {grid for grid in all_4x4 if all(p in (0, v) for p, v in zip(puzzle, grid, strict=True))}
-        found = solutions(puzzle, 2, 2, limit=1000)
+        found = solve(puzzle, 2, 2, limit=1000)
         assert len(found) == len(brute)
         assert {tuple(grid) for grid in found} == brute
-        assert len(solutions(puzzle, 2, 2, limit=2)) == min(2, len(brute))
+        assert len(solve(puzzle, 2, 2, limit=2)) == min(2, len(brute))
         counts[min(2, len(brute))] += 1
     assert min(counts[k] for k in range(3)) >= 5, "all three cases (none, one, several solutions) must occur"
 
 
 def test_the_solver_leaves_its_argument_alone():
     puzzle = [1] + [0] * 15
-    solutions(puzzle, 2, 2, limit=3)
+    solve(puzzle, 2, 2, limit=3)
     assert puzzle == [1] + [0] * 15
 
 
@@ -116,7 +109,7 @@ def assert_minimal(puzzle: list[int], h: int, w: int) -> None:
     for i, v in enumerate(puzzle):
         if v:
             fewer = [*puzzle[:i], 0, *puzzle[i + 1 :]]
-            assert len(solutions(fewer, h, w, limit=2)) == 2, f"clue {i} can be removed"
+            assert len(solve(fewer, h, w, limit=2)) == 2, f"clue {i} can be removed"
 
 
 @pytest.mark.parametrize(("name", "count"), [("sudoku4", 10), ("sudoku6", 8), ("sudoku9", 2)])
@@ -125,7 +118,7 @@ def test_dug_puzzles_are_unique_and_minimal(name, count):
     for _ in range(count):
         grid = random_grid(h, w, rng)
         puzzle = dig(grid, h, w, rng)
-        assert solutions(puzzle, h, w, limit=2) == [grid]
+        assert solve(puzzle, h, w, limit=2) == [grid]
         assert_minimal(puzzle, h, w)
 
 
@@ -136,7 +129,7 @@ def test_digging_stops_at_the_asked_number_of_clues(name, clues):
         grid = random_grid(h, w, rng)
         puzzle = dig(grid, h, w, rng, clues=clues)
         assert sum(v > 0 for v in puzzle) == clues
-        assert solutions(puzzle, h, w, limit=2) == [grid]
+        assert solve(puzzle, h, w, limit=2) == [grid]
 
 
 def test_digging_below_the_least_number_of_clues_still_gives_a_minimal_puzzle():
@@ -147,7 +140,7 @@ def test_digging_below_the_least_number_of_clues_still_gives_a_minimal_puzzle():
     assert_minimal(puzzle, 2, 2)
 
 
-def test_singles_grade_by_hand(files):
+def test_puzzles_that_singles_solve_by_hand(files):
     grid = [1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1]
     assert solvable_by_singles([0, *grid[1:]], 2, 2)
     assert not solvable_by_singles([0] * 16, 2, 2)
@@ -244,7 +237,7 @@ def test_4x4_has_two_classes_and_a_random_symmetry_reaches_every_member(all_4x4)
 def classes_6x6() -> dict[bytes, bytes]:
     """Normal form -> canonical form for all 6x6 grids (see ``normal_form_6x6``)."""
     start = [1, 2, 3, 4, 5, 6, 4, 5, 6, *[0] * 27]
-    grids = solutions(start, 2, 3, limit=10**5)
+    grids = solve(start, 2, 3, limit=10**5)
     # Relabelling (6!) and the order of row 2's first three (3!) reach every grid: 28,200,960 of them are known.
     assert len(grids) * 720 * 6 == 28_200_960
     return {form: canonical(list(form), 2, 3) for form in {normal_form_6x6(grid) for grid in grids}}
@@ -332,7 +325,7 @@ def test_a_sample_of_packaged_puzzles_is_unique_and_minimal(name, count, files):
     for split in SPLITS:
         puzzles, answers = files[name][f"{split}_puzzles"], files[name][f"{split}_solutions"]
         for i in random.Random(7).sample(range(len(puzzles)), count // 3):
-            assert solutions(puzzles[i], h, w, limit=2) == [answers[i].tolist()]
+            assert solve(puzzles[i], h, w, limit=2) == [answers[i].tolist()]
             assert_minimal(puzzles[i].tolist(), h, w)
 
 
@@ -376,13 +369,16 @@ def test_no_9x9_class_of_a_sample_is_in_two_splits(files):
 
 
 @pytest.mark.parametrize(("name", "split"), [("sudoku9", "test"), ("sudoku6", "train")])
-def test_graded_splits_hold_both_grades_in_equal_number(name, split, files):
+def test_balanced_splits_hold_as_many_easy_puzzles_as_hard_ones(name, split, files):
     singles = torch.from_numpy(files[name][f"{split}_singles"])
     assert singles.sum() * 2 == len(singles)
     task = tasks.get(name)
     both = task.heldout(split=split)
-    for grade in (True, False):
-        assert torch.equal(task.heldout(50, split, singles=grade).tokens, both.tokens[singles == grade][:50])
+    for difficulty, solvable in (("easy", True), ("hard", False)):
+        chosen = task.heldout(50, split, difficulty)
+        assert torch.equal(chosen.tokens, both.tokens[singles == solvable][:50])
+        if split == "test":
+            assert torch.equal(task.select(50, difficulty=difficulty).tokens, chosen.tokens)
 
 
 # ---------------------------------------------------------------------- drawing instances
@@ -403,6 +399,42 @@ def test_samples_are_legal_puzzles_and_follow_their_generator(name):
     assert torch.equal(clean, task.clean(64, generator(2)))
 
 
+def rows(boards) -> set[bytes]:
+    return {bytes(row) for row in boards}
+
+
+@pytest.mark.parametrize("name", ["sudoku6", "sudoku9"])
+def test_training_puzzles_and_grids_are_drawn_under_symmetries(name, files):
+    """Hardly one is as the file has it, and each is equivalent to one that the file has."""
+    task, arrays = tasks.get(name), files[name]
+    puzzles, grids = task.sample(300, generator(0)), task.clean(300, generator(0)) + 1
+    shown = torch.where(puzzles.tokens == task.mask_id, 0, puzzles.tokens + 1)
+    for drawn, packaged in (
+        (shown, arrays["train_puzzles"]),
+        (puzzles.answers + 1, arrays["train_solutions"]),
+        (grids, arrays["train_grids"]),
+    ):
+        assert len(rows(drawn.tolist()) & rows(packaged.tolist())) <= 3
+    draws = torch.randint(len(arrays["train_puzzles"]), (300,), generator=generator(0))  # the first that sample draws
+    for i in range(3):
+        solution = arrays["train_solutions"][draws[i]]
+        assert canonical((puzzles.answers[i] + 1).tolist(), *task.box) == canonical(solution.tolist(), *task.box)
+
+
+def test_4x4_shows_its_training_grids_as_they_are(files):
+    """Symmetries would carry them into the held-out ones."""
+    task, arrays = tasks.get("sudoku4"), files["sudoku4"]
+    assert rows((task.sample(300, generator(0)).answers + 1).tolist()) <= rows(arrays["train_solutions"].tolist())
+    assert rows((task.clean(300, generator(0)) + 1).tolist()) <= rows(arrays["train_grids"].tolist())
+
+
+def test_options_in_the_name_leave_the_packaged_puzzles_where_they_are():
+    by_name, by_argument = (
+        task.heldout(5) for task in (tasks.get("sudoku6:blanks=20"), tasks.get("sudoku6", blanks=20))
+    )
+    assert torch.equal(by_name.tokens, by_argument.tokens)
+
+
 @pytest.mark.parametrize(("name", "blanks"), [("sudoku4", 8), ("sudoku4", 1), ("sudoku6", 20)])
 def test_blanks_reveals_to_the_exact_count_and_stays_unique(name, blanks):
     minimal, task = tasks.get(name), tasks.get(name, blanks=blanks)
@@ -410,7 +442,7 @@ def test_blanks_reveals_to_the_exact_count_and_stays_unique(name, blanks):
         assert ((instances.tokens == task.mask_id).sum(1) == blanks).all()
         for tokens, answer in zip(instances.tokens, instances.answers, strict=True):
             puzzle = torch.where(tokens == task.mask_id, 0, tokens + 1).tolist()
-            assert solutions(puzzle, *task.box, limit=2) == [(answer + 1).tolist()]
+            assert solve(puzzle, *task.box, limit=2) == [(answer + 1).tolist()]
     before, after = minimal.heldout(30), task.heldout(30)
     clue = before.tokens != task.mask_id
     assert torch.equal(after.tokens[clue], before.tokens[clue]), "clues of the minimal puzzle stay"
@@ -465,7 +497,7 @@ def test_metrics_of_a_changed_clue():
 def test_the_other_solution_of_an_ambiguous_puzzle_is_solved():
     blanks = [0, 1, 8, 9]
     puzzle = [0 if i in blanks else v for i, v in enumerate(ANSWER)]
-    assert sorted(solutions(puzzle, 2, 2, limit=9)) == [ANSWER, OTHER]
+    assert sorted(solve(puzzle, 2, 2, limit=9)) == [ANSWER, OTHER]
     assert measured(OTHER, blanks) == {"solved": 1, "cell_accuracy": 1, "valid": 1}
     assert measured(ANSWER, blanks, answer=OTHER) == {"solved": 1, "cell_accuracy": 1, "valid": 1}
     mixed = changed({0: 2, 1: 1})  # one pair of each solution
@@ -515,11 +547,15 @@ def test_a_board_is_drawn_with_its_boxes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sudoku(2, 2, reward="fast"), "unknown reward 'fast'; known: solved, cell_accuracy, valid"),
+        (lambda: Sudoku(2, 2, reward="fast"), "reward must be solved or cell_accuracy or valid, not 'fast'"),
         (lambda: Sudoku(2, 2, blanks=0), "blanks must be between 1 and 15, not 0"),
         (lambda: Sudoku(2, 3, blanks=36), "blanks must be between 1 and 35, not 36"),
-        (lambda: Sudoku(2, 2).heldout(2001), "sudoku4 has 2000 test puzzles of that grade; cannot take 2001"),
-        (lambda: Sudoku(2, 2).heldout(1001, "validation"), "sudoku4 has 1000 validation puzzles of that grade"),
+        (lambda: Sudoku(2, 2).heldout(2001), "sudoku4 has 2000 test puzzles; cannot take 2001"),
+        (lambda: Sudoku(2, 2).heldout(1001, "validation"), "sudoku4 has 1000 validation puzzles; cannot take 1001"),
+        (lambda: Sudoku(3, 3).heldout(2001, difficulty="hard"), "sudoku9 has 2000 hard test puzzles; cannot take 2001"),
+        (lambda: Sudoku(2, 2).heldout(difficulty="singles"), "difficulty must be all or easy or hard, not 'singles'"),
+        (lambda: Sudoku(2, 2).select(0), "limit must be a whole number of at least 1, not 0"),
+        (lambda: Sudoku(2, 2).select(file=Path("a.csv"), difficulty="easy"), "your own file is taken whole"),
         (lambda: Sudoku(2, 2).heldout(0), "cannot take 0"),
         (lambda: Sudoku(2, 2).heldout(split="dev"), "unknown split 'dev'; known: train, validation, test"),
         (lambda: Sudoku(2, 2, blanks=13).heldout(), "fewer than 13 blanks"),

@@ -138,5 +138,5 @@ def test_files_that_are_no_table(tmp_path: Path, content: str | None, message: s
 
 
 def test_too_few_bins(tmp_path: Path) -> None:
-    with pytest.raises(UnmaskError, match="bins must be at least 2, not 1"):
+    with pytest.raises(UnmaskError, match="bins must be a whole number of at least 2, not 1"):
         tasks.get(f"tabular:{written(tmp_path)},bins=1")

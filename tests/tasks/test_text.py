@@ -132,8 +132,8 @@ def test_a_dataset(tmp_path: Path) -> None:
         (lambda: from_files(["nowhere.txt"]), "cannot read nowhere.txt"),
         (lambda: Text(Corpus(("long enough",), ("short",), ("long enough",)), length=8), "validation text is shorter"),
         (lambda: Text(Corpus(("long enough",), (), ("long enough",)), length=8), "validation text is shorter"),
-        (lambda: small(level="words"), "level must be characters or bpe, not words"),
-        (lambda: small(level="bpe", pieces=255), "pieces must be at least 256"),
+        (lambda: small(level="words"), "level must be characters or bpe, not 'words'"),
+        (lambda: small(level="bpe", pieces=255), "pieces must be a whole number of at least 256, not 255"),
         (lambda: tasks.get("text:nowhere.txt"), "cannot read nowhere.txt"),
         (lambda: tasks.get("text:length=16,oops"), "'oops' is not of the form option=value"),
         (lambda: tasks.get("text:lenght=16"), "task 'text:lenght=16' takes source, level, length"),
@@ -154,7 +154,7 @@ def test_a_dataset(tmp_path: Path) -> None:
             "seen fewer than 20 times",
         ),
         (lambda: tasks.get("txt:length=16"), "unknown task 'txt'"),
-        (lambda: small(hide=0.0), "hide above 0"),
+        (lambda: small(hide=0.0), "hide must be a number above 0 and at most 1, not 0.0"),
     ],
 )
 def test_mistakes(make, message: str) -> None:

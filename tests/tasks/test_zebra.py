@@ -8,7 +8,8 @@ import torch
 
 import tasks
 from tasks import Instances, UnmaskError, Zebra
-from tasks.generate_zebra import MOST, RELATIONS, count_solutions, minimal_clues, true_clues
+from tasks.generate_zebra import count_solutions, minimal_clues, true_clues
+from tasks.zebra import MAX_CLUES, RELATIONS
 
 RULES = {
     "at": lambda x, y: x == y,
@@ -57,11 +58,11 @@ def clues_of(task: Zebra, tokens):
 
 
 @pytest.mark.parametrize("houses", [3, 4])
-def test_shown_puzzles_are_true_of_their_tables_in_every_guise(houses):
+def test_shown_puzzles_are_true_of_their_tables_under_every_symmetry(houses):
     task = Zebra(houses)
     instances = task.sample(300, torch.Generator().manual_seed(0))
     assert ((instances.tokens == task.mask_id) == (torch.arange(task.length) >= task.prompt_length)).all()
-    guises = set()
+    tables_shown = set()
     for answer in instances.answers:
         table = answer[task.prompt_length :].view(houses, houses)
         assert (table // houses == torch.arange(houses).unsqueeze(1)).all(), "a row per attribute"
@@ -70,14 +71,14 @@ def test_shown_puzzles_are_true_of_their_tables_in_every_guise(houses):
         found = list(clues_of(task, answer))
         for name, first, second in found:
             assert RULES[name](house[first], second if name == "at" else house[second])
-        guises.add(tuple(table.flatten().tolist()))
-    assert len(guises) > (140 if houses == 3 else 290)
+        tables_shown.add(tuple(table.flatten().tolist()))
+    assert len(tables_shown) > (140 if houses == 3 else 290)
     names = [name for answer in instances.answers for name, _, _ in clues_of(task, answer)]
     assert set(names) == set(RELATIONS)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_guise_has_still_one_solution(seed):
+def test_a_puzzle_under_a_symmetry_has_still_one_solution(seed):
     """By brute force on the tokens as shown."""
     task = Zebra(3)
     answer = task.sample(1, torch.Generator().manual_seed(seed)).answers[0]
@@ -91,7 +92,7 @@ def test_a_guise_has_still_one_solution(seed):
     assert [[row.tolist().index(v) for v in range(3)] for row in table] == [list(row) for row in found[0]]
 
 
-def test_boards_in_mid_play_keep_their_holes_and_mistakes_in_another_guise():
+def test_boards_in_mid_play_keep_their_holes_and_mistakes_under_a_symmetry():
     task, g = Zebra(3), torch.Generator().manual_seed(0)
     answers = task.heldout(200).answers
     tokens = answers.clone()
@@ -114,7 +115,7 @@ def test_boards_in_mid_play_keep_their_holes_and_mistakes_in_another_guise():
 
 def test_heldout_puzzles_are_fixed_apart_from_training_and_scored():
     task = tasks.get("zebra:houses=4")
-    assert (task.name, task.length) == ("zebra:houses=4", 3 * MOST[4] + 16)
+    assert (task.name, task.length) == ("zebra:houses=4", 3 * MAX_CLUES[4] + 16)
     assert torch.equal(task.heldout(50).tokens, task.heldout(2000).tokens[:50])
     sets = [{tuple(sorted(map(tuple, clues.tolist()))) for clues in task._files[s]} for s in ("train", "test")]
     assert not sets[0] & sets[1]

@@ -9,11 +9,14 @@ import torch
 
 import tasks
 from pretrain.backbone import Backbone
-from pretrain.train import AUDMConfig, PretrainConfig, pretrain
-from tasks import UnmaskError
+from pretrain.train import AUDMConfig, MDMConfig, pretrain
+from tasks import IncompatibleDenoiserError, UnmaskError
 from tests.oracles import enumeration
-from unmask_env import core, reference
-from unmask_env.denoiser import FrozenDenoiser, IncompatibleDenoiserError, TableDenoiser, load_denoiser
+from tests.toys import observation, rollout
+from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import MaxConfidence, Threshold
+from unmask_env.state import Denoised, Rules
 
 
 def backbone(task: tasks.Task, **options) -> Backbone:
@@ -66,11 +69,12 @@ def test_frozen_backbone_normalises_has_no_gradient_and_counts() -> None:
     assert isinstance(denoiser, FrozenDenoiser)
     assert not model.training
     tokens = task.heldout(3).tokens
-    log_probs, hidden, exponents = denoiser(tokens)
+    denoised = denoiser(tokens)
+    log_probs, hidden, order_weights = denoised.log_probs, denoised.hidden, denoised.order_weights
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, 16))
     torch.testing.assert_close(log_probs, model(tokens).logits.log_softmax(-1))
     assert hidden is not None
-    assert exponents is None  # it learned no order
+    assert order_weights is None  # it learned no order
     assert hidden.shape == (3, 16, denoiser.hidden_dim)
     assert not log_probs.requires_grad
     assert not any(p.requires_grad for p in model.parameters())
@@ -110,7 +114,7 @@ def test_as_many_symbols_are_not_the_same_symbols(tmp_path: Path) -> None:
         tasks.Text(tasks.text.Corpus(*[(words * 40,)] * 3), level="bpe", pieces=258, length=8)
         for words in ("a rose is a rose. ", "the order of time. ")
     )
-    config = PretrainConfig(task="t", out=str(tmp_path / "run"), steps=1, batch=4, dim=16, layers=1, heads=2)
+    config = MDMConfig(task="t", out=str(tmp_path / "run"), steps=1, batch=4, dim=16, layers=1, heads=2)
     pretrain(config, one)
     load_denoiser(tmp_path / "run", one)
     with pytest.raises(IncompatibleDenoiserError, match="trained on other symbols than those of task text"):
@@ -123,18 +127,124 @@ def test_an_absorbing_denoiser_is_asked_what_follows_from_what_is_given(tmp_path
     task = enumeration.TableTask(enumeration.random_joint(3, 3, seed=4))
     config = AUDMConfig(
         task="table", out=str(tmp_path / "run"), steps=300, batch=256, dim=32, layers=2, heads=2, lr=1e-2, ema=0.9,
-        threads=1, given=1.0, loss="cross_entropy",
+        threads=1, prompt_fraction=1.0, loss="cross_entropy",
     )  # fmt: skip
     denoiser = FrozenDenoiser(pretrain(config, task), task)
     draw = torch.Generator().manual_seed(0)
     clean = task.clean(4000, draw)
     boards = torch.where(torch.rand(clean.shape, generator=draw) < torch.rand(4000, 1, generator=draw), 3, clean)
     found, exact = (
-        -one(boards).log_probs.gather(-1, clean.unsqueeze(-1)).squeeze(-1)[boards == 3].mean()
-        for one in (denoiser, TableDenoiser(task.joint, task))
+        -one(boards).log_prob_of(clean)[boards == 3].mean() for one in (denoiser, TableDenoiser(task.joint, task))
     )
     assert exact - 0.01 < found < exact + 0.05
     assert exact < 0.8 * math.log(3)
     assert torch.equal(denoiser(boards).log_probs, denoiser(boards).log_probs), "the same noise symbols every time"
-    played = core.rollout(task, denoiser, reference.MaxConfidence(), task.heldout(50))
+    played = rollout(task, denoiser, MaxConfidence(), task.heldout(50))
     assert not (played.state.tokens == 3).any()
+
+
+# ---------------------------------------------------------------------- large vocabularies
+class Letters(tasks.Task):
+    """Six positions of 200 symbols."""
+
+    name, symbols, shape = "letters", tuple(f"s{i}" for i in range(200)), (1, 6)
+
+    def sample(self, n: int, generator: torch.Generator) -> tasks.Instances:
+        answers = torch.randint(200, (n, 6), generator=generator)
+        holes = torch.rand(n, 6, generator=generator) < 0.6
+        holes[:, 0] = True
+        return tasks.Instances(answers.masked_fill(holes, 200), answers)
+
+    def reward(self, tokens: torch.Tensor, instances: tasks.Instances) -> torch.Tensor:
+        return (tokens == instances.answers).float().mean(1)
+
+
+def letters() -> tuple[Letters, Backbone]:
+    model = backbone(Letters())
+    torch.nn.init.normal_(model.head.weight)  # far from even
+    return Letters(), model
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """All tensors that are reachable from a dataclass or tuple."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [t for part in value for t in tensors_of(part)]
+    return [t for part in vars(value).values() for t in tensors_of(part)] if hasattr(value, "__dict__") else []
+
+
+def test_of_a_large_vocabulary_the_likeliest_symbols_and_the_entropy_are_those_of_the_whole_forward() -> None:
+    task, model = letters()
+    tokens = task.sample(20, torch.Generator().manual_seed(0)).tokens
+    where = tokens == 200
+    denoised = FrozenDenoiser(model, task)(tokens, where)
+    log_probs = model(tokens).logits.log_softmax(-1)
+    whole = Denoised.of(log_probs)
+    values, symbols = log_probs.topk(16, -1)
+    for part in (denoised, whole):
+        torch.testing.assert_close(part.top_log_probs[where], values[where])
+        assert torch.equal(part.top_symbols[where], symbols[where])
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        torch.testing.assert_close(part.entropy[where], entropy[where])
+        assert torch.equal(part.best[where], log_probs.argmax(-1)[where])
+    assert (denoised.entropy[~where] == 0).all(), "elsewhere nothing was computed"
+    assert denoised.log_probs is None
+    answers = task.sample(20, torch.Generator().manual_seed(0)).answers
+    known = denoised.log_prob_of(answers)
+    shown = (denoised.top_symbols == answers.unsqueeze(-1)).any(-1)
+    expected = log_probs.gather(-1, answers.unsqueeze(-1)).squeeze(-1).masked_fill(~shown, -torch.inf)
+    torch.testing.assert_close(known[where], expected[where])
+
+
+def test_rollouts_of_a_large_vocabulary_are_those_of_the_dense_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, model = letters()
+    instances = task.sample(30, torch.Generator().manual_seed(1))
+    for policy, rules in (
+        (MaxConfidence(), Rules()),
+        (Threshold(0.3), Rules("set")),
+        (Threshold(0.3), Rules("set", block_length=2)),
+    ):
+        compact = rollout(task, FrozenDenoiser(model, task), policy, instances, rules=rules)
+        with monkeypatch.context() as patched:
+            for module in ("state", "process", "denoiser"):
+                patched.setattr(f"unmask_env.{module}.WHOLE", 200)
+            dense = rollout(task, FrozenDenoiser(model, task), policy, instances, rules=rules)
+        assert torch.equal(compact.tokens, dense.tokens)
+        assert torch.equal(compact.nfe, dense.nfe)
+
+
+def test_no_tensor_with_a_vocabulary_axis_outlives_the_forward() -> None:
+    task, model = letters()
+    instances = task.sample(4, torch.Generator().manual_seed(2))
+    played = rollout(task, FrozenDenoiser(model, task), MaxConfidence(), instances, record=True)
+    found = tensors_of(played.steps)
+    assert len(found) > 20
+    assert not [t.shape for t in found if 200 in t.shape or 201 in t.shape]
+
+
+def test_sampled_filling_of_a_large_vocabulary_draws_among_the_shown_symbols() -> None:
+    task, model = letters()
+    process = Unmasking(task, FrozenDenoiser(model, task), temperature=1.0)
+    board = torch.full((1, 6), 200)
+    seen = process.observe(process.reset(tasks.Instances(board, board * 0)))
+    n = 20_000
+    many = seen[torch.zeros(n, dtype=torch.long)]
+    drawn = many.denoised.draw(1.0, torch.rand(n, 6, generator=torch.Generator().manual_seed(0)))[:, 0]
+    shown, chance = seen.top_symbols[0, 0], seen.top_log_probs[0, 0].softmax(-1)
+    frequency = (drawn.unsqueeze(1) == shown).double().mean(0)
+    assert float(frequency.sum()) == 1.0
+    assert ((frequency - chance).abs() <= 5 * (chance * (1 - chance) / n).sqrt() + 1e-9).all()
+
+
+def test_observations_are_cut_and_joined_whatever_the_vocabulary() -> None:
+    for vocab_size in (5, 200):
+        log_probs = torch.randn(3, 4, vocab_size, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+        tokens = torch.full((3, 4), vocab_size)
+        seen = observation(tokens, tokens == vocab_size, Denoised.of(log_probs))
+        again = type(seen).join([seen[:1], seen[1:]], torch.cat)
+        assert torch.equal(again.top_symbols, seen.top_symbols)
+        assert torch.equal(again.entropy, seen.entropy)
+        picked = seen[torch.tensor([2, 0])]
+        assert torch.equal(picked.top_log_probs, seen.top_log_probs[[2, 0]])
+        assert picked.denoised.vocab_size == vocab_size

@@ -13,34 +13,29 @@ from torch import Tensor, nn
 import tasks
 from tasks import Instances, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint, sequences, terminal_distribution
-from unmask_env import core, exact, reference
-from unmask_env.core import Denoised, Observation, masked_log_softmax
+from tests.oracles.tables import TablePolicy, sequence_log_prob
+from tests.toys import RewardTask, WrongDenoiser, codes, rollout
+from tests.toys import observation as observation_of
+from unmask_env import exact
 from unmask_env.denoiser import TableDenoiser, load_denoiser
+from unmask_env.distributions import Categorical, masked_log_softmax
 from unmask_env.exact import TooLargeError
+from unmask_env.process import Unmasking
+from unmask_env.reference import REFERENCES, LeftToRight, MaxConfidence, Policy, Random, reference
+from unmask_env.state import Denoised, Observation
 
 INF = math.inf
 TEMPERATURES = (0.0, 1.0, 0.6)
 
 
-def codes(tokens: Tensor, base: int) -> Tensor:
-    return (tokens * base ** torch.arange(tokens.shape[1])).sum(1)
+SINGLE_NAMES = [
+    name
+    for name, rule in REFERENCES.items()
+    if rule.actions == "single" and name not in ("oracle", "learned", "learned_greedy")
+]
 
 
-class WrongDenoiser:
-    """Random distributions per board, consistent with no joint, so that the order decides what is written."""
-
-    hidden_dim, device, calls = None, torch.device("cpu"), 0
-
-    def __init__(self, vocab_size: int, length: int, seed: int) -> None:
-        self.base, generator = vocab_size + 1, torch.Generator().manual_seed(seed)
-        shape = (self.base**length, length, vocab_size)
-        self.table = (1.5 * torch.randn(shape, generator=generator)).log_softmax(-1)
-
-    def __call__(self, tokens: Tensor) -> Denoised:
-        return Denoised(self.table[codes(tokens, self.base)])
-
-
-class FreeOrder(nn.Module):
+class FreePolicy(nn.Module, Policy):
     """One free logit per (board, position); with ``holes`` about a third of the positions are never chosen."""
 
     def __init__(self, vocab_size: int, length: int, seed: int, holes: bool = False) -> None:
@@ -51,21 +46,11 @@ class FreeOrder(nn.Module):
         self.logits = nn.Parameter(logits, requires_grad=False)
         self.kept = (torch.rand(shape, generator=generator) > 0.35) | (not holes)
 
-    def log_prob(self, observation: Observation) -> Tensor:
+    def forward(self, observation: Observation) -> Categorical:
         code = codes(observation.tokens, self.base)
-        kept = observation.open & self.kept[code]
-        return masked_log_softmax(self.logits[code], torch.where(kept.any(1, keepdim=True), kept, observation.open))
-
-
-class RewardTask(TableTask):
-    """A random reward per complete sequence, whatever the answer."""
-
-    def __init__(self, vocab_size: int, length: int, seed: int = 0) -> None:
-        super().__init__(random_joint(vocab_size, length, seed))
-        self.rewards = torch.rand((vocab_size,) * length, generator=torch.Generator().manual_seed(seed))
-
-    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
-        return self.rewards[tuple(tokens.T)]
+        kept = observation.fillable & self.kept[code]
+        allowed = torch.where(kept.any(1, keepdim=True), kept, observation.fillable)
+        return Categorical.of(self.logits[code], allowed)
 
 
 class Toy:
@@ -76,10 +61,11 @@ class Toy:
         self.task = RewardTask(vocab_size, length, seed)
         self.denoiser = WrongDenoiser(vocab_size, length, seed)
         self.start = self.task.sample(1, torch.Generator().manual_seed(seed))
-        self.graph = exact.enumerate_boards(self.task, self.denoiser, self.start, temperature)
+        self.process = Unmasking(self.task, self.denoiser, temperature=temperature)
+        self.graph = exact.enumerate_boards(self.process, self.start)
 
-    def order(self, seed: int, holes: bool = False) -> FreeOrder:
-        return FreeOrder(*self.size, seed, holes)
+    def order(self, seed: int, holes: bool = False) -> FreePolicy:
+        return FreePolicy(*self.size, seed, holes)
 
     def fills(self, board: tuple[int, ...], position: int) -> list[tuple[tuple[int, ...], float]]:
         """The boards after filling ``position``, with their probabilities, computed apart from the code under test."""
@@ -88,7 +74,7 @@ class Toy:
         p = p / p.sum()
         return [((*board[:position], v, *board[position + 1 :]), float(q)) for v, q in enumerate(p) if q > 0]
 
-    def distribution(self, order: FreeOrder) -> dict[tuple[int, ...], float]:
+    def distribution(self, order: FreePolicy) -> dict[tuple[int, ...], float]:
         """Of the complete sequence, as a sum over every permutation and every filling."""
         out: dict[tuple[int, ...], float] = {}
 
@@ -98,7 +84,7 @@ class Toy:
             if not is_open.any():
                 out[board] = out.get(board, 0.0) + mass
                 return
-            where = order.log_prob(Observation(tokens, is_open, self.denoiser(tokens)))[0].exp()
+            where = order(observation_of(tokens, is_open, self.denoiser(tokens))).log_probs[0].exp()
             for position in is_open[0].nonzero().flatten().tolist():
                 for after, p in self.fills(board, position):
                     walk(after, mass * float(where[position]) * p)
@@ -149,7 +135,7 @@ def unrestricted(graph: exact.Graph, other, beta: float) -> float:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("vocab", [2, 3])
 def test_the_forward_distribution_equals_a_sum_over_every_path(vocab: int, temperature: float) -> None:
-    case, order = toy(vocab, 4, 1, temperature), FreeOrder(vocab, 4, seed=3)
+    case, order = toy(vocab, 4, 1, temperature), FreePolicy(vocab, 4, seed=3)
     tokens, start, probability = exact.finished(case.graph, order)
     found = {tuple(board): p for board, p in zip(tokens.tolist(), probability.tolist(), strict=True)}
     expected = case.distribution(order)
@@ -167,10 +153,10 @@ def test_the_forward_distribution_equals_a_sum_over_every_path(vocab: int, tempe
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_the_subset_programme_gives_each_sequence_its_probability(temperature: float) -> None:
-    case, order = toy(3, 4, 2, temperature), FreeOrder(3, 4, seed=5, holes=True)
+    case, order = toy(3, 4, 2, temperature), FreePolicy(3, 4, seed=5, holes=True)
     every = sequences(3, 4)
     instances = Instances(case.start.tokens.expand(len(every), -1), every)
-    found = exact.sequence_log_prob(case.task, case.denoiser, order, instances, temperature, batch=5).exp()
+    found = sequence_log_prob(case.process, order, instances, batch=5).exp()
     tokens, _, probability = exact.finished(case.graph, order)
     expected = torch.zeros((3,) * 4, dtype=torch.float64)
     expected[tuple(tokens.T)] = probability
@@ -179,10 +165,10 @@ def test_the_subset_programme_gives_each_sequence_its_probability(temperature: f
 
 
 def test_the_subset_programme_with_clues_and_without_holes() -> None:
-    case, order = toy(2, 3), FreeOrder(2, 3, seed=1)
+    case, order = toy(2, 3), FreePolicy(2, 3, seed=1)
     tokens = torch.tensor([[0, 2, 2], [0, 2, 2], [0, 1, 1], [0, 1, 1]])
     answers = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 1, 1], [0, 1, 0]])
-    found = exact.sequence_log_prob(case.task, case.denoiser, order, Instances(tokens, answers))
+    found = sequence_log_prob(case.process, order, Instances(tokens, answers))
     assert -INF < found[0] < 0
     assert found[1:].tolist() == [-INF, 0, -INF], "clues are never overwritten"
 
@@ -191,13 +177,15 @@ def test_symbols_of_probability_zero_are_left_out_and_the_exact_denoiser_gives_t
     joint = random_joint(3, 3, seed=4, zeros=10)
     joint[2] = 0
     task = TableTask(joint)
-    graph = exact.enumerate_boards(task, TableDenoiser(joint), task.sample(1, torch.Generator().manual_seed(0)), 1.0)
-    tokens, _, probability = exact.finished(graph, FreeOrder(3, 3, seed=0))
+    graph = exact.enumerate_boards(
+        Unmasking(task, TableDenoiser(joint), temperature=1.0), task.sample(1, torch.Generator().manual_seed(0))
+    )
+    tokens, _, probability = exact.finished(graph, FreePolicy(3, 3, seed=0))
     assert len(tokens) == (joint > 0).sum() < 18
     torch.testing.assert_close(probability, task.joint[tuple(tokens.T)], atol=1e-6, rtol=0)
     clue = torch.tensor([[2, 3, 3]])
     with pytest.raises(UnmaskError, match="probability 0"):
-        exact.enumerate_boards(task, TableDenoiser(joint), Instances(clue, clue), 1.0)
+        exact.enumerate_boards(Unmasking(task, TableDenoiser(joint), temperature=1.0), Instances(clue, clue))
 
 
 # ---------------------------------------------------------------------- KLs and gradients
@@ -221,8 +209,8 @@ def test_the_kls_equal_sums_over_sequences_and_paths() -> None:
 
     def path_kl(board: tuple[int, ...]) -> float:
         tokens = torch.tensor([board])
-        observation = Observation(tokens, tokens == 2, case.denoiser(tokens))
-        pi, g = policy.log_prob(observation)[0].tolist(), other.log_prob(observation)[0].tolist()
+        observation = observation_of(tokens, tokens == 2, case.denoiser(tokens))
+        pi, g = policy(observation).log_probs[0].tolist(), other(observation).log_probs[0].tolist()
         total = 0.0
         for i in (i for i, token in enumerate(board) if token == 2):
             after = sum(w * path_kl(b) for b, w in case.fills(board, i))
@@ -234,10 +222,10 @@ def test_the_kls_equal_sums_over_sequences_and_paths() -> None:
 
 def test_a_policy_that_goes_where_the_reference_never_does_has_infinite_kl() -> None:
     case = toy(2, 3, 0, 0.0)
-    values = exact.evaluate(case.graph, reference.Random(), reference.LeftToRight())
+    values = exact.evaluate(case.graph, Random(), LeftToRight())
     assert values.trajectory_kl == INF
     assert values.terminal_kl == INF
-    back = exact.evaluate(case.graph, reference.LeftToRight(), reference.Random())
+    back = exact.evaluate(case.graph, LeftToRight(), Random())
     assert float(back.trajectory_kl) == pytest.approx(math.log(6))
 
 
@@ -263,7 +251,7 @@ def test_gradients_reach_the_orders_parameters_and_do_not_depend_on_the_batch() 
     grads = []
     for batch in (3, 1000):
         order = case.order(4).requires_grad_()
-        exact.evaluate(case.graph, exact.tabulate(case.graph, order, batch), reference.Random()).terminal_kl.backward()
+        exact.evaluate(case.graph, exact.tabulate(case.graph, order, batch), Random()).terminal_kl.backward()
         grads.append(order.logits.grad)
     torch.testing.assert_close(*grads)
     assert grads[0].isfinite().all()
@@ -301,15 +289,15 @@ def test_optima_stay_where_the_reference_goes() -> None:
         for pi, g in zip(best.policy, other, strict=True):
             assert torch.equal(pi > -INF, g > -INF)
         assert best.value.isfinite().all()
-    only = exact.soft_optimal(case.graph, reference.LeftToRight(), 0.01)
-    torch.testing.assert_close(only.value, exact.evaluate(case.graph, reference.LeftToRight()).reward)
+    only = exact.soft_optimal(case.graph, LeftToRight(), 0.01)
+    torch.testing.assert_close(only.value, exact.evaluate(case.graph, LeftToRight()).reward)
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
 def test_beta_must_be_positive(beta: float) -> None:
     for solve in (exact.soft_optimal, exact.terminal_optimal):
         with pytest.raises(UnmaskError, match="beta must be greater than 0"):
-            solve(toy().graph, reference.Random(), beta)
+            solve(toy().graph, Random(), beta)
 
 
 # ---------------------------------------------------------------------- best reward
@@ -354,8 +342,8 @@ def test_the_terminal_optimum_is_above_every_policy_and_below_the_bound(case: To
 
 def test_the_terminal_optimum_equals_gradient_ascent() -> None:
     case, beta = toy(2, 3, 1, 1.0), 0.2
-    best = exact.terminal_optimal(case.graph, reference.Random(), beta, tolerance=1e-9)
-    base = exact.tabulate(case.graph, reference.Random())
+    best = exact.terminal_optimal(case.graph, Random(), beta, tolerance=1e-9)
+    base = exact.tabulate(case.graph, Random())
     order = case.order(0).requires_grad_()
     ascent = torch.optim.LBFGS(order.parameters(), max_iter=400, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
@@ -375,10 +363,10 @@ def test_the_terminal_optimum_equals_gradient_ascent() -> None:
 
 def test_the_gap_is_honest_when_the_iterations_run_out() -> None:
     case, beta = toy(3, 3, 1, 1.0), 0.5
-    best = exact.terminal_optimal(case.graph, reference.Random(), beta, tolerance=1e-8)
+    best = exact.terminal_optimal(case.graph, Random(), beta, tolerance=1e-8)
     values = []
     for iterations in (0, 1, 2, 4, 8, 16):
-        early = exact.terminal_optimal(case.graph, reference.Random(), beta, max_iterations=iterations)
+        early = exact.terminal_optimal(case.graph, Random(), beta, max_iterations=iterations)
         assert early.iterations == iterations
         assert early.gap > 1e-6
         assert early.value <= best.value + 1e-9 <= early.value + early.gap + 2e-9
@@ -393,16 +381,17 @@ def test_equal_starts_are_merged_and_weighted() -> None:
     tokens = torch.tensor([[2, 2, 2], [0, 2, 2], [2, 2, 2], [2, 2, 2], [0, 1, 1], [2, 0, 2]])
     answers = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1], [1, 0, 1]])
     instances = Instances(tokens, answers)
-    graph = exact.enumerate_boards(task, denoiser, instances, temperature=1.0, batch=3)
+    graph = exact.enumerate_boards(Unmasking(task, denoiser, temperature=1.0), instances, batch=3)
     assert graph.starts == 4
     assert torch.equal(graph.levels[0].observation.tokens[graph.start_of], tokens)
     torch.testing.assert_close(
         graph.weight[graph.start_of], torch.tensor([3, 1, 3, 3, 1, 1]) / torch.tensor(6).double()
     )
-    values = exact.evaluate(graph, FreeOrder(2, 3, seed=0))
+    values = exact.evaluate(graph, FreePolicy(2, 3, seed=0))
     separate = [
         exact.evaluate(
-            exact.enumerate_boards(task, denoiser, instances[i : i + 1], temperature=1.0), FreeOrder(2, 3, 0)
+            exact.enumerate_boards(Unmasking(task, denoiser, temperature=1.0), instances[i : i + 1]),
+            FreePolicy(2, 3, 0),
         ).reward
         for i in range(6)
     ]
@@ -410,15 +399,15 @@ def test_equal_starts_are_merged_and_weighted() -> None:
     complete = torch.tensor([0, 1, 1])
     assert values.reward[graph.start_of[4]] == 1, "nothing is left to fill"
     assert graph.boards == 27 + 9 + 9 + 1
-    boards, start, probability = exact.finished(graph, FreeOrder(2, 3, seed=0))
+    boards, start, probability = exact.finished(graph, FreePolicy(2, 3, seed=0))
     assert (boards == complete).all(1).sum() == 3, "boards of different starts are kept apart"
     sums = torch.zeros(4, dtype=torch.float64).index_add(0, start, probability)
     torch.testing.assert_close(sums, torch.ones(4, dtype=torch.float64))
     for beta in (0.05, 0.5):
-        best = exact.terminal_optimal(graph, reference.Random(), beta)
+        best = exact.terminal_optimal(graph, Random(), beta)
         assert (best.gap < 1e-6).all()
         alone = exact.terminal_optimal(
-            exact.enumerate_boards(task, denoiser, instances[1:2], temperature=1.0), reference.Random(), beta
+            exact.enumerate_boards(Unmasking(task, denoiser, temperature=1.0), instances[1:2]), Random(), beta
         )
         torch.testing.assert_close(best.value[graph.start_of[1]], alone.value[0], atol=2e-6, rtol=0)
 
@@ -435,16 +424,16 @@ def test_boards_wider_than_one_integer_are_told_apart() -> None:
         hidden_dim, device, calls = None, torch.device("cpu"), 0
 
         def __call__(self, tokens: Tensor) -> Denoised:
-            return Denoised(torch.full((*tokens.shape, vocab), -math.log(vocab)))
+            return Denoised.of(torch.full((*tokens.shape, vocab), -math.log(vocab)))
 
     tokens = torch.zeros(2, length, dtype=torch.long)
     tokens[:, [0, 20, 39]] = vocab
     tokens[1, 30] = 1
     task = Task()
     task.reward = lambda tokens, instances: (tokens == instances.answers).all(1).float()
-    graph = exact.enumerate_boards(task, Flat(), Instances(tokens, tokens.clamp(max=2)), temperature=1.0)
+    graph = exact.enumerate_boards(Unmasking(task, Flat(), temperature=1.0), Instances(tokens, tokens.clamp(max=2)))
     assert [len(level.start) for level in graph.levels] == [2, 2 * 9, 2 * 27, 2 * 27]
-    boards, start, probability = exact.finished(graph, reference.Random())
+    boards, start, probability = exact.finished(graph, Random())
     assert len(torch.cat([start.unsqueeze(1), boards], 1).unique(dim=0)) == 54
     torch.testing.assert_close(probability, torch.full((54,), 1 / 27).double())
 
@@ -457,7 +446,7 @@ class Product:
     log_probs = torch.tensor([0.3, 0.7]).log()
 
     def __call__(self, tokens: Tensor) -> Denoised:
-        return Denoised(self.log_probs.expand(*tokens.shape, 2))
+        return Denoised.of(self.log_probs.expand(*tokens.shape, 2))
 
 
 class Bits(TableTask):
@@ -470,49 +459,47 @@ def bits(length: int) -> Instances:
 
 
 def test_sixteen_holes_are_allowed_and_seventeen_are_not() -> None:
-    found = exact.sequence_log_prob(Bits(16), Product(), reference.MaxConfidence(), bits(16))
+    found = sequence_log_prob(Unmasking(Bits(16), Product(), temperature=1.0), MaxConfidence(), bits(16))
     assert float(found) == pytest.approx(6 * math.log(0.7) + 10 * math.log(0.3), abs=1e-5)
     with pytest.raises(TooLargeError, match="17 holes, and 16 are allowed"):
-        exact.sequence_log_prob(Bits(17), Product(), reference.Random(), bits(17))
+        sequence_log_prob(Unmasking(Bits(17), Product(), temperature=1.0), Random(), bits(17))
     with pytest.raises(TooLargeError, match="17 holes, and 16 are allowed"):
-        exact.enumerate_boards(Bits(17), Product(), bits(17))
+        exact.enumerate_boards(Unmasking(Bits(17), Product()), bits(17))
 
 
 def test_too_many_boards_are_refused() -> None:
-    exact.enumerate_boards(Bits(4), Product(), bits(4), temperature=1.0, max_states=81)
+    exact.enumerate_boards(Unmasking(Bits(4), Product(), temperature=1.0), bits(4), max_states=81)
     with pytest.raises(TooLargeError, match="at least 81 boards, and 80 are allowed"):
-        exact.enumerate_boards(Bits(4), Product(), bits(4), temperature=1.0, max_states=80)
+        exact.enumerate_boards(Unmasking(Bits(4), Product(), temperature=1.0), bits(4), max_states=80)
     with pytest.raises(UnmaskError, match="temperature"):
-        exact.enumerate_boards(Bits(4), Product(), bits(4), temperature=-1.0)
+        Unmasking(Bits(4), Product(), temperature=-1.0)
 
 
 # ---------------------------------------------------------------------- tables as orders
 def test_a_table_as_an_order() -> None:
     case = toy(3, 4, 1, 0.0)
-    order = exact.TableOrder(case.graph, exact.tabulate(case.graph, reference.MaxConfidence()))
-    for mine, theirs in zip(
-        exact.tabulate(case.graph, order), exact.tabulate(case.graph, reference.MaxConfidence()), strict=True
-    ):
-        assert torch.equal(mine, theirs)
-    played = [core.rollout(case.task, case.denoiser, o, case.start) for o in (order, reference.MaxConfidence())]
+    order = TablePolicy(case.graph, exact.tabulate(case.graph, MaxConfidence()))
+    for one, other in zip(exact.tabulate(case.graph, order), exact.tabulate(case.graph, MaxConfidence()), strict=True):
+        assert torch.equal(one, other)
+    played = [rollout(case.task, case.denoiser, o, case.start) for o in (order, MaxConfidence())]
     assert torch.equal(played[0].state.tokens, played[1].state.tokens)
     unknown = torch.tensor([[3, 3, 3, 3], [0, 1, 2, 3]])
     reached = torch.cat([level.observation.tokens for level in case.graph.levels])
     assert not (reached == unknown[1]).all(1).any()
     with pytest.raises(UnmaskError, match=r"board \[0, 1, 2, 3\] is not in the graph"):
-        order.log_prob(Observation(unknown, unknown == 3, case.denoiser(unknown)))
+        order(observation_of(unknown, unknown == 3, case.denoiser(unknown)))
 
 
 def test_playing_the_soft_optimum_earns_its_reward() -> None:
     case = toy(2, 3, 4, 1.0)
-    best = exact.soft_optimal(case.graph, reference.Random(), 0.02)
+    best = exact.soft_optimal(case.graph, Random(), 0.02)
     many = Instances(case.start.tokens.expand(20_000, -1), case.start.answers.expand(20_000, -1))
-    played = core.rollout(
+    played = rollout(
         case.task,
         case.denoiser,
-        exact.TableOrder(case.graph, best.policy),
+        TablePolicy(case.graph, best.policy),
         many,
-        order_generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(0),
         temperature=1.0,
         fill_generator=torch.Generator().manual_seed(1),
     )
@@ -523,55 +510,14 @@ def test_playing_the_soft_optimum_earns_its_reward() -> None:
 def test_the_packaged_denoiser_on_real_puzzles() -> None:
     task = tasks.get("sudoku4", blanks=6)
     denoiser, puzzles = load_denoiser("sudoku4", task), task.heldout(5)
-    graph = exact.enumerate_boards(task, denoiser, puzzles, hidden=True)
+    graph = exact.enumerate_boards(Unmasking(task, denoiser), puzzles, hidden=True)
     assert graph.starts == 5
     assert all(
         level.observation.denoised.hidden.shape == (len(level.start), 16, denoiser.hidden_dim) for level in graph.levels
     )
     best = exact.best_reward(graph)
-    for name in reference.REFERENCES.keys() - {"oracle", "learned", "learned_greedy"}:
-        assert (exact.evaluate(graph, reference.get(name)).reward <= best + 1e-12).all(), name
-    played = core.rollout(task, denoiser, reference.MaxConfidence(), puzzles)
-    certain = exact.evaluate(graph, reference.MaxConfidence()).reward
+    for name in SINGLE_NAMES:
+        assert (exact.evaluate(graph, reference(name)).reward <= best + 1e-12).all(), name
+    played = rollout(task, denoiser, MaxConfidence(), puzzles)
+    certain = exact.evaluate(graph, MaxConfidence()).reward
     torch.testing.assert_close(certain[graph.start_of], played.reward.double())
-
-
-# ---------------------------------------------------------------------- sets
-@pytest.mark.parametrize("seed", range(3))
-def test_fewest_forwards_is_the_best_of_all_sequences_of_sets(seed: int) -> None:
-    length, vocab = 5, 2
-    denoiser, mask = WrongDenoiser(vocab, length, seed), vocab
-    task = RewardTask(vocab, length, seed)
-
-    @cache
-    def best(board: tuple[int, ...], answer: tuple[int, ...]) -> float:
-        if mask not in board:
-            return 0.0 if board == answer else INF
-        top = denoiser(torch.tensor([board])).log_probs.argmax(-1)[0].tolist()
-        holes = [i for i, token in enumerate(board) if token == mask]
-        found = INF
-        for size in range(1, len(holes) + 1):
-            for chosen in itertools.combinations(holes, size):
-                filled = tuple(top[i] if i in chosen else token for i, token in enumerate(board))
-                found = min(found, 1 + best(filled, answer))
-        return found
-
-    answers = sequences(vocab, length)
-    given = torch.rand(answers.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
-    instances = Instances(torch.where(given, answers, mask), answers)
-    expected = [best(tuple(b), tuple(a)) for b, a in zip(instances.tokens.tolist(), answers.tolist(), strict=True)]
-    assert {1.0, 2.0, INF} <= set(expected), set(expected)
-    assert exact.fewest_forwards(task, denoiser, instances, batch=7).tolist() == expected
-    tokens = instances.tokens.clone()
-    tokens[:, 0] = 1 - instances.answers[:, 0]
-    assert exact.fewest_forwards(task, denoiser, Instances(tokens, answers)).eq(INF).all()
-    assert len(exact.fewest_forwards(task, denoiser, instances[:0])) == 0
-
-
-def test_fewest_forwards_asks_for_few_holes_and_one_answer() -> None:
-    sudoku = tasks.get("sudoku6")
-    with pytest.raises(TooLargeError, match="12 are allowed"):
-        exact.fewest_forwards(sudoku, load_denoiser("sudoku6-tiny", sudoku), sudoku.heldout(2))
-    countdown = tasks.get("countdown")
-    with pytest.raises(UnmaskError, match="several right answers"):
-        exact.fewest_forwards(countdown, WrongDenoiser(2, 2, 0), countdown.heldout(2))

@@ -9,29 +9,43 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tasks import UnknownNameError, UnmaskError
-from unmask_env import reference
-from unmask_env.core import Denoised, Observation
+from tests.toys import observation as observation_of
+from unmask_env.reference import (
+    REFERENCES,
+    Entropy,
+    LeftToRight,
+    Margin,
+    MaxConfidence,
+    Oracle,
+    Random,
+    Reference,
+    SoftmaxConfidence,
+    SoftmaxMargin,
+    TopK,
+    reference,
+)
+from unmask_env.state import Denoised, Observation
 
 INF = math.inf
 ORDERS = [
-    reference.Random(),
-    reference.LeftToRight(),
-    reference.MaxConfidence(),
-    reference.Margin(),
-    reference.Entropy(),
-    reference.SoftmaxConfidence(),
-    reference.SoftmaxConfidence(literal=True),
-    reference.SoftmaxConfidence(tau=1e-3),
-    reference.SoftmaxMargin(),
-    reference.TopK(1),
-    reference.TopK(3),
-    reference.TopK(50),
+    Random(),
+    LeftToRight(),
+    MaxConfidence(),
+    Margin(),
+    Entropy(),
+    SoftmaxConfidence(),
+    SoftmaxConfidence(literal=True),
+    SoftmaxConfidence(tau=1e-3),
+    SoftmaxMargin(),
+    TopK(1),
+    TopK(3),
+    TopK(50),
 ]
 
 
 def str_of(value: object) -> str | None:
     """A test id without memory addresses; None leaves it to pytest."""
-    if not isinstance(value, reference.Reference):
+    if not isinstance(value, Reference):
         return None
     return type(value).__name__ + " ".join(f"-{k}={v}" for k, v in vars(value).items())
 
@@ -40,11 +54,11 @@ def observe(probabilities: Tensor | list, is_open: list[list[bool]] | Tensor | N
     """An observation of the given (N, L, V) probabilities; the tokens are holes where open, else 0."""
     p = torch.as_tensor(probabilities, dtype=torch.float32)
     opened = torch.ones(p.shape[:2], dtype=torch.bool) if is_open is None else torch.as_tensor(is_open)
-    return Observation(torch.where(opened, p.shape[2], 0), opened, Denoised(p.log()))
+    return observation_of(torch.where(opened, p.shape[2], 0), opened, Denoised.of(p.log()))
 
 
-def probabilities_of(order: reference.Reference, observation: Observation) -> Tensor:
-    return order.log_prob(observation).exp()
+def probabilities_of(order: Reference, observation: Observation) -> Tensor:
+    return order(observation).log_probs.exp()
 
 
 @st.composite
@@ -61,19 +75,19 @@ def observations(draw) -> Observation:
 @pytest.mark.parametrize("order", ORDERS, ids=str_of)
 @given(observation=observations())
 def test_log_probs_are_a_distribution_over_the_open_positions(order, observation: Observation) -> None:
-    log_prob = order.log_prob(observation)
-    assert log_prob.shape == observation.open.shape
+    log_prob = order(observation).log_probs
+    assert log_prob.shape == observation.fillable.shape
     assert not log_prob.isnan().any()
-    assert (log_prob[~observation.open] == -INF).all()
+    assert (log_prob[~observation.fillable] == -INF).all()
     total = log_prob.double().exp().sum(1)
-    torch.testing.assert_close(total, observation.open.any(1).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(total, observation.fillable.any(1).double(), atol=1e-5, rtol=0)
 
 
 @given(observation=observations())
 def test_entropy_is_finite_and_zero_for_certain_positions(observation: Observation) -> None:
-    h = reference.entropy(observation)
+    h = observation.entropy
     assert h.isfinite().all()
-    certain = observation.denoised.log_probs.exp().max(-1).values == 1
+    certain = observation.confidence == 1
     assert (h[certain] == 0).all()
     assert (h[~certain] > 0).all()
 
@@ -81,21 +95,21 @@ def test_entropy_is_finite_and_zero_for_certain_positions(observation: Observati
 @given(observation=observations(), seed=st.integers(0, 2**20))
 def test_oracle_never_picks_a_wrong_cell_while_a_right_one_is_open(observation: Observation, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    n, length = observation.open.shape
-    answers = torch.randint(observation.denoised.log_probs.shape[2], (n, length), generator=generator)
-    order = reference.Oracle().with_answers(answers)
-    right = observation.open & (observation.denoised.log_probs.argmax(-1) == answers)
-    chosen = order.sample(observation, generator)
+    n, length = observation.fillable.shape
+    answers = torch.randint(observation.denoised.vocab_size, (n, length), generator=generator)
+    order = Oracle(answers)
+    right = observation.fillable & (observation.denoised.best == answers)
+    chosen = order(observation).act(generator)
     for row in range(n):
-        p = order.log_prob(observation)[row].exp()
-        among = right[row] if right[row].any() else observation.open[row]
+        p = order(observation).log_probs[row].exp()
+        among = right[row] if right[row].any() else observation.fillable[row]
         torch.testing.assert_close(p, among.float() / among.sum().clamp(min=1))
-        assert not among.any() or among[chosen[row]]
+        assert not among.any() or among[chosen[row]].all()
 
 
 def test_oracle_needs_the_answers() -> None:
-    with pytest.raises(UnmaskError, match="with_answers"):
-        reference.Oracle().log_prob(observe([[[0.5, 0.5]]]))
+    with pytest.raises(UnmaskError, match="for_instances"):
+        Oracle()(observe([[[0.5, 0.5]]]))
 
 
 # Five positions; the last is the best by every measure, but closed.
@@ -112,35 +126,35 @@ OPEN = [True, True, True, True, False]
 @pytest.mark.parametrize(
     ("order", "position"),
     [
-        (reference.LeftToRight(), 0),
-        (reference.MaxConfidence(), 2),
-        (reference.Margin(), 1),
-        (reference.Entropy(), 2),
-        (reference.TopK(1), 2),
+        (LeftToRight(), 0),
+        (MaxConfidence(), 2),
+        (Margin(), 1),
+        (Entropy(), 2),
+        (TopK(1), 2),
     ],
     ids=str_of,
 )
-def test_deterministic_choices_by_hand(order: reference.Reference, position: int) -> None:
+def test_deterministic_choices_by_hand(order: Reference, position: int) -> None:
     p = probabilities_of(order, observe([BOARD], [OPEN]))[0]
     assert p.tolist() == [float(i == position) for i in range(5)]
 
 
 def test_scores_by_hand() -> None:
     observation = observe([BOARD])
-    torch.testing.assert_close(reference.confidence(observation)[0], torch.tensor([0.5, 0.55, 0.6, 0.4, 1.0]))
-    torch.testing.assert_close(reference.margin(observation)[0], torch.tensor([0.0, 0.3, 0.2, 0.1, 1.0]))
+    torch.testing.assert_close(observation.confidence[0], torch.tensor([0.5, 0.55, 0.6, 0.4, 1.0]))
+    torch.testing.assert_close(observation.margin[0], torch.tensor([0.0, 0.3, 0.2, 0.1, 1.0]))
     expected = [-sum(p * math.log(p) for p in row if p) for row in BOARD]
-    torch.testing.assert_close(reference.entropy(observation)[0], torch.tensor(expected))
+    torch.testing.assert_close(observation.entropy[0], torch.tensor(expected))
 
 
 def test_left_to_right_skips_closed_positions_and_rows_without_any() -> None:
     is_open = [[False, True, True], [False, False, False], [False, False, True]]
-    p = probabilities_of(reference.LeftToRight(), observe(torch.full((3, 3, 2), 0.5), is_open))
+    p = probabilities_of(LeftToRight(), observe(torch.full((3, 3, 2), 0.5), is_open))
     assert p.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
 
 
-@pytest.mark.parametrize("order", [reference.MaxConfidence(), reference.Margin(), reference.Entropy()], ids=str_of)
-def test_ties_are_split_evenly(order: reference.Reference) -> None:
+@pytest.mark.parametrize("order", [MaxConfidence(), Margin(), Entropy()], ids=str_of)
+def test_ties_are_split_evenly(order: Reference) -> None:
     best = [0.7, 0.2, 0.1]
     board = [best, [0.4, 0.3, 0.3], best, [1.0, 0.0, 0.0], best]
     p = probabilities_of(order, observe([board], [[True, True, True, False, True]]))[0]
@@ -149,10 +163,10 @@ def test_ties_are_split_evenly(order: reference.Reference) -> None:
 
 @pytest.mark.parametrize(
     "order",
-    [reference.MaxConfidence(), reference.Margin(), reference.Entropy(), reference.SoftmaxConfidence()],
+    [MaxConfidence(), Margin(), Entropy(), SoftmaxConfidence()],
     ids=str_of,
 )
-def test_one_hot_rows_tie_whatever_their_symbol(order: reference.Reference) -> None:
+def test_one_hot_rows_tie_whatever_their_symbol(order: Reference) -> None:
     p = probabilities_of(order, observe([[[1.0, 0, 0], [0, 0, 1.0], [0, 1.0, 0]]]))[0]
     torch.testing.assert_close(p, torch.full((3,), 1 / 3))
 
@@ -175,7 +189,7 @@ def spread(vocab: int) -> Observation:
     ],
 )
 def test_softmax_confidence_by_hand(vocab: int, literal: bool, expected: list[float]) -> None:
-    p = probabilities_of(reference.SoftmaxConfidence(tau=0.05, literal=literal), spread(vocab))[0]
+    p = probabilities_of(SoftmaxConfidence(tau=0.05, literal=literal), spread(vocab))[0]
     torch.testing.assert_close(p, torch.tensor(expected), atol=6e-5, rtol=0)
 
 
@@ -183,8 +197,8 @@ def test_softmax_temperatures_reach_both_limits() -> None:
     observation = observe([BOARD], [OPEN])
     even = torch.tensor(OPEN).float() / 4
     for kind, greedy in (
-        (reference.SoftmaxConfidence, reference.MaxConfidence),
-        (reference.SoftmaxMargin, reference.Margin),
+        (SoftmaxConfidence, MaxConfidence),
+        (SoftmaxMargin, Margin),
     ):
         torch.testing.assert_close(probabilities_of(kind(tau=1e6), observation)[0], even, atol=1e-5, rtol=0)
         cold = probabilities_of(kind(tau=1e-4), observation)
@@ -192,7 +206,7 @@ def test_softmax_temperatures_reach_both_limits() -> None:
 
 
 def test_softmax_margin_by_hand() -> None:
-    p = probabilities_of(reference.SoftmaxMargin(tau=0.1), observe([BOARD], [OPEN]))[0]
+    p = probabilities_of(SoftmaxMargin(tau=0.1), observe([BOARD], [OPEN]))[0]
     weights = [math.exp(0), math.exp(3), math.exp(2), math.exp(1), 0.0]
     torch.testing.assert_close(p, torch.tensor([w / sum(weights) for w in weights]))
 
@@ -200,51 +214,54 @@ def test_softmax_margin_by_hand() -> None:
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("is_open", [[1, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]])
 def test_top_k_is_uniform_over_the_k_most_confident_open_positions(k: int, is_open: list[int]) -> None:
-    p = probabilities_of(reference.TopK(k), observe([BOARD], torch.tensor([is_open]).bool()))[0]
+    p = probabilities_of(TopK(k), observe([BOARD], torch.tensor([is_open]).bool()))[0]
     by_confidence = [i for i in (4, 2, 1, 0, 3) if is_open[i]][:k]
     expected = [1 / len(by_confidence) if i in by_confidence else 0.0 for i in range(5)]
     torch.testing.assert_close(p, torch.tensor(expected))
 
 
 def test_top_k_ties_for_the_last_place_go_to_the_lowest_index() -> None:
-    p = probabilities_of(reference.TopK(2), observe(torch.full((1, 4, 2), 0.5), [[False, True, True, True]]))
+    p = probabilities_of(TopK(2), observe(torch.full((1, 4, 2), 0.5), [[False, True, True, True]]))
     assert p.tolist() == [[0, 0.5, 0.5, 0]]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str_of)
-def test_sample_respects_the_distribution(order: reference.Reference) -> None:
+def test_sample_respects_the_distribution(order: Reference) -> None:
     n = 20_000
     board = torch.tensor([BOARD]).expand(n, -1, -1)
     observation = observe(board, torch.tensor([OPEN]).expand(n, -1))
-    drawn = order.sample(observation, torch.Generator().manual_seed(0))
-    p = order.log_prob(observation)[0].double().exp()
-    frequency = torch.bincount(drawn, minlength=5).double() / n
+    drawn = order(observation).act(torch.Generator().manual_seed(0))
+    p = order(observation).log_probs[0].double().exp()
+    frequency = drawn.double().mean(0)
     assert (frequency[p == 0] == 0).all()
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
 def test_sample_repeats_with_its_generator() -> None:
     observation = observe(torch.full((64, 5, 3), 1 / 3))
-    first, again, other = (reference.Random().sample(observation, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    first, again, other = (Random()(observation).act(torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_get_knows_every_name_and_refuses_the_rest() -> None:
-    for name, kind in reference.REFERENCES.items():
-        assert type(reference.get(name)) is kind
-    assert reference.get("top_k", k=3) == reference.TopK(3)
+def test_the_registry_knows_every_name_and_refuses_the_rest() -> None:
+    for name, kind in REFERENCES.items():
+        assert type(reference(name)) is kind
+        assert kind.name == name
+    assert reference("top_k", k=3) == reference("top_k:k=3") == TopK(3)
     with pytest.raises(UnknownNameError, match=r"unknown reference policy 'maxconf'; known: .*margin.*top_k"):
-        reference.get("maxconf")
-    with pytest.raises(UnmaskError, match="'random' does not take tau"):
-        reference.get("random", tau=0.1)
+        reference("maxconf")
+    with pytest.raises(UnmaskError, match="reference policy 'random' takes no options; not tau"):
+        reference("random", tau=0.1)
+    with pytest.raises(UnmaskError, match="reference policy 'top_k': k must be a whole number, not 'x'"):
+        reference("top_k:k=x")
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan])
 @pytest.mark.parametrize(("name", "option"), [("softmax_confidence", "tau"), ("softmax_margin", "tau"), ("top_k", "k")])
 def test_options_out_of_range_are_refused(name: str, option: str, value: float) -> None:
     with pytest.raises(UnmaskError, match=f"{option} must be a "):
-        reference.get(name, **{option: value})
+        reference(name, **{option: value})
 
 
 def test_oracle_of_several_answers_takes_the_likeliest_that_agrees_with_the_board() -> None:
@@ -253,9 +270,9 @@ def test_oracle_of_several_answers_takes_the_likeliest_that_agrees_with_the_boar
 
     def board(*tokens: int) -> Observation:
         tokens = torch.tensor([tokens])
-        return Observation(tokens, tokens == 3, Denoised(log_probs))
+        return observation_of(tokens, tokens == 3, Denoised.of(log_probs))
 
-    oracle = reference.Oracle().with_answers(several)
+    oracle = Oracle(several)
     # By hand: .1 * .6 * .5 = .03, .6 * .6 * .3 = .108 and .6 * .3 * .5 = .09.
     assert oracle.answer(board(3, 3, 3)).tolist() == [[1, 1, 0]]
     assert oracle.right(board(3, 3, 3)).tolist() == [[True, True, False]]
@@ -266,13 +283,13 @@ def test_oracle_of_several_answers_takes_the_likeliest_that_agrees_with_the_boar
 
 
 def test_oracle_of_several_answers_takes_the_nearest_and_one_that_helps() -> None:
-    oracle = reference.Oracle().with_answers(torch.tensor([[[0, 0, 0, 0], [1, 1, 1, 1]]]))
+    oracle = Oracle(torch.tensor([[[0, 0, 0, 0], [1, 1, 1, 1]]]))
     tokens = torch.tensor([[1, 1, 0, 2]])
     log_probs = torch.tensor([0.6, 0.4]).log().expand(1, 4, 2)
-    assert oracle.answer(Observation(tokens, tokens == 2, Denoised(log_probs))).tolist() == [[1, 1, 1, 1]]
+    assert oracle.answer(observation_of(tokens, tokens == 2, Denoised.of(log_probs))).tolist() == [[1, 1, 1, 1]]
     # The likelier answer, (1, 1) at .39 * .45, is at no position the top symbol; (0, 2) is at the first.
     tokens = torch.tensor([[3, 3]])
     log_probs = torch.tensor([[[0.40, 0.39, 0.21], [0.50, 0.45, 0.05]]]).log()
-    seen = Observation(tokens, tokens == 3, Denoised(log_probs))
-    oracle = reference.Oracle().with_answers(torch.tensor([[[1, 1], [0, 2]]]))
+    seen = observation_of(tokens, tokens == 3, Denoised.of(log_probs))
+    oracle = Oracle(torch.tensor([[[1, 1], [0, 2]]]))
     assert oracle.right(seen).tolist() == [[True, False]]

@@ -113,7 +113,7 @@ def test_an_id_without_a_denoiser_asks_for_one_and_takes_one() -> None:
             with pytest.raises(UnmaskError, match="needs a denoiser; give denoiser="):
                 make(id)
         env = gym.make(id, denoiser=TableDenoiser(task.joint()))
-        assert env.reset(seed=0)[0]["top_tokens"].shape == (2, 2)
+        assert env.reset(seed=0)[0]["top_symbols"].shape == (2, 2)
     finally:
         registration._REGISTERED.pop(id)
         gym.registry.pop(id)

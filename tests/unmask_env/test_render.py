@@ -10,12 +10,20 @@ import torch
 from PIL import Image
 
 import tasks
-from unmask_env import core, render
+from tests.toys import FavouriteDenoiser
+from unmask_env import render
+from unmask_env.process import Unmasking
+from unmask_env.state import State
 
 TASK = tasks.get("sudoku4")
 START = TASK.heldout(1)
+DENOISER = FavouriteDenoiser(START.answers, torch.full((1, 16), -0.5), vocab_size=4)
 CLUES = START.tokens[0] != TASK.mask_id
 HOLES = (~CLUES).nonzero().flatten().tolist()
+
+
+def begin(task: tasks.Task, instances: tasks.Instances) -> State:
+    return Unmasking(task, DENOISER).reset(instances)
 
 
 def boards(wrong_at: int | None = None) -> list[torch.Tensor]:
@@ -35,20 +43,15 @@ def centre(picture: np.ndarray, position: int) -> tuple[int, ...]:
 
 
 def test_ansi_is_the_drawn_text() -> None:
-    state = core.begin(TASK.heldout(2), TASK.mask_id)
+    state = begin(TASK, TASK.heldout(2))
     assert render.board(TASK, state, 1, "ansi") == TASK.draw(state.tokens[1])
     tokens = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 3, 2, 1, 0, 4, 4, 4, 4])
-    drawn = render.board(
-        TASK,
-        core.State(tokens[None], tokens[None] == 4, START, torch.zeros(1), torch.zeros_like(tokens[None])),
-        0,
-        "ansi",
-    )
+    drawn = render.board(TASK, begin(TASK, tasks.Instances(tokens[None], START.answers)), 0, "ansi")
     assert drawn == "1 2 | 3 4\n. . | . .\n\n4 3 | 2 1\n. . | . ."
 
 
 def test_rgb_array_is_a_picture_in_the_right_colours() -> None:
-    state = core.begin(START, TASK.mask_id)
+    state = begin(TASK, START)
     picture = render.board(TASK, state, 0, "rgb_array")
     assert isinstance(picture, np.ndarray)
     assert picture.dtype == np.uint8
@@ -59,7 +62,7 @@ def test_rgb_array_is_a_picture_in_the_right_colours() -> None:
 
 def test_image_marks_filled_last_and_wrong_cells() -> None:
     final = boards(wrong_at=HOLES[1])[-1]
-    picture = render.image(TASK, final, CLUES, START.answers[0], last=HOLES[2])
+    picture = render.image(TASK, final, CLUES, START.answers[0], last=[HOLES[2]])
     assert centre(picture, HOLES[0]) == render.FILLED
     assert centre(picture, HOLES[1]) == render.WRONG
     assert centre(picture, HOLES[2]) == render.LAST
@@ -79,7 +82,7 @@ def test_the_image_shows_the_symbols() -> None:
 @pytest.mark.parametrize("name", ["sudoku6", "sudoku9"])
 def test_other_sizes(name: str) -> None:
     task = tasks.get(name)
-    state = core.begin(task.heldout(1), task.mask_id)
+    state = begin(task, task.heldout(1))
     side = task.shape[0] * render.CELL + 5
     assert render.board(task, state, 0, "rgb_array").shape == (side, side, 3)
     assert len(render.board(task, state, 0, "ansi").splitlines()) == task.shape[0] + task.shape[0] // task.box[0] - 1

@@ -1,0 +1,49 @@
+"""Replay of failed instances: on an easy task most instances teach nothing, so keep the ones that went wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks import Instances, Task
+
+
+class Replay:
+    """The most recent failures of a policy, mixed into its training instances.
+
+    Args:
+        fraction: part of each batch that is replayed, once there is enough.
+        capacity: instances kept; the oldest are forgotten.
+    """
+
+    def __init__(self, task: Task, fraction: float, capacity: int = 4096) -> None:
+        self.task, self.fraction, self.capacity = task, fraction, capacity
+        empty = torch.zeros(0, task.length, dtype=torch.long)
+        self.tokens, self.answers = empty, empty.clone()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Instances, int]:
+        """``n`` instances, and how many of them, the first ones, are fresh."""
+        replayed = min(int(n * self.fraction), len(self))
+        fresh = self.task.sample(n - replayed, generator)
+        if replayed == 0:
+            return fresh, n
+        rows = torch.randperm(len(self), generator=generator, device=generator.device)[:replayed].cpu()
+        tokens = torch.cat([fresh.tokens, self.tokens[rows].to(fresh.tokens.device)])
+        answers = torch.cat([fresh.answers, self.answers[rows].to(fresh.tokens.device)])
+        return Instances(tokens, answers), n - replayed
+
+    def add(self, instances: Instances, failed: Tensor) -> None:
+        """Keep the instances where ``failed`` (N,) bool."""
+        self.tokens = torch.cat([self.tokens, instances.tokens[failed].cpu()])[-self.capacity :]
+        self.answers = torch.cat([self.answers, instances.answers[failed].cpu()])[-self.capacity :]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "answers": self.answers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens, self.answers = state["tokens"], state["answers"]

@@ -1,0 +1,160 @@
+"""Boards in mid-play to learn on: where a policy is uncertain, or where a set decides something."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.policy import MAX_REMASK_COUNT, OrderPolicy
+from agents.remask_policy import RemaskPolicy
+from tasks import Instances, Task
+from unmask_env.process import Unmasking
+from unmask_env.reference import Oracle, Policy, SoftThreshold
+from unmask_env.state import Observation, Rules
+
+THRESHOLD_LOG_ODDS = {"set": (-4.0, 4.0), "set+remask": (-4.0, 0.5)}  # between which thresholds are drawn
+REMASK_RATES = (0.0, 0.3, 1.0)  # shares, by board, of the wrong symbols that are masked again for the player
+FALSE_REMASK_RATE = 0.36  # right symbols masked again for it in each forward, were the board full
+
+
+class States:
+    """Boards in mid-play, (S, L) each: ``tokens``; ``answers``; ``given``, what they began with; ``remask_count``; and
+    which of them are ``uncertain`` (S,) bool: of single positions no position is confident, of remasking some symbol is
+    wrong."""
+
+    def __init__(self, task: Task) -> None:
+        empty = torch.zeros(0, task.length, dtype=torch.long)
+        self.tokens, self.answers, self.given, self.remask_count = (empty.clone() for _ in range(4))
+        self.uncertain = torch.zeros(0, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in vars(self):
+            setattr(self, name, state[name])
+
+    # ------------------------------------------------------------------ collecting
+    @torch.no_grad()
+    def collect(self, process: Unmasking, instances: Instances, defer_above: float, generator: torch.Generator) -> None:
+        """Play ``instances`` by margin among the right positions, so that boards stay solvable; keep the states where
+        one position's top symbol is right and another's wrong: all uncertain ones, one in twenty of the others. Where
+        several answers are right, a state's is the one that the denoiser finds likeliest there."""
+        process = replace(process, rules=Rules())
+        kept: list[tuple[Tensor, ...]] = []
+        for part in (instances[rows] for rows in torch.arange(len(instances)).split(500)):
+            state, oracle = process.reset(part), Oracle(process.task.all_answers(part.to(process.device)))
+            while not bool(state.done.all()):
+                seen = process.observe(state)
+                answer = oracle.answer(seen)
+                right = Oracle(answer).right(seen)
+                uncertain = seen.confidence.masked_fill(~seen.fillable, 0.0).max(1).values < defer_above
+                spared = torch.rand(uncertain.shape, generator=generator, device=uncertain.device) < 0.05
+                keep = (seen.fillable & ~right).any(1) & right.any(1) & (uncertain | spared)
+                kept.append((state.tokens[keep].cpu(), answer[keep].cpu(), uncertain[keep].cpu()))
+                best = seen.margin.masked_fill(~right, -1.0).argmax(1, keepdim=True)
+                state, _ = process.step(state, seen, torch.zeros_like(right).scatter(1, best, True))
+                state = replace(state, done=state.done | ~right.any(1))  # a lost board is given up
+        self.tokens, self.answers, self.uncertain = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        self.given, self.remask_count = self.tokens, torch.zeros_like(self.tokens)
+
+    @torch.no_grad()
+    def collect_sets(
+        self,
+        process: Unmasking,
+        instances: Instances,
+        generator: torch.Generator,
+        player: OrderPolicy | RemaskPolicy | None = None,
+    ) -> None:
+        """Play ``instances`` by confidence thresholds between 0.3 and 1, or by ``player`` at thresholds of all heights,
+        and keep the states on the way.
+
+        Where mistakes are final, those with a wrong symbol are left out: on a lost board nothing is right however
+        confident it looks. Where they are not, the ``uncertain`` states are the boards with a wrong symbol.
+        """
+        rules, length = process.rules, process.task.length
+        remasks = rules.actions == "set+remask"
+        # Boards that mask again what they fill again go in circles, and teach the same each time.
+        enough = max(8, math.ceil(length / 3)) if remasks else length
+        process = replace(process, rules=replace(rules, nfe_budget=rules.nfe_budget or enough), temperature=0.0)
+        kept: list[tuple[Tensor, ...]] = []
+        for rows in torch.arange(len(instances)).split(200):
+            part = instances[rows].to(process.device)
+            policy, draws = self._player(rules, player, generator)
+            oracle = Oracle(process.task.all_answers(part))
+            rates = None
+            if remasks:
+                which = torch.randint(len(REMASK_RATES), (len(part), 1), generator=generator, device=generator.device)
+                rates = torch.tensor(REMASK_RATES, device=which.device)[which]
+            state = process.reset(part)
+            while not bool(state.done.all()):
+                seen = process.observe(state)
+                action = policy(seen).act(draws)
+                answer = oracle.answer(seen)
+                if rates is not None:
+                    action = _intervene(action, seen, answer, rates, generator)
+                lost = ((seen.tokens != answer) & ~seen.masked).any(1)
+                keep = ~state.done if remasks else ~state.done & ~lost
+                uncertain = lost if remasks else torch.ones_like(lost)
+                columns = (seen.tokens, answer, part.tokens, state.remask_count, uncertain)
+                kept.append(tuple(column[keep].cpu() for column in columns))
+                state, _ = process.step(state, seen, action)
+        columns = map(torch.cat, zip(*kept, strict=True))
+        self.tokens, self.answers, self.given, self.remask_count, self.uncertain = columns
+
+    @staticmethod
+    def _player(
+        rules: Rules, player: OrderPolicy | RemaskPolicy | None, generator: torch.Generator
+    ) -> tuple[Policy, torch.Generator | None]:
+        """Who plays, at a threshold of its own height, and what it is sampled with."""
+        height = float(torch.rand((), generator=generator, device=generator.device))
+        if player is None:
+            return SoftThreshold(0.3 + 0.69 * height, tau=0.02), generator
+        low, high = THRESHOLD_LOG_ODDS[rules.actions]
+        return player.at(1 / (1 + math.exp(-low - (high - low) * height))), None
+
+    # ------------------------------------------------------------------ batches
+    def sample(
+        self, task: Task, n: int, certain_fraction: float, generator: torch.Generator
+    ) -> tuple[Instances, Tensor, Tensor]:
+        """``n`` states under new symmetries, (n, L) what they began with, and (n, L) how often each position was masked
+        again (up to a maximum); a share ``certain_fraction`` of them not uncertain (all of one kind where the other is
+        empty)."""
+        uncertain, certain = self.uncertain.nonzero().squeeze(1), (~self.uncertain).nonzero().squeeze(1)
+        few = n if not len(uncertain) else 0 if not len(certain) else int(n * certain_fraction)
+        parts = []
+        for pool, count in ((uncertain, n - few), (certain, few)):
+            if count:
+                pick = torch.randint(len(pool), (count,), generator=generator, device=generator.device).cpu()
+                parts.append(pool[pick])
+        rows, before = torch.cat(parts), generator.get_state()
+        answers, counts = self.answers[rows], self.remask_count[rows]
+
+        def augmented(tokens: Tensor) -> Instances:
+            generator.set_state(before)  # the same symmetries each time
+            return task.augment(Instances(tokens, answers).to(generator.device), generator)
+
+        # Symmetries move symbols about and leave masks masks, so counts travel as masks.
+        times = range(1, min(MAX_REMASK_COUNT, int(counts.max())) + 1)
+        marks = [augmented(answers.masked_fill(counts >= k, task.mask_id)).tokens == task.mask_id for k in times]
+        given, states = augmented(self.given[rows]).tokens, augmented(self.tokens[rows])
+        return states, given, torch.stack([torch.zeros_like(given), *(mark.long() for mark in marks)]).sum(0)
+
+
+def _intervene(action: Tensor, seen: Observation, answer: Tensor, rates: Tensor, generator: torch.Generator) -> Tensor:
+    """(N, A): the player's action, and of the wrong symbols a share ``rates`` (N, 1) masked again for it, with a few
+    right ones (an intervention as in DAgger): what it has masked again before is then mostly what it was wrong about,
+    as it is once it has learned. In a forward that masks again only the most confident position is filled."""
+    length = answer.shape[1]
+    wrong = seen.tokens != answer
+    chance = torch.rand(wrong.shape, generator=generator, device=wrong.device)
+    again = chance < torch.where(wrong, rates, FALSE_REMASK_RATE / length)
+    again = action[:, length:] | (seen.remaskable & again)
+    return torch.cat([action[:, :length] & ~again.any(1, keepdim=True), again], 1)

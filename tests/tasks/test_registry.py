@@ -1,0 +1,83 @@
+"""Arguments of tasks that do not fit: a table generated from what the constructors' annotations allow."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+import tasks
+from tasks import UnmaskError
+from tasks.registry import read_options
+from tasks.settings import AtLeast1, Range, Share, alternatives, checked
+
+TASKS = [tasks.Countdown, tasks.Lines, tasks.MathWord, tasks.Sudoku, tasks.Tabular, tasks.Text]
+NEEDED = {tasks.Lines: {"source": ["a"] * 3, "tokenizer": None}, tasks.Sudoku: {"box_height": 2, "box_width": 3}}
+
+
+def outside(kind: Any) -> list[Any]:
+    """Values that an annotation does not allow: just outside its range, of another type, or of no name."""
+    (option, *_) = alternatives(kind)
+    if get_origin(option) is Literal:
+        return ["neither"]
+    base, *extras = get_args(option) if get_origin(option) is Annotated else (option,)
+    if base is bool:
+        return [1, "true"]
+    if base not in (int, float):
+        return []
+    values = ["1", True, math.nan, math.inf, *([1.5] if base is int else [])]
+    for bounds in extras:
+        step = 1 if base is int else 1e-9
+        values += [bounds.least - step, bounds.most + step, bounds.above, bounds.below]
+    return [value for value in values if value != -math.inf]
+
+
+CASES = [
+    pytest.param(task, name, value, id=f"{task.__name__}-{name}-{value!r}")
+    for task in TASKS
+    for name, kind in get_type_hints(task.__init__, include_extras=True).items()
+    if name != "return"
+    for value in outside(kind)
+]
+
+
+def test_the_table_is_large() -> None:
+    assert len(CASES) > 80
+    assert {case.values[0] for case in CASES} == set(TASKS)
+
+
+@pytest.mark.parametrize(("task", "name", "value"), CASES)
+def test_arguments_that_do_not_fit(task: type, name: str, value: Any) -> None:
+    with pytest.raises(UnmaskError, match=f"^{name} must be .*, not ") as caught:
+        task(**NEEDED.get(task, {}) | {name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_checked_functions_keep_their_signature_and_check_what_is_given_by_place_or_by_name() -> None:
+    @checked
+    def area(height: AtLeast1, width: AtLeast1 = 2, *, share: Share | None = None) -> float:
+        return height * width * (share or 1)
+
+    assert list(inspect.signature(area).parameters) == ["height", "width", "share"]
+    assert (area(3), area(3, 4), area(height=3, share=0.5)) == (6, 12, 3)
+    for call in (lambda: area(0), lambda: area(1, width=0), lambda: area(1, 1, share=2.0)):
+        with pytest.raises(UnmaskError, match=r"must be a .*number"):
+            call()
+    with pytest.raises(TypeError):
+        area()
+
+
+def test_options_are_read_as_their_annotations_say() -> None:
+    def factory(
+        source: str = "", size: Annotated[int, Range(1, 9)] = 1, share: Share | None = None, count: Literal[3, 4] = 3
+    ) -> None: ...
+
+    read = read_options("it", "a,size=12,share=0.5,count=4", factory)
+    assert read == {"source": "a", "size": 12, "share": 0.5, "count": 4}, "ranges are for the factory to check"
+    assert type(read["count"]) is int
+    with pytest.raises(UnmaskError, match="it: count must be 3 or 4, not '5'"):
+        read_options("it", "count=5", factory)
+    with pytest.raises(UnmaskError, match="it: share must be a number, not 'x'"):
+        read_options("it", "share=x", factory)

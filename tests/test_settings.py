@@ -1,0 +1,104 @@
+"""Settings that do not fit, generated from what the fields themselves say is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from agents import evaluate, frontier, imitation, sb3_ppo, show, torchrl_ppo, upo
+from agents.decoding import Thresholds
+from agents.demo import DemoConfig
+from agents.policy import PolicyConfig
+from pretrain.likelihood import LikelihoodCommand
+from pretrain.train import OBJECTIVES
+from tasks import UnmaskError
+from tasks.settings import Range, validate
+from unmask_env.reference import REFERENCES
+from unmask_env.state import Rules
+
+BETWEEN = 1e-6  # just outside
+COMMANDS = [evaluate.EvaluateCommand, frontier.FrontierCommand, show.ShowCommand, LikelihoodCommand]
+LEARNERS = [
+    upo.UPOConfig,
+    imitation.ImitationConfig,
+    sb3_ppo.SB3PPOConfig,
+    torchrl_ppo.TorchRLPPOConfig,
+    torchrl_ppo.TorchRLGRPOConfig,
+]
+KINDS = [*dict.fromkeys(OBJECTIVES.values()), *LEARNERS, *COMMANDS, DemoConfig, PolicyConfig, Rules, Thresholds]
+KINDS += [rule for rule in REFERENCES.values() if dataclasses.is_dataclass(rule) and dataclasses.fields(rule)]
+
+
+def outside(hint: Any) -> list[Any]:
+    """Values just outside what an annotation allows; none where it allows everything."""
+    options = [option for option in (get_args(hint) if get_origin(hint) not in (Annotated, Literal) else [hint])]
+    option = next((o for o in options or [hint] if o is not type(None)), hint)
+    if get_origin(option) is Literal:
+        return ["neither"]
+    base, *extras = get_args(option) if get_origin(option) is Annotated else (option,)
+    if base is bool:
+        return ["yes"]
+    if base not in (int, float):
+        return []
+    bad: list[Any] = ["1", math.nan, math.inf] if base is float else ["1", 1.5, True]
+    for bounds in extras:
+        if isinstance(bounds, Range):
+            step = 1 if base is int else BETWEEN
+            bad += [bounds.least - step] if math.isfinite(bounds.least) else []
+            bad += [bounds.most + step] if math.isfinite(bounds.most) else []
+            bad += [kind(edge) for edge in (bounds.above, bounds.below) if math.isfinite(edge) for kind in (base,)]
+    return bad
+
+
+def cases() -> list[Any]:
+    out = []
+    for kind in KINDS:
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            if name in {field.name for field in dataclasses.fields(kind)}:
+                out += [
+                    pytest.param(kind, name, value, id=f"{kind.__name__} {name}={value}") for value in outside(hint)
+                ]
+    return out
+
+
+def made(kind: type, **changes: Any) -> Any:
+    """With something for every field that has no default."""
+    needed = {
+        field.name: "x"
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    return kind(**needed | changes)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_defaults_fit(kind: type) -> None:
+    validate(made(kind))
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), cases())
+def test_settings_out_of_range_are_refused_by_name_in_one_line(kind: type, name: str, value: Any) -> None:
+    with pytest.raises(UnmaskError) as caught:
+        validate(made(kind, **{name: value}))
+    message = str(caught.value)
+    assert message.startswith(f"{name} must be ")
+    assert message.endswith(f"not {value!r}")
+    assert "\n" not in message
+
+
+def test_messages_by_hand() -> None:
+    for kind, changes, message in (
+        (OBJECTIVES["mdm"], {"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        (OBJECTIVES["mdm"], {"ema": 1.0}, "ema must be a number of at least 0 and below 1, not 1.0"),
+        (OBJECTIVES["mdm"], {"schedule": "linear"}, "schedule must be cosine or constant, not 'linear'"),
+        (OBJECTIVES["lomdm"], {"order_start": 1.1}, "order_start must be a number between 0 and 1, not 1.1"),
+        (upo.UPOConfig, {"group": 1}, "group must be a whole number of at least 2, not 1"),
+        (upo.UPOConfig, {"temperature": 0.0}, "temperature must be a number above 0, not 0.0"),
+        (upo.UPOConfig, {"lr": math.inf}, "lr must be a number of at least 0, not inf"),
+    ):
+        with pytest.raises(UnmaskError) as caught:
+            validate(made(kind, **changes))
+        assert str(caught.value) == message

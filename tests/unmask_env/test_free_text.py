@@ -1,0 +1,75 @@
+"""Free text: the scorer's likelihood against the exact bound, and what repetition earns."""
+
+import pytest
+import torch
+
+import tasks
+from pretrain.backbone import Backbone
+from pretrain.likelihood import bound
+from tasks import IncompatibleDenoiserError
+from tasks.free_text import FreeText
+from tasks.text import Corpus, Text
+from unmask_env.free_text import Scorer, free_text
+
+PROSE = "the order of things is the order of time, and time is short and quickly gone by now.\n" * 200
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text(Corpus((PROSE,), (PROSE,), (PROSE,)), length=32, hide=1.0)
+
+
+def model_of(text: Text, block_length: int | None = 1, **options) -> Backbone:
+    torch.manual_seed(0)
+    shape = {"dim": 16, "layers": 2, "heads": 2, "block_length": block_length} | options
+    return Backbone(text.vocab_size, text.coordinates.tolist(), fingerprint=text.fingerprint, **shape)
+
+
+def test_the_likelihood_is_the_exact_one(text: Text) -> None:
+    model, answers = model_of(text), text.heldout(20).answers
+    scorer = Scorer(model, text)
+    task = FreeText(text, scorer)
+    exact = bound(model, answers, torch.Generator().manual_seed(0))
+    assert exact.exact
+    torch.testing.assert_close(scorer(answers), exact.path.double() / text.length, atol=1e-5, rtol=0)
+    measured = task.metrics(answers, text.heldout(20))
+    torch.testing.assert_close(measured["likelihood"], torch.exp(-scorer(answers)).float())
+
+
+def test_repetition_earns_nothing_however_likely(text: Text) -> None:
+    task, instances = FreeText(text, Scorer(model_of(text), text)), text.heldout(4)
+    low, high = task._floor
+    assert 0 < low <= high < torch.tensor(32.0).log()
+    same = torch.full_like(instances.answers, 3)
+    pair = torch.tensor([3, 5]).repeat(4, 16)
+    for tokens, entropy in ((same, 0.0), (pair, torch.tensor(2.0).log() / torch.tensor(32.0).log())):
+        found = task.metrics(tokens, instances)
+        assert (found["reward"] == 0).all()
+        assert (found["likelihood"] > 0).all()
+        torch.testing.assert_close(found["entropy"], torch.full((4,), float(entropy)))
+    assert task.metrics(same, instances)["distinct_4"].tolist() == pytest.approx([1 / 29] * 4)
+    assert task.metrics(pair, instances)["distinct_4"].tolist() == pytest.approx([2 / 29] * 4)
+    real = task.metrics(instances.answers, instances)
+    assert (real["reward"] > 0).any()
+    assert (real["reward"] <= real["likelihood"]).all()
+    holes = instances.answers.clone()
+    holes[:, 5] = task.mask_id
+    assert (task.metrics(holes, instances)["reward"] == 0).all()
+
+
+def test_models_that_cannot_score(text: Text) -> None:
+    with pytest.raises(tasks.UnmaskError, match="the scorer given is not autoregressive"):
+        Scorer(model_of(text, None), text)
+    other = Text(Corpus((PROSE.upper(),), (PROSE.upper(),), (PROSE.upper(),)), length=32)
+    with pytest.raises(IncompatibleDenoiserError, match="symbols"):
+        Scorer(model_of(text), other)
+
+
+def test_the_packaged_scorer_prefers_english_to_its_letters_in_another_order() -> None:
+    task = free_text()
+    real = task.heldout(64)
+    shuffled = real.answers[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    english, noise = task.metrics(real.answers, real), task.metrics(shuffled, real)
+    assert float(english["likelihood"].mean()) > 3 * float(noise["likelihood"].mean())
+    torch.testing.assert_close(english["entropy"], noise["entropy"])
+    assert (real.tokens == task.mask_id).all()

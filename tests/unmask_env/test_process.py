@@ -1,0 +1,535 @@
+"""The decision process against hand-computed boards and exact enumeration."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tasks
+from tasks import Instances
+from tests.oracles import enumeration
+from tests.toys import FavouriteDenoiser, one_of, rollout, stepped
+from unmask_env.denoiser import TableDenoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import (
+    Entropy,
+    LeftToRight,
+    Margin,
+    MaxConfidence,
+    Oracle,
+    Policy,
+    Random,
+    SoftmaxConfidence,
+    SoftmaxMargin,
+    TopK,
+)
+from unmask_env.state import Denoised, InvalidActionError, Rules, State
+
+M = 4  # the mask of a 4-symbol board
+
+# A board of two rows: 3 positions, 4 symbols. Row 0 has holes at 0 and 2, row 1 at 1 only.
+INSTANCES = Instances(torch.tensor([[M, 1, M], [2, M, 0]]), torch.tensor([[3, 1, 0], [2, 2, 0]]))
+# The denoiser's favourites: row 0 says 3, 1, 2 (position 2 should be 0: a mistake); row 1 says 0, 2, 3.
+FAVOURITE = torch.tensor([[3, 1, 2], [0, 2, 3]])
+CONFIDENCE = torch.tensor([[-0.5, -0.1, -0.2], [-0.3, -0.2, -0.1]])
+DENOISER = FavouriteDenoiser(FAVOURITE, CONFIDENCE, vocab_size=4)
+
+
+class Line(tasks.Task):
+    """Three positions of four symbols; the reward is the share of positions that equal the answer."""
+
+    name, symbols, shape = "line", ("a", "b", "c", "d"), (1, 3)
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        answers = torch.randint(4, (n, 3), generator=generator)
+        return Instances(torch.full((n, 3), M), answers)
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return (tokens == instances.answers).float().mean(1)
+
+
+class Outcome(NamedTuple):
+    """What one step did to rows that were in play."""
+
+    state: State
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    illegal: Tensor
+
+
+def act(state: State, action: Tensor, process: Unmasking) -> Outcome:
+    after, reward = stepped(process, state, action)
+    playing = ~state.done
+    return Outcome(after, reward, after.terminated & playing, after.truncated & playing, after.illegal)
+
+
+def begin(instances: Instances) -> State:
+    return Unmasking(Line(), DENOISER).reset(instances)
+
+
+def step(state: State, action: list[int], **options) -> Outcome:
+    return act(state, one_of(action, 3), Unmasking(Line(), DENOISER, Rules(**options)))
+
+
+def test_reset_masks_the_holes() -> None:
+    state = begin(INSTANCES)
+    assert state.tokens.tolist() == [[M, 1, M], [2, M, 0]]
+    assert state.masked.tolist() == [[True, False, True], [False, True, False]]
+    assert state.steps.tolist() == [0, 0]
+
+
+def test_two_steps_by_hand() -> None:
+    first = step(begin(INSTANCES), [2, 1])
+    assert first.state.tokens.tolist() == [[M, 1, 2], [2, 2, 0]]
+    assert first.state.masked.tolist() == [[True, False, False], [False, False, False]]
+    assert first.reward.tolist() == [0.0, 1.0]  # row 1 is complete and right; row 0 is not finished
+    assert first.reward.dtype == torch.float32
+    assert first.terminated.tolist() == [False, True]
+    assert first.truncated.tolist() == first.illegal.tolist() == [False, False]
+    assert first.state.steps.tolist() == [1, 1]
+
+    second = step(first.state, [0, 1])  # row 1 is finished: it idles, and its action is not illegal
+    assert second.state.tokens.tolist() == [[3, 1, 2], [2, 2, 0]]
+    assert second.reward.tolist() == pytest.approx([2 / 3, 0.0])  # position 2 was filled wrongly
+    assert second.terminated.tolist() == [True, False]
+    assert second.illegal.tolist() == second.truncated.tolist() == [False, False]
+    assert second.state.steps.tolist() == [2, 1]
+
+
+def test_the_given_state_is_not_written_to() -> None:
+    state = begin(INSTANCES)
+    step(state, [0, 1])
+    state.put(torch.tensor([0]), begin(INSTANCES[1:]))
+    assert state.tokens.tolist() == INSTANCES.tokens.tolist() == [[M, 1, M], [2, M, 0]]
+    assert state.masked.tolist() == [[True, False, True], [False, True, False]]
+
+
+@pytest.mark.parametrize("action", [1])
+def test_illegal_noop_changes_nothing_but_counts(action: int) -> None:
+    after = step(begin(INSTANCES), [action, 1])
+    assert after.state.tokens.tolist() == [[M, 1, M], [2, 2, 0]]
+    assert after.state.masked[0].tolist() == [True, False, True]
+    assert after.illegal.tolist() == [True, False]
+    assert after.terminated.tolist() == [False, True]
+    assert after.reward.tolist() == [0.0, 1.0]
+    assert after.state.steps.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("action", [1])
+def test_illegal_terminate_ends_the_episode_without_reward(action: int) -> None:
+    after = step(begin(INSTANCES), [action, 1], on_illegal="terminate", nfe_budget=1)
+    assert after.terminated.tolist() == [True, True]
+    assert after.truncated.tolist() == [False, False]
+    assert after.reward.tolist() == [0.0, 1.0]
+    assert after.state.tokens[0].tolist() == [M, 1, M]
+
+
+@pytest.mark.parametrize("action", [1])
+def test_illegal_raise_names_the_row_and_the_masked_positions(action: int) -> None:
+    state = begin(INSTANCES)
+    with pytest.raises(
+        InvalidActionError, match=rf"row 0: positions \[{action}\] may not be filled now; those that may are \[0, 2\]"
+    ):
+        step(state, [action, 1], on_illegal="raise")
+    step(state, [0, 1], on_illegal="raise")
+
+
+def test_a_finished_row_may_act_anywhere_even_under_raise() -> None:
+    state = step(begin(INSTANCES), [0, 1]).state
+    after = step(state, [2, 0], on_illegal="raise", nfe_budget=1)
+    assert after.illegal.tolist() == [False, False]
+    assert after.truncated.tolist() == [False, False]
+
+
+def test_truncation_by_hand() -> None:
+    state = begin(INSTANCES)
+    outcomes = []
+    for _ in range(3):
+        after = step(state, [1, 0], nfe_budget=2)
+        state = after.state
+        outcomes.append((after.truncated.tolist(), after.terminated.tolist()))
+    assert outcomes[0] == ([False, False], [False, False])
+    assert outcomes[1] == ([True, True], [False, False])
+    last = step(step(begin(INSTANCES), [1, 0], nfe_budget=2).state, [0, 1], nfe_budget=2)
+    assert last.truncated.tolist() == [True, False]  # row 1 became complete with its last action: terminated
+    assert last.terminated.tolist() == [False, True]
+
+
+def test_rows_put_anew_by_hand() -> None:
+    state = step(begin(INSTANCES), [0, 1]).state
+    fresh = Instances(torch.tensor([[0, M, 3]]), torch.tensor([[0, 1, 3]]))
+    after = state.put(torch.tensor([1]), begin(fresh))
+    assert after.tokens.tolist() == [[3, 1, M], [0, M, 3]]
+    assert after.masked.tolist() == [[False, False, True], [False, True, False]]
+    assert after.instances.answers.tolist() == [[3, 1, 0], [0, 1, 3]]
+    assert after.instances.tokens.tolist() == [[M, 1, M], [0, M, 3]]
+    assert after.steps.tolist() == [1, 0]
+
+
+def test_filling_is_greedy_at_temperature_zero_and_sharper_below_one() -> None:
+    p = torch.tensor([0.0, 0.2, 0.5, 0.3, 0.0], dtype=torch.float64)
+    assert Denoised.of(p.log().expand(1, 3, 5)).draw(0.0, torch.rand(1, 3)).tolist() == [[2, 2, 2]]
+    n, generator = 40_000, torch.Generator().manual_seed(0)
+    for temperature in (1.0, 0.5):
+        uniform = torch.rand(n // 4, 4, generator=generator, dtype=torch.float64)
+        uniform[0] = torch.tensor([0.0, 1 - 2**-53, 0.0, 1 - 2**-53])  # the ends must not reach impossible symbols
+        denoised = Denoised.of(p.log().expand(n // 4, 4, 5))
+        drawn = denoised.draw(temperature, uniform).flatten().bincount(minlength=5)
+        expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+        deviation = (drawn / n - expected).abs()
+        assert (deviation <= 5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+# ---------------------------------------------------------------------- rows are independent
+@st.composite
+def boards(draw, n: int) -> State:
+    tokens = torch.tensor(draw(st.lists(st.integers(0, M), min_size=n * 3, max_size=n * 3))).view(n, 3)
+    answers = torch.tensor(draw(st.lists(st.integers(0, M - 1), min_size=n * 3, max_size=n * 3))).view(n, 3)
+    steps = torch.tensor(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+    return dataclasses.replace(begin(Instances(tokens, answers)), steps=steps)
+
+
+@st.composite
+def pairs(draw):
+    """Two batches that agree in row ``keep`` only: states, denoisers and actions."""
+    n = draw(st.integers(1, 4))
+    keep = draw(st.integers(0, n - 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    states, symbols, actions = [], [], []
+    for _ in range(2):
+        actions.append(torch.tensor(draw(st.lists(st.booleans(), min_size=n * 3, max_size=n * 3))).view(n, 3))
+        states.append(draw(boards(n)))
+        symbols.append(torch.randint(M, (n, 3), generator=generator))
+    one = torch.tensor([keep])
+    states[1] = states[1].put(one, states[0][one])
+    for batch in (symbols, actions):
+        batch[1][keep] = batch[0][keep]
+    favourites = [FavouriteDenoiser(part, torch.full((n, 3), -0.5), vocab_size=4) for part in symbols]
+    return keep, list(zip(states, favourites, actions, strict=True))
+
+
+def flat(state: State) -> tuple[Tensor, ...]:
+    return (
+        state.instances.answers,
+        state.instances.tokens,
+        state.masked,
+        state.steps,
+        state.tokens,
+        state.fill_prob,
+        state.remask_count,
+        state.done,
+    )
+
+
+@given(pair=pairs(), on_illegal=st.sampled_from(["noop", "terminate"]), actions=st.sampled_from(["single", "set"]))
+def test_a_step_of_one_row_never_touches_another(pair, on_illegal, actions) -> None:
+    keep, batches = pair
+    rules = Rules(actions, on_illegal=on_illegal, nfe_budget=4)
+    one, two = (act(state, action, Unmasking(Line(), favourite, rules)) for state, favourite, action in batches)
+    for a, b in zip((*flat(one.state), *one[1:]), (*flat(two.state), *two[1:]), strict=True):
+        assert torch.equal(a[keep], b[keep])
+
+
+@given(data=st.data(), n=st.integers(1, 5))
+def test_rows_put_anew_touch_no_others(data, n: int) -> None:
+    state, fresh = data.draw(boards(n)), data.draw(boards(n)).instances
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), unique=True)), dtype=torch.long)
+    begun = begin(fresh[: len(rows)])
+    after = state.put(rows, begun)
+    others = torch.ones(n, dtype=torch.bool)
+    others[rows] = False
+    for old, new, first in zip(flat(state), flat(after), flat(begun), strict=True):
+        assert torch.equal(new[others], old[others])
+        assert torch.equal(new[rows], first)
+
+
+# ---------------------------------------------------------------------- every order gives the data distribution
+JOINTS = [enumeration.random_joint(3, 3, seed=0), enumeration.random_joint(3, 3, seed=1, zeros=12)]
+ORDERS = {
+    "random": Random(),
+    "left_to_right": LeftToRight(),
+    "max_confidence": MaxConfidence(),
+    "margin": Margin(),
+    "entropy": Entropy(),
+    "softmax_confidence": SoftmaxConfidence(tau=0.2),
+    "softmax_confidence, literal": SoftmaxConfidence(tau=0.2, literal=True),
+    "softmax_margin": SoftmaxMargin(tau=0.2),
+    "top_k": TopK(2),
+    "oracle": Oracle(),
+}
+
+
+@pytest.mark.parametrize("joint", JOINTS, ids=["positive", "with zeros"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_every_order_gives_the_joint_exactly(name: str, joint: Tensor) -> None:
+    denoiser = TableDenoiser(joint)
+    order = ORDERS[name]
+    if name == "oracle":  # whatever the answer, an order cannot bend an exact denoiser's distribution
+        order = Oracle(torch.tensor([[2, 0, 1]]))
+    terminal = enumeration.terminal_distribution(order, denoiser, [3, 3, 3], vocab_size=3)
+    torch.testing.assert_close(terminal, joint, atol=1e-6, rtol=0)
+
+    given_clue = joint.clone()
+    given_clue[:, [0, 2]] = 0
+    terminal = enumeration.terminal_distribution(order, denoiser, [3, 1, 3], vocab_size=3)
+    torch.testing.assert_close(terminal, given_clue / given_clue.sum(), atol=1e-6, rtol=0)
+
+
+def test_the_enumeration_notices_a_denoiser_that_is_not_exact() -> None:
+    joint = JOINTS[0]
+    marginals = TableDenoiser(joint)(torch.tensor([[3, 3, 3]])).log_probs
+
+    def independent(tokens: Tensor) -> Denoised:
+        return Denoised.of(marginals.expand(len(tokens), -1, -1))
+
+    terminal = enumeration.terminal_distribution(Random(), independent, [3, 3, 3], vocab_size=3)
+    torch.testing.assert_close(terminal.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert (terminal - joint).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_sampled_rollouts_follow_the_joint(name: str) -> None:
+    joint, n = JOINTS[1], 20_000
+    task, order = enumeration.TableTask(joint), ORDERS[name]
+    denoiser = TableDenoiser(joint, task)
+    done = rollout(
+        task,
+        denoiser,
+        order,
+        Instances(torch.full((n, 3), 3), torch.tensor([[2, 0, 1]]).expand(n, -1)),
+        generator=torch.Generator().manual_seed(1),
+        temperature=1.0,
+        fill_generator=torch.Generator().manual_seed(2),
+    )
+    assert denoiser.calls == 3
+    counts = (done.tokens @ torch.tensor([9, 3, 1])).bincount(minlength=27)
+    p = joint.flatten()
+    assert (counts[p == 0] == 0).all()
+    possible = p > 0
+    chi2 = float(((counts - n * p)[possible] ** 2 / (n * p[possible])).sum())
+    freedom = int(possible.sum()) - 1
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_greedy_filling_takes_the_most_likely_symbol_and_random_orders_then_differ() -> None:
+    # p(0, 0) = .4, p(1, 1) = .35, p(1, 0) = .25: symbol 1 leads in position 0 (.6), symbol 0 in position 1 (.65).
+    joint = torch.tensor([[0.4, 0.0], [0.25, 0.35]])
+    task = enumeration.TableTask(joint)
+    start = Instances(torch.full((1, 2), 2), torch.tensor([[1, 1]]))
+
+    def finish(order: Policy) -> list[int]:
+        return rollout(task, TableDenoiser(joint), order, start).state.tokens[0].tolist()
+
+    assert finish(LeftToRight()) == [1, 1]  # 1 first; then p(1 | 1) = .35 / .6
+    assert finish(MaxConfidence()) == [0, 0]  # position 1 (.65 > .6) first; then p(0 | 0) = .4 / .65
+
+
+def test_rollout_idles_short_rows_and_records_what_was_done() -> None:
+    joint = enumeration.random_joint(3, 3, seed=2)
+    task = enumeration.TableTask(joint)
+    denoiser = TableDenoiser(joint, task)
+    answers = torch.tensor([[0, 0, 0], [2, 1, 0], [2, 1, 0]])
+    instances = Instances(torch.tensor([[3, 3, 3], [3, 1, 0], [2, 1, 0]]), answers)
+    done = rollout(task, denoiser, Random(), instances, generator=torch.Generator().manual_seed(0), record=True)
+    assert done.nfe.tolist() == [3, 1, 0]
+    assert denoiser.calls == len(done.steps) == 3
+    assert [s.alive.tolist() for s in done.steps] == [[True, True, False], [True, False, False], [True, False, False]]
+    for k, recorded in enumerate(done.steps):
+        assert float(recorded.log_prob[0].exp()) == pytest.approx(1 / (3 - k))
+        assert bool((recorded.observation.fillable[0] & recorded.action[0]).sum() == 1)
+    expected = task.reward(done.tokens, instances)
+    assert done.reward.tolist() == [*expected[:2].tolist(), 0.0]  # the last row was complete from the start
+    assert not done.state.masked.any()
+
+
+def test_rollout_gives_the_oracle_its_answers() -> None:
+    joint = torch.tensor([[0.4, 0.0], [0.25, 0.35]])
+    task = enumeration.TableTask(joint)
+    start = Instances(torch.full((2, 2), 2), torch.tensor([[1, 1], [0, 0]]))
+    done = rollout(task, TableDenoiser(joint), Oracle(), start)
+    assert done.reward.tolist() == [1.0, 1.0]  # it starts where the denoiser's favourite is right: 0, and 1
+
+
+# ---------------------------------------------------------------------- sets, blocks, remasking
+REMASK = {"actions": "set+remask"}
+
+
+def step_sets(state: State, action: list[list[int]], **options) -> Outcome:
+    rules = Rules(**({"actions": "set"} | options))
+    return act(state, torch.tensor(action).bool(), Unmasking(Line(), DENOISER, rules))
+
+
+def permitted(task: tasks.Task, state: State, rules: Rules) -> tuple[Tensor, Tensor | None]:
+    return Unmasking(task, DENOISER, rules).permitted(state)
+
+
+def test_a_set_fills_all_of_its_positions_in_one_forward() -> None:
+    after = step_sets(begin(INSTANCES), [[1, 0, 1], [0, 1, 0]])
+    assert after.state.tokens.tolist() == [[3, 1, 2], [2, 2, 0]]
+    assert after.terminated.tolist() == [True, True]
+    assert after.state.steps.tolist() == [1, 1]
+    assert after.reward.tolist() == pytest.approx([2 / 3, 1.0])
+
+
+def test_an_empty_set_fills_the_most_confident_position() -> None:
+    after = step_sets(begin(INSTANCES), [[0, 0, 0], [0, 0, 0]])
+    assert after.state.tokens.tolist() == [[M, 1, 2], [2, 2, 0]]  # position 1 of row 0 is more confident, but given
+    assert not after.illegal.any()
+
+
+def test_a_set_with_a_filled_position_is_illegal_as_a_whole() -> None:
+    state, wrong = begin(INSTANCES), [[1, 1, 0], [0, 1, 0]]
+    after = step_sets(state, wrong)
+    assert after.illegal.tolist() == [True, False]
+    assert after.state.tokens.tolist() == [[M, 1, M], [2, 2, 0]]
+    assert after.state.steps.tolist() == [1, 1]
+    ended = step_sets(state, wrong, on_illegal="terminate")
+    assert ended.terminated.tolist() == [True, True]
+    assert ended.reward.tolist() == [0.0, 1.0]
+    with pytest.raises(
+        InvalidActionError, match=r"row 0: positions \[1\] may not be filled now; those that may are \[0, 2\]"
+    ):
+        step_sets(state, wrong, on_illegal="raise")
+
+
+def test_remasking_by_hand() -> None:
+    state = step_sets(begin(INSTANCES), [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]], **REMASK).state
+    fillable, remaskable = permitted(Line(), state, Rules(**REMASK))
+    assert fillable.tolist() == [[False, False, True], [False, False, False]]
+    assert remaskable.tolist() == [[True, False, False], [False, False, False]]  # given ones and finished boards never
+    after = step_sets(state, [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]], **REMASK)
+    assert after.state.tokens.tolist() == [[M, 1, 2], [2, 2, 0]]
+    assert after.state.remask_count.tolist() == [[1, 0, 0], [0, 0, 0]]
+    twice = step_sets(after.state, [[1, 0, 0, 0, 0, 0], [0] * 6], **REMASK)
+    assert twice.terminated.tolist() == [True, False]
+    assert after.state.put(torch.tensor([0]), begin(INSTANCES[:1])).remask_count.tolist() == [[0] * 3] * 2
+    assert after.illegal.tolist() == [False, False]
+    assert not after.terminated.any()
+    spent = Rules(**REMASK, remask_budget=1)
+    assert not permitted(Line(), after.state, spent)[1].any()
+    for wrong, why in (
+        ([0, 0, 1, 0, 1, 0], r"positions \[1\] may not be masked again"),
+        ([1, 0, 0, 0, 0, 0], r"positions \[0\] may not be filled now"),
+    ):
+        with pytest.raises(InvalidActionError, match=why):
+            step_sets(state, [wrong, [0] * 6], **REMASK, on_illegal="raise")
+
+
+def test_no_more_positions_are_masked_again_than_the_budget_leaves() -> None:
+    empty = Instances(torch.full((2, 3), M), torch.zeros(2, 3, dtype=torch.long))
+    state = step_sets(begin(empty), [[1, 1, 0, 0, 0, 0]] * 2, **REMASK).state
+    both = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
+    after = step_sets(state, both, **REMASK, remask_budget=1)
+    assert after.illegal.tolist() == [True, False]
+    assert after.state.remask_count.tolist() == [[0, 0, 0], [1, 0, 0]]
+    with pytest.raises(InvalidActionError, match="row 0: 2 positions to mask again, where the budget leaves 1"):
+        step_sets(state, both, **REMASK, remask_budget=1, on_illegal="raise")
+
+
+class Prompted(Line):
+    """Seven positions, the first one a prompt."""
+
+    shape, prompt_length = (1, 7), 1
+
+
+def test_blocks_are_filled_one_after_the_other_behind_the_prompt() -> None:
+    tokens = torch.tensor([[0, M, M, M, M, M, M], [0, 1, 1, M, 1, M, M], [0, 1, 1, 1, 1, 1, 1]])
+    denoiser = FavouriteDenoiser(tokens.clamp(max=3), torch.full((3, 7), -0.5), vocab_size=4)
+    state = Unmasking(Prompted(), denoiser).reset(Instances(tokens, tokens))
+    fillable, _ = permitted(Prompted(), state, Rules(block_length=2))
+    assert [row.nonzero().flatten().tolist() for row in fillable] == [[1, 2], [3], []]
+    whole, _ = permitted(Prompted(), state, Rules(block_length=6))
+    assert whole.equal(state.masked)
+    action = one_of([3, 5, 0], 7)  # of later blocks: illegal
+    after = act(state, action, Unmasking(Prompted(), denoiser, Rules(block_length=2)))
+    assert after.illegal.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"actions": "sets"}, "actions must be single or set or set\\+remask, not 'sets'"),
+        ({"nfe_budget": 0}, "nfe_budget must be a whole number of at least 1, not 0"),
+        ({"block_length": 1.5}, "block_length must be a whole number of at least 1, not 1.5"),
+        ({"remask_budget": 2}, "remask_budget is for actions 'set\\+remask', not 'single'"),
+        ({"on_illegal": "ignore"}, "on_illegal must be noop or terminate or raise"),
+    ],
+)
+def test_rules_that_are_not_allowed(options: dict, message: str) -> None:
+    with pytest.raises(tasks.UnmaskError, match=message):
+        Rules(**options)
+
+
+@pytest.mark.parametrize(
+    "action", [torch.zeros(2, 1).bool(), torch.zeros(2, 3), torch.zeros(3, 3).bool(), torch.zeros(2, 6).bool()]
+)
+def test_actions_of_the_wrong_shape_or_kind_are_refused(action: Tensor) -> None:
+    with pytest.raises(InvalidActionError, match=r"actions must be bool of shape \(2, 3\), not"):
+        act(begin(INSTANCES), action, Unmasking(Line(), DENOISER))
+
+
+def test_one_position_has_to_be_chosen() -> None:
+    for action, count in (([[0, 0, 0], [0, 1, 0]], 0), ([[1, 0, 1], [0, 1, 0]], 2)):
+        with pytest.raises(InvalidActionError, match=f"row 0: {count} positions where one must be chosen"):
+            act(begin(INSTANCES), torch.tensor(action).bool(), Unmasking(Line(), DENOISER, Rules(on_illegal="raise")))
+
+
+def test_single_positions_play_alike_under_every_kind_of_rules() -> None:
+    joint = enumeration.random_joint(3, 3, seed=2)
+    task = enumeration.TableTask(joint)
+    instances = task.sample(20, torch.Generator().manual_seed(0))
+    played = [
+        rollout(
+            task,
+            TableDenoiser(joint),
+            SoftmaxMargin(),
+            instances,
+            rules=Rules(actions),
+            generator=torch.Generator().manual_seed(1),
+        )
+        for actions in ("single", "set", "set+remask")
+    ]
+    for other in played[1:]:
+        assert torch.equal(other.tokens, played[0].tokens)
+        assert torch.equal(other.nfe, played[0].nfe)
+
+
+# ---------------------------------------------------------------------- speed, what is remembered, budgets
+def test_speed_rewards_by_hand() -> None:
+    """Row 0 has two masks, row 1 one: (H - NFE + 1) / H is 1 in one forward, and 1/2 in two of two."""
+    nfe, holes, reward = torch.tensor([1, 2, 3, 1]), torch.tensor([2, 2, 2, 1]), torch.tensor([1.0, 1.0, 1.0, 0.5])
+    assert Rules(speed=1.0).shaped(reward, nfe, holes).tolist() == [1.0, 0.5, 0.0, 0.5]
+    assert Rules(speed=2.0).shaped(reward, nfe, holes).tolist() == [1.0, 0.25, 0.0, 0.5]
+    bonus = Rules(speed=0.4, speed_bonus=True).shaped(reward, nfe, holes)
+    torch.testing.assert_close(bonus, torch.tensor([1.4, 1.2, 1.0, 0.9]))
+    first = step(begin(INSTANCES), [2, 1], speed=1.0)
+    assert first.reward.tolist() == [0.0, 1.0]
+    assert step(first.state, [0, 0], speed=1.0).reward.tolist() == pytest.approx([2 / 3 / 2, 0.0])
+
+
+def test_the_probability_of_filled_symbols_is_remembered() -> None:
+    state = begin(INSTANCES)
+    assert state.fill_prob.tolist() == [[1.0] * 3] * 2
+    after = step(state, [2, 1]).state
+    expected = torch.ones(2, 3)
+    expected[0, 2], expected[1, 1] = math.exp(-0.2), math.exp(-0.2)
+    torch.testing.assert_close(after.fill_prob, expected)
+    later = step(after, [0, 0]).state
+    torch.testing.assert_close(later.fill_prob[0], torch.tensor([math.exp(-0.5), 1.0, math.exp(-0.2)]))
+
+
+def test_a_remask_budget_is_a_sum_over_positions() -> None:
+    """Two different positions were masked again once each: a budget of 2 is spent, though no count is 2."""
+    empty = Instances(torch.full((1, 3), M), torch.zeros(1, 3, dtype=torch.long))
+    state = begin(empty)
+    for action in ([1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 0]):
+        state = step_sets(state, [action], **REMASK).state
+    assert state.remask_count.tolist() == [[1, 1, 0]]
+    assert not permitted(Line(), state, Rules(**REMASK, remask_budget=2))[1].any()
+    assert permitted(Line(), state, Rules(**REMASK, remask_budget=3))[1].any()

@@ -1,0 +1,194 @@
+"""Masked language models of the library ``transformers`` as frozen denoisers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tasks import IncompatibleDenoiserError, Task, UnmaskError
+from tasks.errors import first_line
+from unmask_env.state import WHOLE, Denoised
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class HFDenoiser:
+    """A masked language model, or a masked diffusion language model such as LLaDA or Dream, as the denoiser of a task
+    whose symbols are the tokens of the model's tokenizer (:class:`tasks.Lines`).
+
+    Rows of different lengths may share a batch: padding, on whichever side, is moved to the right and hidden by the
+    attention mask, so that every row is what it is alone. A model that does not heed the mask (as LLaDA's released
+    code does not; this is tried out when it is loaded) is given rows of one length at a time, without padding.
+
+    Args:
+        source: a folder or a hub id; nothing else is downloaded. task: its ``vocab_size`` must be that of the
+            tokenizer; positions that hold its ``pad_id``, if it has one, are padding. Where it has a ``pad_side``,
+            ``left`` or ``right``, only those up to the first other token on that side are: where tokenizers have one
+            token for padding and for the end, an answer holds it too.
+        hidden: give the last hidden states too.
+        trust_remote_code: run the model's own code, where it brings some. Only for sources that you trust.
+        shifted: the logits at a position are of the next one, as Dream's are; None: by the model's type.
+
+    Raises:
+        UnmaskError: the library is missing or the model cannot be read.
+        IncompatibleDenoiserError: the model has no head for masked tokens, no mask token, too short a context, or
+            fewer tokens than the task.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        task: Task,
+        device: torch.device | str = "cpu",
+        dtype: DType = "float32",
+        hidden: bool = False,
+        trust_remote_code: bool = False,
+        shifted: bool | None = None,
+    ) -> None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UnmaskError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
+        self.device = torch.device(device)
+        self.model = _load(str(source), dtype, trust_remote_code).to(self.device).eval().requires_grad_(False)
+        config = self.model.config
+        self.length, self.vocab_size = task.length, task.vocab_size
+        tokenizer = getattr(task, "tokenizer", None)
+        self.mask_id = getattr(config, "mask_token_id", None)
+        if self.mask_id is None:
+            self.mask_id = getattr(tokenizer, "mask_token_id", None)
+        if self.mask_id is None:
+            raise IncompatibleDenoiserError(f"{source} has no mask token: neither its configuration nor its tokenizer")
+        self.pad_id: int | None = getattr(task, "pad_id", None)
+        self.pad_side: str | None = getattr(task, "pad_side", None)
+        if config.vocab_size < task.vocab_size:
+            raise IncompatibleDenoiserError(
+                f"task {task.name} has {task.vocab_size} symbols, the model {source} only {config.vocab_size} tokens; "
+                "read the task with the model's own tokenizer"
+            )
+        context = _context(self.model)
+        if context is not None and task.length > context:
+            raise IncompatibleDenoiserError(
+                f"sequences of task {task.name} have {task.length} positions, the context of {source} {context}"
+            )
+        self.hidden_dim = config.hidden_size if hidden else None
+        self.shifted = str(config.model_type).lower() == "dream" if shifted is None else shifted
+        self.calls = 0
+        self.masks_padding = True
+        self.masks_padding = self._heeds_the_mask()
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
+        """One forward of (N, L) task tokens; where it holds padding the result means nothing."""
+        self.calls += 1
+        real = torch.ones_like(tokens, dtype=torch.bool) if self.pad_id is None else tokens != self.pad_id
+        if self.pad_side == "left":
+            real = real.long().cummax(1).values.bool()
+        elif self.pad_side == "right":
+            real = real.flip(1).long().cummax(1).values.bool().flip(1)
+        ids = torch.where(tokens == self.vocab_size, self.mask_id, tokens)
+        order = real.long().argsort(dim=1, descending=True, stable=True)  # what is not padding first, in its order
+        ids, counts = ids.gather(1, order), real.sum(1)
+        if self.masks_padding:
+            logits, hidden = self._forward(ids, torch.arange(ids.shape[1], device=ids.device) < counts.unsqueeze(1))
+        else:
+            logits, hidden = self._one_length_at_a_time(ids, counts)
+        back = order.argsort(1)  # (N, L) where each position went
+        if hidden is not None:
+            hidden = hidden.gather(1, back.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+        def log_probs_at(rows: Tensor, positions: Tensor) -> Tensor:
+            chosen = logits[rows, back[rows, positions]][..., : self.vocab_size].float()
+            if self.mask_id < self.vocab_size:
+                chosen[..., self.mask_id] = -torch.inf  # a mask is no answer
+            return chosen.log_softmax(-1)
+
+        if self.vocab_size > WHOLE:
+            everywhere = torch.ones_like(tokens, dtype=torch.bool)
+            return Denoised.at(everywhere if where is None else where, self.vocab_size, log_probs_at, hidden)
+        rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand(tokens.shape)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        return Denoised.of(log_probs_at(rows, positions), hidden)
+
+    def _forward(self, ids: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits, in the model's precision, and float32 hidden states of (N, L) model tokens, padded on the right."""
+        options: dict[str, Any] = {} if seen is None else {"attention_mask": seen.long()}
+        out = self.model(input_ids=ids, output_hidden_states=self.hidden_dim is not None, **options)
+        logits = out.logits
+        if self.shifted:
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+        return logits, None if self.hidden_dim is None else out.hidden_states[-1].float()
+
+    def _one_length_at_a_time(self, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = torch.zeros(*ids.shape, self.model.config.vocab_size, dtype=self.model.dtype, device=ids.device)
+        hidden = None if self.hidden_dim is None else torch.zeros(*ids.shape, self.hidden_dim, device=ids.device)
+        for count in counts.unique().tolist():
+            rows = (counts == count).nonzero().squeeze(1)
+            own, states = self._forward(ids[rows, :count], None)
+            logits[rows, :count] = own[..., : logits.shape[-1]]
+            if hidden is not None and states is not None:
+                hidden[rows, :count] = states
+        return logits, hidden
+
+    def _heeds_the_mask(self) -> bool:
+        """Whether padding leaves a short sequence's logits as they are without it."""
+        if self.length < 2:
+            return True
+        short = max(1, self.length // 2)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.vocab_size, (1, self.length), generator=generator).to(self.device)
+        seen = torch.arange(self.length, device=self.device).unsqueeze(0) < short
+        try:
+            padded = self._forward(ids, seen)[0][:, :short].float().log_softmax(-1)
+        except TypeError:  # it takes no attention mask
+            return False
+        alone = self._forward(ids[:, :short], None)[0].float().log_softmax(-1)
+        return bool((padded - alone).abs().max() < (1e-3 if self.model.dtype == torch.float32 else 0.3))
+
+
+def _context(model: torch.nn.Module) -> int | None:
+    """How many tokens the model takes; RoBERTa's kind (CamemBERT, MPNet, ESM) counts positions from behind the
+    padding's."""
+    config: Any = model.config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "max_sequence_length", None)
+    behind = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return None if most is None else int(most) - max(behind, default=0)
+
+
+def _load(source: str, dtype: str, trust_remote_code: bool) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UnmaskError("models of transformers take the extra text; run: pip install 'unmask[text]'") from None
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    transformers.utils.logging.disable_progress_bar()  # many lines for seconds of reading
+    transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        own_code = getattr(config, "auto_map", None) or {}
+        kinds = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
+        kind = next((kind for kind in kinds if kind in own_code), "AutoModelForMaskedLM")
+        model, report = getattr(transformers, kind).from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers raises many types for what it cannot read
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it brings its own code, which runs only with trust_remote_code=True; is its source to be trusted?"
+        elif "Unrecognized configuration class" in str(error):
+            raise IncompatibleDenoiserError(
+                f"{source} is a {config.model_type} without a head for masked tokens; it cannot fill holes"
+            ) from None
+        raise UnmaskError(f"cannot read the model {source}: {reason}") from None
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith("bias"))
+    if missing:
+        raise IncompatibleDenoiserError(
+            f"{source} lacks weights of a masked language model, {missing[0]} for example: its head was not saved, or "
+            "is of another kind"
+        )
+    return model

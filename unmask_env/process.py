@@ -1,0 +1,265 @@
+"""Unmasking as a Markov decision process, in torch alone: reset, observe, step, and the loop over them.
+
+Time runs from the instance with masks to the complete sequence. An action names masked positions; the frozen denoiser
+fills them; a finished sequence is rewarded. Nothing here knows Gymnasium, tensordict or which policy chooses.
+
+    process = Unmasking(task, denoiser)
+    state = process.reset(instances)
+    while not bool(state.done.all()):
+        seen = process.observe(state)                         # the one denoiser forward
+        state, reward = process.step(state, seen, policy(seen).mode())
+
+Shapes: N rows, L positions; an action has A = L entries, or 2 L where positions may be masked again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tasks import Instances, Task, UnmaskError
+from tasks.settings import NotNegative, validate
+from unmask_env.denoiser import Denoiser
+from unmask_env.reference import Policy
+from unmask_env.state import SINGLE, WHOLE, History, InvalidActionError, Observation, Rollout, Rules, State, Step
+
+
+@dataclass(frozen=True)
+class Unmasking:
+    """The decision process of one task and one frozen denoiser.
+
+    Attributes:
+        temperature: of the filling: 0 takes the denoiser's most likely symbol, above 0 samples p^(1 / temperature).
+
+    Raises:
+        UnmaskError: a temperature below 0.
+    """
+
+    task: Task
+    denoiser: Denoiser
+    rules: Rules = SINGLE
+    temperature: NotNegative = 0.0
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def entries(self) -> int:
+        """A, the number of entries of an action."""
+        return self.rules.entries(self.task.length)
+
+    @property
+    def horizon(self) -> int:
+        """The most forwards that an episode takes: without a budget 2 L, so that remasking or illegal actions end."""
+        return self.rules.nfe_budget or 2 * self.task.length
+
+    @cached_property
+    def _block(self) -> Tensor | None:
+        """(L,) the block of each position, where filling goes block by block."""
+        if self.rules.block_length is None:
+            return None
+        index = torch.arange(self.task.length, device=self.device) - self.task.prompt_length
+        return index.clamp(min=0) // self.rules.block_length
+
+    # ------------------------------------------------------------------ the three parts of a step
+    def reset(self, instances: Instances) -> State:
+        """The first state of each instance: its masks are to be filled."""
+        instances = instances.to(self.device)
+        masked = instances.tokens == self.task.mask_id
+        n, device = len(instances), self.device
+        zeros, no = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
+        return State(
+            instances.tokens,
+            masked,
+            instances,
+            steps=zeros,
+            remask_count=torch.zeros_like(instances.tokens),
+            fill_prob=torch.ones(masked.shape, device=device),
+            done=~masked.any(1),
+            truncated=no,
+            illegal=no,
+        )
+
+    def permitted(self, state: State) -> tuple[Tensor, Tensor | None]:
+        """(N, L) bool, the positions that may be filled now, and those that may be masked again, if the rules have
+        such; none on boards that are done."""
+        playing = ~state.done.unsqueeze(1)
+        within = playing.expand(state.masked.shape)
+        if self._block is not None:
+            block = self._block.expand_as(state.masked)
+            within = within & (block == block.masked_fill(~state.masked, self.task.length).min(1, keepdim=True).values)
+        fillable = state.masked & within
+        if self.rules.actions != "set+remask":
+            return fillable, None
+        filled = ~state.masked & (state.instances.tokens == self.task.mask_id)
+        if self.rules.remask_budget is not None:
+            filled = filled & (state.remask_count.sum(1, keepdim=True) < self.rules.remask_budget)
+        return fillable, filled & within & state.masked.any(1, keepdim=True)
+
+    def observe(self, state: State) -> Observation:
+        """What a policy sees of ``state``: one denoiser forward for all rows together."""
+        fillable, remaskable = self.permitted(state)
+        if self.task.vocab_size <= WHOLE:
+            denoised = self.denoiser(state.tokens)
+        else:  # only where something may happen: elsewhere a vocabulary of this size is not worth its memory
+            denoised = self.denoiser(state.tokens, fillable if remaskable is None else fillable | remaskable)
+        left = None
+        if self.rules.remask_budget is not None:
+            left = self.rules.remask_budget - state.remask_count.sum(1)
+        return Observation(
+            state.tokens,
+            state.masked,
+            fillable,
+            denoised,
+            remaskable,
+            None if remaskable is None else state.remask_count,
+            History(state.steps, state.fill_prob, state.previous, left),
+        )
+
+    def step(
+        self, state: State, seen: Observation, action: Tensor, uniform: Tensor | None = None
+    ) -> tuple[State, Tensor]:
+        """Fill and mask again what ``action`` says, and reward the rows that are complete. Rows that are done idle.
+
+        Args:
+            seen: what :meth:`observe` made of ``state``. action: (N, A) bool, or (N, L) to mask nothing again.
+            uniform: (N, L) in [0, 1), the randomness of filling above temperature 0.
+
+        Returns:
+            The state that follows, whose ``done``, ``truncated`` and ``illegal`` tell how it went, and the reward (N,).
+
+        Raises:
+            InvalidActionError: an illegal action under ``on_illegal="raise"``, or one of the wrong shape.
+        """
+        if self.temperature > 0 and uniform is None:
+            raise UnmaskError("filling above temperature 0 draws symbols; give step(..., uniform=) or a fill_generator")
+        fill, remask, illegal = self._legal(state, seen, action)
+        symbols = seen.denoised.draw(self.temperature, uniform)
+        tokens = torch.where(fill, symbols, state.tokens)
+        masked = state.masked & ~fill
+        if remask is not None:
+            tokens, masked = tokens.masked_fill(remask, self.task.mask_id), masked | remask
+        steps = state.steps + (~state.done).long()
+
+        complete = ~masked.any(1) & ~state.done
+        ended = complete | illegal if self.rules.on_illegal == "terminate" else complete
+        truncated = (steps >= self.horizon) & ~ended & ~state.done
+        probability = seen.denoised.log_prob_of(symbols) if self.temperature > 0 else seen.denoised.best_log_prob
+        following = State(
+            tokens,
+            masked,
+            state.instances,
+            steps,
+            state.remask_count if remask is None else state.remask_count + remask.long(),
+            torch.where(fill, probability.exp(), state.fill_prob),
+            state.done | ended | truncated,
+            state.truncated | truncated,
+            illegal,
+            seen.denoised.without_hidden(),
+        )
+        return following, self._reward(following, complete)
+
+    def _legal(self, state: State, seen: Observation, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The positions (N, L) to fill and to mask again, none in illegal actions, and (N,) bool which those are."""
+        n, length = state.tokens.shape
+        if action.dtype != torch.bool or action.shape not in ((n, length), (n, self.entries)):
+            raise InvalidActionError(
+                f"actions must be bool of shape ({n}, {self.entries}), not {action.dtype} of {tuple(action.shape)}"
+            )
+        fill, remask = action[:, :length], None
+        legal = ~(fill & ~seen.fillable).any(1)
+        if self.rules.actions == "single":
+            legal &= fill.sum(1) == 1
+        else:
+            confidence = seen.denoised.best_log_prob.masked_fill(~seen.fillable, -torch.inf)
+            best = torch.zeros_like(fill).scatter_(1, confidence.argmax(1, keepdim=True), True) & seen.fillable
+            fill = torch.where(fill.any(1, keepdim=True), fill, best)
+        if seen.remaskable is not None:
+            remask = action[:, length:] if action.shape[1] > length else torch.zeros_like(fill)
+            legal &= ~(remask & ~seen.remaskable).any(1)
+            if self.rules.remask_budget is not None:
+                legal &= state.remask_count.sum(1) + remask.sum(1) <= self.rules.remask_budget
+        illegal = ~legal & ~state.done
+        if self.rules.on_illegal == "raise" and bool(illegal.any()):
+            raise InvalidActionError(self._why_illegal(int(illegal.nonzero()[0]), state, seen, action))
+        acts = (legal & ~state.done).unsqueeze(1)
+        return fill & acts, None if remask is None else remask & acts, illegal
+
+    def _reward(self, state: State, complete: Tensor) -> Tensor:
+        """(N,) float32: the task's reward of rows that are complete, with forwards counted in; 0 elsewhere."""
+        reward = torch.zeros(len(state), device=self.device)
+        if not bool(complete.any()):
+            return reward
+        reward = torch.where(complete, self.task.reward(state.tokens, state.instances), reward)
+        if self.rules.speed > 0:
+            holes = (state.instances.tokens == self.task.mask_id).sum(1)
+            reward = torch.where(complete, self.rules.shaped(reward, state.steps, holes), reward)
+        return reward
+
+    def _why_illegal(self, row: int, state: State, seen: Observation, action: Tensor) -> str:
+        """One line on why row ``row`` of ``action`` is illegal."""
+        length, fillable = self.task.length, seen.fillable[row].nonzero().flatten().tolist()
+        wrong = (action[row, :length] & ~seen.fillable[row]).nonzero().flatten().tolist()
+        if wrong:
+            return f"row {row}: positions {wrong} may not be filled now; those that may are {fillable}"
+        count = int(action[row, :length].sum())
+        if self.rules.actions == "single":
+            return f"row {row}: {count} positions where one must be chosen; those that may be filled are {fillable}"
+        wrong = (action[row, length:] & ~seen.remaskable[row]).nonzero().flatten().tolist()
+        if wrong:
+            return f"row {row}: positions {wrong} may not be masked again: given, masked already, or no budget left"
+        left = (self.rules.remask_budget or 0) - int(state.remask_count[row].sum())
+        return f"row {row}: {int(action[row, length:].sum())} positions to mask again, where the budget leaves {left}"
+
+    # ------------------------------------------------------------------ the loop
+    @torch.no_grad()
+    def rollout(
+        self,
+        policy: Policy,
+        instances: Instances,
+        generator: torch.Generator | None = None,
+        fill_generator: torch.Generator | None = None,
+        record: bool = False,
+    ) -> Rollout:
+        """Fill every mask of ``instances``, one denoiser forward per step for all rows together.
+
+        Rows that end earlier idle until the batch is done.
+
+        Args:
+            policy: one that sees the answers is told them here.
+            generator: the policy is sampled from it; without one it takes its mode.
+            fill_generator: draws the symbols above temperature 0.
+            record: keep observations, actions and their log-probabilities; hidden states only for policies that read
+                them.
+
+        Raises:
+            UnmaskError: a fill_generator at temperature 0, or none above it.
+        """
+        if (self.temperature > 0) != (fill_generator is not None):
+            raise UnmaskError("sampled filling needs both a temperature above 0 and a fill_generator")
+        policy = policy.for_instances(self.task, instances.to(self.device))
+        state, steps = self.reset(instances), []
+        reward = torch.zeros(len(state), device=self.device)
+        while not bool(state.done.all()):
+            seen = self.observe(state)
+            distribution = policy(seen)
+            action = distribution.act(generator)
+            if record:
+                kept = seen if policy.reads_hidden else replace(seen, denoised=seen.denoised.without_hidden())
+                steps.append(Step(kept, action, ~state.done, distribution.log_prob(action)))
+            state, gained = self.step(state, seen, action, self.uniform(state, fill_generator))
+            reward += gained
+        return Rollout(state, reward, steps)
+
+    def uniform(self, state: State, generator: torch.Generator | None) -> Tensor | None:
+        """(N, L) in [0, 1), the randomness of one step's filling; None without a generator."""
+        if generator is None:
+            return None
+        return torch.rand(state.tokens.shape, generator=generator, device=self.device)

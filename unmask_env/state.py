@@ -1,0 +1,443 @@
+"""The data of the decision process: what an action may do, where play stands, and what everybody sees of it.
+
+Shapes: N rows (independent boards), L positions, V symbols, K shown symbols, D hidden channels; an action has A = L
+entries, or 2 L where positions may be masked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks import Instances, UnmaskError
+from tasks.settings import AtLeast0, AtLeast1, Range, validate
+
+Actions = Literal["single", "set", "set+remask"]
+WHOLE = 128  # vocabularies up to this many symbols are shown whole: K = V
+CHUNK = 2**22  # numbers of a (positions, V) tensor that are made at a time
+SHOWN = 16  # the most likely symbols that are shown of larger ones
+FLOOR = -20.0  # least log-probability of a shown symbol in the interfaces, so that spaces are bounded
+
+
+class InvalidActionError(UnmaskError):
+    """An action of the wrong shape, or an illegal one where the environment was told to raise."""
+
+
+# ---------------------------------------------------------------------- rules
+@dataclass(frozen=True)
+class Rules:
+    """What an action may do, and when an episode is cut off.
+
+    Attributes:
+        actions: ``single``: one masked position per forward. ``set``: the positions to fill in one forward.
+            ``set+remask``: those and, behind them, the filled positions to mask again; what an instance gives stays.
+            **An empty set fills the most confident position**, so every forward makes progress.
+        on_illegal: an illegal action (a position that may not be chosen, or more remasking than the budget leaves)
+            changes nothing and costs its forward (``noop``), ends the episode with reward 0 (``terminate``), or raises.
+        nfe_budget: episodes are truncated after this many denoiser forwards; None: after 2 L.
+        block_length: positions behind the task's prompt are filled block by block of this many (LLaDA's
+            semi-autoregressive decoding, arXiv 2502.09992); within a block the order is free. None: one block.
+        remask_budget: how many positions an episode may mask again; None: any number.
+        speed: exponent alpha of rewards r ((H - NFE + 1) / H)^alpha for H holes (Jazbec et al. 2025, arXiv 2512.09106);
+            0 does not count forwards.
+        speed_bonus: add alpha (H - NFE + 1) / H instead, whatever r is. It is known to end in one-step policies.
+
+    Raises:
+        UnmaskError: a setting that is not allowed.
+    """
+
+    actions: Actions = "single"
+    on_illegal: Literal["noop", "terminate", "raise"] = "noop"
+    nfe_budget: AtLeast1 | None = None
+    block_length: AtLeast1 | None = None
+    remask_budget: AtLeast0 | None = None
+    speed: Annotated[float, Range(least=0)] = 0.0
+    speed_bonus: bool = False
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.remask_budget is not None and self.actions != "set+remask":
+            raise UnmaskError(f"remask_budget is for actions 'set+remask', not {self.actions!r}")
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Rules:
+        """Rules from keyword arguments. Raises :class:`tasks.UnmaskError` naming those that are none of theirs."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise UnmaskError(
+                f"environments do not take {', '.join(unknown)}; beside their own arguments: {', '.join(known)}"
+            )
+        return cls(**options)
+
+    def shaped(self, reward: Tensor, nfe: Tensor, holes: Tensor) -> Tensor:
+        """(N,) rewards of complete rows with their forwards counted in; ``holes`` (N,) at the start."""
+        left = ((holes - nfe + 1) / holes.clamp(min=1)).clamp(min=0.0)
+        return reward + self.speed * left if self.speed_bonus else reward * left**self.speed
+
+    def entries(self, length: int) -> int:
+        """A, the number of entries of an action."""
+        return 2 * length if self.actions == "set+remask" else length
+
+
+SINGLE = Rules()
+"""One position per forward, nothing else."""
+
+
+# ---------------------------------------------------------------------- one denoiser forward
+@dataclass(frozen=True)
+class Denoised:
+    """What one denoiser forward says: the K most likely symbols of every position, and the entropy.
+
+    K = V for at most 128 symbols, else 16. Make it with :meth:`of`, which keeps no tensor with a larger vocabulary
+    axis, or from shown parts with :meth:`shown`.
+
+    Attributes:
+        vocab_size: V.
+        log_probs: (N, L, V) float32 in the order of the symbols, if all are shown; else None.
+        hidden: (N, L, D), where the denoiser gives some.
+        order_weights: (N, L), where it has learned an order: the larger, the sooner a position is filled.
+    """
+
+    vocab_size: int
+    log_probs: Tensor | None = None
+    hidden: Tensor | None = None
+    order_weights: Tensor | None = None
+    _symbols: Tensor | None = None
+    _values: Tensor | None = None
+    _entropy: Tensor | None = None
+
+    @classmethod
+    def of(cls, log_probs: Tensor, hidden: Tensor | None = None, order_weights: Tensor | None = None) -> Denoised:
+        """From the log-probabilities (N, L, V) of a whole forward."""
+        vocab_size = log_probs.shape[-1]
+        if vocab_size <= WHOLE:
+            return cls(vocab_size, log_probs, hidden, order_weights)
+        values, symbols = log_probs.topk(SHOWN, -1)
+        probabilities = log_probs.exp()
+        return cls(
+            vocab_size, None, hidden, order_weights, symbols, values, -torch.xlogy(probabilities, probabilities).sum(-1)
+        )
+
+    @classmethod
+    def at(
+        cls,
+        where: Tensor,
+        vocab_size: int,
+        log_probs_at: Callable[[Tensor, Tensor], Tensor],
+        hidden: Tensor | None = None,
+    ) -> Denoised:
+        """Of a large vocabulary, made at the positions ``where`` (N, L) bool alone, a few at a time. Elsewhere nothing
+        is known: the floor, entropy 0.
+
+        Args:
+            log_probs_at: rows (M,) and positions (M,) to their (M, V) float32 log-probabilities.
+        """
+        symbols = torch.zeros(*where.shape, SHOWN, dtype=torch.long, device=where.device)
+        values = torch.full(symbols.shape, FLOOR, device=where.device)
+        entropy = torch.zeros(where.shape, device=where.device)
+        for some in where.nonzero().split(max(1, CHUNK // vocab_size)):
+            rows, positions = some.unbind(1)
+            log_probs = log_probs_at(rows, positions)  # (M, V), the only tensor of this size
+            values[rows, positions], symbols[rows, positions] = log_probs.topk(SHOWN, -1)
+            log_probs = log_probs.exp_()
+            entropy[rows, positions] = -torch.special.xlogy(log_probs, log_probs).sum(-1)
+        return cls(vocab_size, None, hidden, None, symbols, values, entropy)
+
+    @classmethod
+    def shown(
+        cls,
+        vocab_size: int,
+        symbols: Tensor,
+        log_probs: Tensor,
+        entropy: Tensor,
+        hidden: Tensor | None = None,
+        order_weights: Tensor | None = None,
+    ) -> Denoised:
+        """From its shown parts: ``symbols`` (N, L, K) int64 and ``log_probs`` (N, L, K), the most likely first."""
+        dense = None
+        if symbols.shape[-1] == vocab_size:  # blank boards name symbol 0 K times: the others get the floor
+            dense = torch.full_like(log_probs, FLOOR).scatter(-1, symbols, log_probs)
+        return cls(vocab_size, dense, hidden, order_weights, symbols, log_probs, entropy)
+
+    # ------------------------------------------------------------------ the shown parts
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        if self._symbols is not None:
+            return self._values, self._symbols
+        # As a stable sort, in a third of its time: one integer holds a number's bits and, below them, its index.
+        bits = self.log_probs.clamp(max=0.0).abs().view(torch.int32).long() << 7
+        key = bits | torch.arange(self.vocab_size, device=bits.device)
+        key = torch.from_numpy(np.sort(key.numpy())) if key.device.type == "cpu" else key.sort(-1).values
+        symbols = key & (WHOLE - 1)
+        return self.log_probs.gather(-1, symbols), symbols
+
+    @property
+    def _is_sorted(self) -> bool:
+        return self.log_probs is None or "_sorted" in vars(self)
+
+    @property
+    def top_symbols(self) -> Tensor:
+        """(N, L, K) int64, the most likely first; equally likely ones in the order of their numbers."""
+        return self._sorted[1]
+
+    @property
+    def top_log_probs(self) -> Tensor:
+        """(N, L, K) float32, falling."""
+        return self._sorted[0]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """(N, L) entropy in nats over all V symbols, with 0 log 0 = 0.
+
+        Summed in sorted order, so that equal distributions tie.
+        """
+        if self._entropy is not None:
+            return self._entropy
+        probabilities = self._sorted[0].flip(-1).exp()
+        return -torch.xlogy(probabilities, probabilities).sum(-1)
+
+    def top_k_log_probs(self, k: int) -> Tensor:
+        """(N, L, k) log-probabilities of the k most likely symbols, falling; k at most K."""
+        return self._values[..., :k] if self.log_probs is None else self.log_probs.topk(k, -1).values
+
+    @cached_property
+    def best(self) -> Tensor:
+        """(N, L) int64, the most likely symbol, the lowest number where several tie."""
+        return self._sorted[1][..., 0] if self._is_sorted else self.log_probs.argmax(-1)
+
+    @cached_property
+    def best_log_prob(self) -> Tensor:
+        """(N, L) log-probability of :attr:`best`."""
+        return self._sorted[0][..., 0] if self._is_sorted else self.log_probs.max(-1).values
+
+    def log_prob_of(self, symbols: Tensor) -> Tensor:
+        """Log-probability of ``symbols`` (N, L) or (N, L, M), of the same shape; -inf for those that are not shown."""
+        asked = symbols if symbols.ndim == 3 else symbols.unsqueeze(-1)  # (N, L, M)
+        if self.log_probs is not None:
+            answer = self.log_probs.gather(-1, asked)
+        else:
+            same = self._symbols.unsqueeze(-2) == asked.unsqueeze(-1)  # (N, L, M, K)
+            answer = self._values.unsqueeze(-2).masked_fill(~same, -torch.inf).amax(-1)
+        return answer if symbols.ndim == 3 else answer.squeeze(-1)
+
+    def draw(self, temperature: float, uniform: Tensor | None) -> Tensor:
+        """(N, L) the symbol that each position becomes if it is filled: :attr:`best` at temperature 0, else a sample of
+        p^(1/temperature) among the shown symbols, by inversion of its distribution function.
+
+        Args:
+            uniform: (N, L) in [0, 1), needed above temperature 0.
+        """
+        if temperature == 0 or uniform is None:
+            return self.best
+        log_probs, symbols = self.log_probs, None
+        if log_probs is None:
+            symbols, order = self._symbols.sort(-1)
+            log_probs = self._values.gather(-1, order)
+        cumulative = (log_probs / temperature).softmax(-1).cumsum(-1)
+        # The total is 1 up to rounding; staying below it keeps symbols of probability 0 out.
+        at = (uniform * (1 - 1e-6)).unsqueeze(-1) * cumulative[..., -1:]
+        index = (cumulative <= at).sum(-1).clamp(max=log_probs.shape[-1] - 1)
+        return index if symbols is None else symbols.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+    # ------------------------------------------------------------------ rows
+    def __getitem__(self, rows: Tensor | slice) -> Denoised:
+        return self.join([self], lambda parts: parts[0][rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[Denoised], how: Callable[[Sequence[Tensor]], Tensor]) -> Denoised:
+        """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
+        return _join(parts, how)
+
+    def without_hidden(self) -> Denoised:
+        return self if self.hidden is None else replace(self, hidden=None)
+
+
+def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """One dataclass of several of its kind, field by field: tensors by ``how``, dataclasses likewise, others as
+    they are. A field that one of them lacks is None."""
+    joined = {}
+    for field in fields(parts[0]):
+        values = [getattr(part, field.name) for part in parts]
+        if any(value is None for value in values):
+            joined[field.name] = None
+        elif isinstance(values[0], Tensor):
+            joined[field.name] = how(values)
+        elif isinstance(values[0], int):
+            joined[field.name] = values[0]
+        else:
+            joined[field.name] = _join(values, how)
+    return type(parts[0])(**joined)
+
+
+# ---------------------------------------------------------------------- what everybody sees
+@dataclass(frozen=True)
+class History:
+    """What rules that look back read.
+
+    Attributes:
+        steps: (N,) int64, denoiser forwards before this one.
+        fill_prob: (N, L) the probability that each filled symbol had when it was filled in, 1 of given ones.
+        previous: the forward before this one; None where no row had one. A row's first step has ``steps`` 0.
+        remasks_left: (N,) int64, how many positions the ``remask_budget`` still lets it mask again; None without one.
+    """
+
+    steps: Tensor
+    fill_prob: Tensor
+    previous: Denoised | None = None
+    remasks_left: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that a policy may look at: the same for references, learned policies, learners and a user's own loop. The
+    answers are not here.
+
+    Attributes:
+        tokens: (N, L) int64; V where a position is masked.
+        masked: (N, L) bool. fillable: (N, L) bool, those that may be filled now: all, or those of the current block.
+        denoised: the denoiser's forward on ``tokens``; ``top_symbols``, ``top_log_probs``, ``entropy``, ``hidden`` and
+            ``order_weights`` are its.
+        remaskable: (N, L) bool, the positions that may be masked again; None where the rules have none.
+        remask_count: (N, L) int64, how often each position was masked again in this episode; None likewise.
+        history: what the episode remembers; None in observations that were read from an interface's arrays.
+    """
+
+    tokens: Tensor
+    masked: Tensor
+    fillable: Tensor
+    denoised: Denoised
+    remaskable: Tensor | None = None
+    remask_count: Tensor | None = None
+    history: History | None = None
+
+    @property
+    def top_symbols(self) -> Tensor:
+        return self.denoised.top_symbols
+
+    @property
+    def top_log_probs(self) -> Tensor:
+        return self.denoised.top_log_probs
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.denoised.entropy
+
+    @property
+    def hidden(self) -> Tensor | None:
+        return self.denoised.hidden
+
+    @property
+    def order_weights(self) -> Tensor | None:
+        return self.denoised.order_weights
+
+    @property
+    def confidence(self) -> Tensor:
+        """(N, L) probability of the most likely symbol, max_v p_i(v)."""
+        return self.denoised.best_log_prob.exp()
+
+    @property
+    def margin(self) -> Tensor:
+        """(N, L) p_i(1) - p_i(2), the top-probability margin (Kim et al. 2025, arXiv 2502.06768, section 4)."""
+        top = self.denoised.top_k_log_probs(2).exp()
+        return top[..., 0] - top[..., 1]
+
+    @property
+    def action_mask(self) -> Tensor:
+        """(N, A) bool: the entries that an action may contain."""
+        return self.fillable if self.remaskable is None else torch.cat([self.fillable, self.remaskable], 1)
+
+    def __getitem__(self, rows: Tensor | slice) -> Observation:
+        return _join([self], lambda parts: parts[0][rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[Observation], how: Callable[[Sequence[Tensor]], Tensor]) -> Observation:
+        """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
+        return _join(parts, how)
+
+
+# ---------------------------------------------------------------------- where play stands
+@dataclass(frozen=True)
+class State:
+    """N boards in play; rows are independent, and everything that is remembered of them is here.
+
+    Attributes:
+        tokens: (N, L) int64. masked: (N, L) bool.
+        instances: the problems, with their answers, that the rows came from.
+        steps: (N,) int64, denoiser forwards (NFE) of the episode so far.
+        remask_count: (N, L) int64, how often each position was masked again.
+        fill_prob: (N, L) float32, the probability that each symbol had when it was filled in; 1 where it was given.
+        done: (N,) bool, rows whose episode has ended: they idle. truncated: of those, the ones cut off by the budget.
+        illegal: (N,) bool, rows whose last action was illegal.
+        previous: the last forward, without hidden states; None before the first step.
+    """
+
+    tokens: Tensor
+    masked: Tensor
+    instances: Instances
+    steps: Tensor
+    remask_count: Tensor
+    fill_prob: Tensor
+    done: Tensor
+    truncated: Tensor
+    illegal: Tensor
+    previous: Denoised | None = None
+
+    @property
+    def terminated(self) -> Tensor:
+        """(N,) bool: rows that ended by themselves."""
+        return self.done & ~self.truncated
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Tensor | slice) -> State:
+        return _join([self], lambda parts: parts[0][rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[State], how: Callable[[Sequence[Tensor]], Tensor]) -> State:
+        """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
+        return _join(parts, how)
+
+    def put(self, rows: Tensor, other: State) -> State:
+        """This state with ``other`` in the rows ``rows`` (indices); what ``other`` has no ``previous`` of keeps its
+        old one, which its ``steps`` of 0 tell to ignore."""
+        if other.previous is None and self.previous is not None:
+            other = replace(other, previous=self.previous[rows])
+        return _join([self, other], lambda parts: parts[0].index_copy(0, rows, parts[1]))
+
+
+class Step(NamedTuple):
+    """One recorded step of a rollout.
+
+    ``observation``; ``action`` (N, A) bool; ``alive`` (N,) bool, rows that were still in play; ``log_prob`` (N,).
+    """
+
+    observation: Observation
+    action: Tensor
+    alive: Tensor
+    log_prob: Tensor
+
+
+class Rollout(NamedTuple):
+    """A finished batch of episodes: the final ``state``, ``reward`` (N,) float32, recorded ``steps``."""
+
+    state: State
+    reward: Tensor
+    steps: list[Step]
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N, L) the finished sequences; rows whose budget ran out keep their masks."""
+        return self.state.tokens
+
+    @property
+    def nfe(self) -> Tensor:
+        """(N,) int64 denoiser forwards."""
+        return self.state.steps

@@ -1,0 +1,204 @@
+"""N rows with random streams of their own: what all environment interfaces play on. Torch only.
+
+Row i draws its instances and, with sampled filling, its symbols from generators of its own, so an episode depends on
+the row's seed and actions only, not on how many rows play beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.backbone import Backbone
+from tasks import Instances, Task, UnmaskError
+from unmask_env.denoiser import Denoiser
+from unmask_env.encoding import Arrays, Extra, encode, encode_unseen, unseen
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy, default_reference, reference
+from unmask_env.registration import make_process
+from unmask_env.state import Observation, Rules, State
+
+_AHEAD = 16  # instances drawn per call of task.sample
+_FILLING = 0x5DEECE66D  # sets the seeds of the filling streams apart from those of the instances
+
+
+class Seen(NamedTuple):
+    """One forward: the ``observation`` that the process needs, and its ``arrays`` for agents."""
+
+    observation: Observation
+    arrays: Arrays
+
+
+class Restarted(NamedTuple):
+    """How play goes on once rows have ended: the ``state`` and what is ``seen`` of it; the indices ``rows`` (M,) that
+    ended; and the arrays ``last`` (M, ...) of their boards as they ended."""
+
+    state: State
+    seen: Seen
+    rows: Tensor
+    last: Arrays
+
+
+def checked_reference(policy: str | Policy | None, rules: Rules) -> Policy:
+    """The reference policy of an environment; None is the default one.
+
+    Raises:
+        UnmaskError: one that sees the answers, or one of single positions for sets, or the reverse.
+    """
+    policy = default_reference(rules.actions) if policy is None else policy
+    g = reference(policy) if isinstance(policy, str) else policy
+    if g.sees_answers:
+        raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
+    single = rules.actions == "single"
+    if (g.actions == "single") != single or (g.actions == "set+remask" and rules.actions == "set"):
+        raise UnmaskError(f"{getattr(g, 'name', type(g).__name__)} is no reference for actions {rules.actions!r}")
+    return g
+
+
+class Streams:
+    """The process and the random streams of N rows; the states of play are the callers'.
+
+    Raises:
+        UnmaskError: a task or denoiser is missing, or a setting is not allowed; also what loading a denoiser raises.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        env_id: str | None,
+        task: str | Task | None,
+        denoiser: str | Path | Backbone | Denoiser | None,
+        policy: str | Policy | None,
+        temperature: float,
+        device: torch.device | str,
+        extras: tuple[Extra, ...],
+        rules: dict[str, Any],
+    ) -> None:
+        if n < 1:
+            raise UnmaskError(f"num_envs must be at least 1, not {n}")
+        checked = Rules.of(rules)
+        self.reference = checked_reference(policy, checked)
+        self.process: Unmasking = make_process(
+            task, denoiser, env_id=env_id, temperature=temperature, device=device, **rules
+        )
+        self.n, self.device, self.extras = n, self.process.device, extras
+        if self.device.type != torch.device(device).type:
+            raise UnmaskError(f"the denoiser is on {self.device} and the environment on {device}")
+        self._instances: list[torch.Generator] | None = None
+        self._fillings: list[torch.Generator] = [torch.Generator() for _ in range(n)]
+        self._ahead: list[tuple[Instances, int] | None] = [None] * n
+
+    @property
+    def task(self) -> Task:
+        return self.process.task
+
+    # ------------------------------------------------------------------ randomness
+    def seed(self, seeds: Sequence[int], rows: Sequence[int] | None = None, share: int = 1) -> None:
+        """One seed per row; with ``rows`` only those take theirs.
+
+        Args:
+            share: runs of this many rows draw the same instances (each its own symbols): those of their first seed.
+        """
+        if len(seeds) != self.n:
+            raise UnmaskError(f"{self.n} rows need {self.n} seeds, not {len(seeds)}")
+        if self._instances is None:
+            self._instances = [torch.Generator() for _ in seeds]
+        for row in range(self.n) if rows is None else rows:
+            self._instances[row].manual_seed(int(seeds[row - row % share]))
+            self._fillings[row].manual_seed(int(seeds[row]) ^ _FILLING)
+            self._ahead[row] = None
+
+    @property
+    def seeded(self) -> bool:
+        return self._instances is not None
+
+    def _next_instance(self, row: int) -> Instances:
+        if self._instances is None:
+            raise UnmaskError("call reset() before anything else")
+        instances, at = self._ahead[row] or (None, _AHEAD)
+        if instances is None or at == len(instances):
+            instances, at = self.task.sample(_AHEAD, self._instances[row]), 0
+        self._ahead[row] = (instances, at + 1)
+        return instances[at : at + 1]
+
+    def put_back(self, rows: Sequence[int]) -> None:
+        """The instances that ``rows`` drew last were not used: they draw them again."""
+        for row in rows:
+            instances, at = self._ahead[row] or (None, 0)
+            if instances is not None and at > 0:
+                self._ahead[row] = (instances, at - 1)
+
+    def _uniform(self, state: State) -> Tensor | None:
+        """(N, L) what this step's filling draws: each row in play from its own stream."""
+        if self.process.temperature == 0:
+            return None
+        uniform = torch.zeros(state.tokens.shape)
+        for row in (~state.done).nonzero().flatten().tolist():
+            uniform[row] = torch.rand(self.task.length, generator=self._fillings[row])
+        return uniform.to(self.device)
+
+    # ------------------------------------------------------------------ play
+    def empty(self) -> State:
+        """A state before the first reset: no row has begun."""
+        holes = torch.full((self.n, self.task.length), self.task.mask_id, device=self.device)
+        state = self.process.reset(Instances(holes, torch.zeros_like(holes)))
+        return replace(state, done=torch.ones_like(state.done))
+
+    def begin(self, state: State, rows: Sequence[int], instances: Instances | None = None) -> State:
+        """``state`` with the episodes of ``rows`` begun anew, from ``instances`` or else each row's own stream."""
+        if not len(rows):
+            return state
+        if instances is None:
+            drawn = [self._next_instance(row) for row in rows]
+            instances = Instances(torch.cat([d.tokens for d in drawn]), torch.cat([d.answers for d in drawn]))
+        elif instances.tokens.shape != (len(rows), self.task.length):
+            raise UnmaskError(f"options['instances'] must hold {len(rows)} instances of length {self.task.length}")
+        if not bool((instances.tokens == self.task.mask_id).any(1).all()):
+            raise UnmaskError("every instance needs at least one mask; an episode without one would never end")
+        return state.put(torch.as_tensor(rows, device=self.device), self.process.reset(instances))
+
+    def action_mask(self, state: State) -> Tensor:
+        """(N, A) bool: the entries that an action may contain, also of boards that were truncated."""
+        fillable, remaskable = self.process.permitted(replace(state, done=state.terminated))
+        return fillable if remaskable is None else torch.cat([fillable, remaskable], 1)
+
+    @torch.no_grad()  # a learned policy may be the reference
+    def observe(self, state: State) -> Seen:
+        """One forward for all rows; of rows that were truncated as they were before."""
+        observation = self.process.observe(replace(state, done=state.terminated))
+        return Seen(observation, encode(observation, self.reference(observation).entry_log_probs(), self.extras))
+
+    def unseen(self, state: State) -> Arrays:
+        """The arrays of boards on which the denoiser is not run."""
+        fillable, remaskable = self.process.permitted(replace(state, done=torch.zeros_like(state.done)))
+        denoised = unseen(self.process, state.tokens, self.extras)
+        count = None if remaskable is None else state.remask_count
+        return encode_unseen(
+            Observation(state.tokens, state.masked, fillable, denoised, remaskable, count), self.extras
+        )
+
+    def step(self, state: State, observation: Observation, action: Tensor) -> tuple[State, Tensor]:
+        """One action (N, A) bool per row; the state that follows and the reward (N,)."""
+        return self.process.step(state, observation, action, self._uniform(state))
+
+    def autoreset(self, state: State) -> Restarted:
+        """Begin anew the rows that ended, and observe all boards, in one forward.
+
+        Complete boards are not given to the denoiser; truncated ones, whose value a learner still needs, ride along.
+        """
+        rows = state.done.nonzero().flatten()
+        ended = state[rows]
+        last = self.unseen(ended)
+        state = self.begin(state, rows.tolist())
+        cut = ended.truncated.nonzero().flatten()
+        if not len(cut):
+            return Restarted(state, self.observe(state), rows, last)
+        seen = self.observe(State.join([state, ended[cut]], torch.cat))
+        last = {key: value.index_copy(0, cut, seen.arrays[key][self.n :]) for key, value in last.items()}
+        arrays = {key: value[: self.n] for key, value in seen.arrays.items()}
+        return Restarted(state, Seen(seen.observation[: self.n], arrays), rows, last)

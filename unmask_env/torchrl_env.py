@@ -1,0 +1,280 @@
+"""The TorchRL interface: N boards as one batched, device-resident ``EnvBase``, and the KL as a reward transform."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+from torchrl.envs.transforms import Transform
+
+from pretrain.backbone import Backbone
+from tasks import Instances, Task, UnmaskError
+from unmask_env.denoiser import Denoiser
+from unmask_env.distributions import regularised_reward
+from unmask_env.encoding import (
+    LOG_ZERO,
+    Arrays,
+    Extra,
+    decode,
+    log_reference_of,
+    require_possible,
+    shown_symbols,
+    to_action,
+)
+from unmask_env.reference import Policy
+from unmask_env.state import FLOOR, Denoised, History, Observation, State
+from unmask_env.streams import Seen, Streams
+
+
+class UnmaskTorchEnv(EnvBase):
+    """N boards of :class:`unmask_env.gym_env.UnmaskEnv`, ``batch_size=[N]``; tensors stay on ``device``.
+
+    Keys: ``action`` (N,) int64 positions or (N, A) bool sets; observations as in the Gymnasium interface, with bool
+    flags; ``reward``, ``done``, ``terminated``, ``truncated`` (N, 1).
+
+    The state of play is in the tensordict, so a rollout can be forked: put rows of an earlier tensordict, in any
+    arrangement, into ``reset(td, set_state=True)``. It lies under ``state``, for the environment and not for policies:
+    ``("state", "given")`` and ``("state", "answers")``, the instance, and what the episode remembers. Sampled filling
+    draws at the step, from the row's own stream, so a fork draws fresh symbols.
+
+    A step makes one denoiser forward, even where rows finish: their next boards ride in it and wait for the reset.
+
+    Args:
+        env_id: a registered id, or give ``task`` and ``denoiser``.
+        num_envs: N.
+        group: rows come in groups of this many that draw the same instances, for group-relative advantages.
+        seed: row i draws the instances of a single environment seeded with ``seed + i`` (its group's first row's).
+        The others are those of the Gymnasium interface.
+
+    Raises:
+        UnmaskError: sizes or settings that do not fit.
+    """
+
+    batch_locked = True
+    _supports_set_state = True
+
+    def __init__(
+        self,
+        env_id: str | None = None,
+        num_envs: int = 1,
+        task: str | Task | None = None,
+        denoiser: str | Path | Backbone | Denoiser | None = None,
+        reference: str | Policy | None = None,
+        temperature: float = 0.0,
+        group: int = 1,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+        show: tuple[Extra, ...] = (),
+        **rules: Any,
+    ) -> None:
+        if group < 1 or num_envs % group:
+            raise UnmaskError(f"num_envs must be a multiple of group; {num_envs} is not one of {group}")
+        self.streams = Streams(num_envs, env_id, task, denoiser, reference, temperature, device, show, rules)
+        self.process, self.task, self.group = self.streams.process, self.streams.task, group
+        super().__init__(device=self.process.device, batch_size=[num_envs])
+        self._waiting: tuple[Tensor, State, Seen] | None = None  # rows that finished, and how they begin anew
+        self._make_specs(num_envs, show)
+        self.set_seed(seed if seed is not None else int(torch.empty((), dtype=torch.long).random_(2**31)))
+
+    def _make_specs(self, n: int, show: tuple[Extra, ...]) -> None:
+        where = {"device": self.process.device}
+        length, vocab_size, entries = self.task.length, self.task.vocab_size, self.process.entries
+        k = shown_symbols(vocab_size)
+
+        def flags(*shape: int) -> Binary:
+            return Binary(shape[-1], shape=shape, dtype=torch.bool, **where)
+
+        def counts(*shape: int) -> Unbounded:
+            return Unbounded(shape=shape, dtype=torch.long, **where)
+
+        if self.process.rules.actions == "single":
+            self.action_spec = Categorical(length, shape=(n,), **where)
+        else:
+            self.action_spec = flags(n, entries)
+        self.reward_spec = Unbounded(shape=(n, 1), **where)
+        ends = {
+            key: Categorical(2, shape=(n, 1), dtype=torch.bool, **where) for key in ("done", "terminated", "truncated")
+        }
+        self.full_done_spec = Composite(**ends, shape=(n,), **where)
+        memory = Composite(
+            given=Categorical(vocab_size + 1, shape=(n, length), **where),
+            answers=Categorical(vocab_size, shape=(n, length), **where),
+            steps=counts(n, 1),
+            remask_count=counts(n, length),
+            fill_prob=Unbounded(shape=(n, length), **where),
+            done=flags(n, 1),
+            truncated=flags(n, 1),
+            previous_symbols=Categorical(vocab_size, shape=(n, length, k), **where),
+            previous_log_probs=Unbounded(shape=(n, length, k), **where),
+            shape=(n,),
+            **where,
+        )
+        shown = {
+            "tokens": Categorical(vocab_size + 1, shape=(n, length), **where),
+            "masked": flags(n, length),
+            "action_mask": flags(n, entries),
+            "top_symbols": Categorical(vocab_size, shape=(n, length, k), **where),
+            "top_log_probs": Bounded(FLOOR, 0.0, shape=(n, length, k), **where),
+            "entropy": Unbounded(shape=(n, length), **where),
+            "log_reference": Bounded(LOG_ZERO, 0.0, shape=(n, entries), **where),
+            "state": memory,
+        }
+        if self.process.rules.actions == "set+remask":
+            shown |= {"remaskable": flags(n, length), "remask_count": counts(n, length)}
+        if "hidden" in show:
+            shown["hidden"] = Unbounded(shape=(n, length, self.process.denoiser.hidden_dim or 0), **where)
+        if "order_weights" in show:
+            shown["order_weights"] = Unbounded(shape=(n, length), **where)
+        self.observation_spec = Composite(**shown, shape=(n,), **where)
+        state = {
+            key: shown[key].clone() for key in ("tokens", "action_mask", "top_symbols", "top_log_probs", "entropy")
+        }
+        self.state_spec = Composite(state=memory.clone(), **state, shape=(n,), **where)
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self.streams.seed([seed + row for row in range(self.streams.n)], share=self.group)
+            self._waiting = None
+
+    # ------------------------------------------------------------------ play
+    def _reset(self, tensordict: TensorDictBase | None = None, *, set_state: bool = False, **_: Any) -> TensorDict:
+        if set_state and tensordict is not None:
+            return self._fork(tensordict)
+        n = self.streams.n
+        chosen = None if tensordict is None else tensordict.get("_reset", None)
+        chosen = torch.ones(n, dtype=torch.bool) if chosen is None else chosen.view(n).cpu()
+        waiting, state, seen = self._waiting or (torch.zeros(n, dtype=torch.bool), self.streams.empty(), None)
+        missing = (chosen & ~waiting).nonzero().flatten().tolist()
+        if missing:
+            state = self.streams.begin(state, missing)
+            seen = self.streams.observe(state)
+        self._waiting = (waiting & ~chosen, state, seen) if bool((waiting & ~chosen).any()) else None
+        return self._pack(state, seen.arrays)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        state = self._state(tensordict)
+        action = to_action(tensordict["action"], self.process)
+        state, reward = self.streams.step(state, self._observation(tensordict, state), action)
+        if bool(state.done.any()):
+            if self._waiting is not None:  # never claimed: those rows were not reset
+                self.streams.put_back(self._waiting[0].nonzero().flatten().tolist())
+            following, seen, rows, last = self.streams.autoreset(state)
+            self._waiting = (state.done.cpu(), following, seen)
+            arrays = {key: value.index_copy(0, rows, last[key]) for key, value in seen.arrays.items()}
+        else:
+            arrays = self.streams.observe(state).arrays
+        out = self._pack(state, arrays)
+        ends = {"done": state.done, "terminated": state.terminated, "truncated": state.truncated, "reward": reward}
+        for key, value in ends.items():
+            out[key] = value.unsqueeze(1)
+        return out
+
+    def _fork(self, tensordict: TensorDictBase) -> TensorDict:
+        needed = {"tokens", *(("state", key) for key, _ in self.observation_spec["state"].items())}
+        if not needed <= set(tensordict.keys(True)):
+            raise UnmaskError("set_state needs tokens and state, whole, of an earlier tensordict")
+        state = self._state(tensordict)
+        if not bool(state.masked.any(1).all()):
+            raise UnmaskError("set_state needs a masked position in every row; a complete board has nothing to play")
+        return self._pack(state, self.streams.observe(state).arrays)
+
+    def to(self, device: torch.device | str) -> UnmaskTorchEnv:
+        """Itself, if it is on ``device``; the denoiser stays where it was loaded, so elsewhere is refused."""
+        if torch.device(device) != self.process.device:
+            raise UnmaskError(
+                f"this environment is on {self.process.device}; make another one with device={str(device)!r}"
+            )
+        return self
+
+    # ------------------------------------------------------------------ the state in the tensordict
+    def _state(self, tensordict: TensorDictBase) -> State:
+        tokens, memory = tensordict["tokens"], tensordict.get("state", None)
+        if memory is None:
+            raise UnmaskError(
+                "the tensordict has lost its instances: go on from what reset and step returned. SerialEnv and "
+                "ParallelEnv drop them; this environment is a batch already, so raise num_envs, or use a MultiCollector"
+            )
+        fresh = self.process.reset(Instances(memory["given"], memory["answers"]))
+        log_probs = memory["previous_log_probs"]
+        entropy = torch.zeros_like(log_probs[..., 0])  # nobody asks for that of the forward before
+        previous = Denoised.shown(self.task.vocab_size, memory["previous_symbols"], log_probs, entropy)
+        return State(
+            tokens,
+            tokens == self.task.mask_id,
+            fresh.instances,
+            memory["steps"].squeeze(1),
+            memory["remask_count"],
+            memory["fill_prob"],
+            memory["done"].squeeze(1),
+            memory["truncated"].squeeze(1),
+            fresh.illegal,
+            previous,
+        )
+
+    def _observation(self, tensordict: TensorDictBase, state: State) -> Observation:
+        """What the process needs of the forward that the tensordict shows, whatever its flags were made to say."""
+        fillable, remaskable = self.process.permitted(state)
+        parts = {key: tensordict[key] for key in ("tokens", "action_mask", "top_symbols", "top_log_probs", "entropy")}
+        denoised = decode(
+            parts | {"masked": state.masked, "remask_count": state.remask_count}, self.task.vocab_size
+        ).denoised
+        history = History(state.steps, state.fill_prob, state.previous)
+        return Observation(state.tokens, state.masked, fillable, denoised, remaskable, state.remask_count, history)
+
+    def _pack(self, state: State, arrays: Arrays) -> TensorDict:
+        k = shown_symbols(self.task.vocab_size)
+        if state.previous is None:
+            symbols = state.tokens.new_zeros(*state.tokens.shape, k)
+            log_probs = torch.zeros(symbols.shape, device=symbols.device)
+        else:
+            symbols, log_probs = state.previous.top_symbols, state.previous.top_log_probs
+        memory = {
+            "given": state.instances.tokens,
+            "answers": state.instances.answers,
+            "steps": state.steps.unsqueeze(1),
+            "remask_count": state.remask_count,
+            "fill_prob": state.fill_prob,
+            "done": state.done.unsqueeze(1),
+            "truncated": state.truncated.unsqueeze(1),
+            "previous_symbols": symbols,
+            "previous_log_probs": log_probs,
+        }
+        memory = TensorDict(memory, batch_size=self.batch_size, device=self.device)
+        return TensorDict(arrays | {"state": memory}, batch_size=self.batch_size, device=self.device)
+
+
+class KLReward(Transform):
+    """Rewards become r - beta * (log pi(a|s) - log g(a|s)): a learner that maximises their sum maximises J(pi).
+
+    ``TransformedEnv(UnmaskTorchEnv(...), KLReward(0.01))``, with a policy that writes its log-probability
+    (``ProbabilisticActor(..., return_log_prob=True)``).
+
+    Raises:
+        UnmaskError: a beta below 0; in a step, a policy that writes no log-probability, or an action to which the
+            reference gives probability 0.
+    """
+
+    def __init__(self, beta: float, log_prob_key: str = "action_log_prob") -> None:
+        if not beta >= 0:
+            raise UnmaskError(f"beta must be at least 0, not {beta}")
+        super().__init__()
+        self.beta, self.log_prob_key = beta, log_prob_key
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        log_prob = tensordict.get(self.log_prob_key, None)
+        if log_prob is None:
+            raise UnmaskError(
+                f"KLReward needs the policy's log-probability under {self.log_prob_key!r}; build the policy as "
+                "ProbabilisticActor(..., return_log_prob=True)"
+            )
+        log_reference = log_reference_of(tensordict["log_reference"], tensordict["action"]).unsqueeze(-1)
+        idle = tensordict["state", "done"]  # boards that ended and were not reset
+        require_possible(log_reference.masked_fill(idle, 0.0))
+        reward = next_tensordict["reward"]
+        regularised = regularised_reward(reward, log_prob.unsqueeze(-1), log_reference, self.beta)
+        return next_tensordict.set("reward", torch.where(idle, reward, regularised))

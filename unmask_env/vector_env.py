@@ -1,0 +1,240 @@
+"""The native vector interface: N boards, one denoiser forward per step for all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+
+from pretrain.backbone import Backbone
+from tasks import Task, UnmaskError
+from unmask_env import render
+from unmask_env.denoiser import Denoiser
+from unmask_env.distributions import regularised_reward
+from unmask_env.encoding import (
+    DENOISED,
+    LOG_ZERO,
+    Arrays,
+    Extra,
+    action_space,
+    as_numpy,
+    for_maskable_ppo,
+    for_sampling,
+    log_reference_of,
+    observation_space,
+    require_possible,
+    to_action,
+    to_numpy,
+)
+from unmask_env.reference import Policy, require_full_support
+from unmask_env.state import State
+from unmask_env.streams import Seen, Streams
+
+
+class UnmaskVectorEnv(VectorEnv):
+    """N boards of :class:`unmask_env.gym_env.UnmaskEnv`; ``gym.make_vec(id, num_envs=N)`` makes it.
+
+    Row i seeded with ``seed + i`` plays the same episodes as a single environment with that seed.
+
+    Args:
+        autoreset_mode: ``SAME_STEP`` (default): a finished row starts anew in the same step; its last observation is
+            ``info["final_obs"][i]`` and its last info ``info["final_info"]``. ``NEXT_STEP``: the row shows its
+            finished board with an all-ones action mask, and the next action is ignored and resets it. ``DISABLED``:
+            call ``reset(options={"reset_mask": bool[N]})``; stepping a finished row raises.
+        The others are those of the single environment.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {
+        "render_modes": ["ansi", "rgb_array"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        env_id: str | None = None,
+        task: str | Task | None = None,
+        denoiser: str | Path | Backbone | Denoiser | None = None,
+        reference: str | Policy | None = None,
+        temperature: float = 0.0,
+        device: str = "cpu",
+        show: tuple[Extra, ...] = (),
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
+        max_episode_steps: int | None = None,
+        **rules: Any,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
+        modes = {mode.name: mode for mode in AutoresetMode} | {mode.value: mode for mode in AutoresetMode}
+        mode = autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else modes.get(autoreset_mode)
+        if mode is None:
+            raise UnmaskError(f"autoreset_mode must be SAME_STEP, NEXT_STEP or DISABLED, not {autoreset_mode!r}")
+        self.autoreset_mode = mode
+        self.metadata = {**self.metadata, "autoreset_mode": mode}
+        self.render_mode, self.num_envs = render_mode, num_envs
+        if max_episode_steps is not None:
+            rules["nfe_budget"] = min(max_episode_steps, rules.get("nfe_budget") or max_episode_steps)
+        self.streams = Streams(num_envs, env_id, task, denoiser, reference, temperature, device, show, rules)
+        self.process, self.task = self.streams.process, self.streams.task
+        self.state = self.streams.empty()
+        self._seen: Seen | None = None
+        self.single_observation_space = observation_space(self.process, show)
+        self.single_action_space = action_space(self.process)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start all rows anew, or those of ``options["reset_mask"]``, from ``options["instances"]`` if given."""
+        options = options or {}
+        if isinstance(seed, int | np.integer):
+            seed = int(seed)
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        chosen = options.get("reset_mask")
+        if chosen is None:
+            chosen = np.ones(self.num_envs, dtype=bool)
+        if (
+            not isinstance(chosen, np.ndarray)
+            or chosen.dtype != bool
+            or chosen.shape != (self.num_envs,)
+            or not chosen.any()
+        ):
+            raise UnmaskError(
+                f"options['reset_mask'] must be a numpy bool array of shape ({self.num_envs},) with a True in it"
+            )
+        rows = np.flatnonzero(chosen).tolist()
+        if seed is not None or not self.streams.seeded:
+            if seed is None:
+                seed = int(self.np_random.integers(2**31))
+            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+            self.streams.seed(seeds, rows if self.streams.seeded else None)
+        self.state = self.streams.begin(self.state, rows, options.get("instances"))
+        self._seen = self.streams.observe(self.state)
+        observation = self._observation()
+        return observation, self._info(observation)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        actions = np.array(actions)
+        if actions.shape != self.action_space.shape or not np.issubdtype(actions.dtype, np.integer):
+            wanted = f"{self.num_envs} integers" if actions.ndim < 2 else f"integers of shape {self.action_space.shape}"
+            raise UnmaskError(f"actions must be {wanted}, not {actions.dtype} of shape {actions.shape}")
+        if self._seen is None:
+            raise UnmaskError("call reset() before step()")
+        stale = to_numpy(self.state.done)  # NEXT_STEP: rows that ended before; whatever the action, they restart
+        if self.autoreset_mode == AutoresetMode.DISABLED and stale.any():
+            rows = np.flatnonzero(stale).tolist()
+            raise UnmaskError(f"rows {rows} are finished; reset them with options={{'reset_mask': ...}} first")
+        actions[stale] = 0
+        encoded = torch.as_tensor(actions, device=self.process.device)
+        state, reward = self.streams.step(self.state, self._seen.observation, to_action(encoded, self.process))
+        state = self.streams.begin(state, np.flatnonzero(stale).tolist())
+        terminated, truncated, illegal = (to_numpy(x) for x in (state.terminated, state.truncated, state.illegal))
+        done = terminated | truncated
+        info: dict[str, Any] = self._ended(state, done) if done.any() else {}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
+            self.state, self._seen, rows, last = self.streams.autoreset(state)
+            info = self._final(rows.tolist(), last) | {"final_info": info, "_final_info": done.copy()}
+        else:
+            self.state, self._seen = state, self.streams.observe(state)
+        observation = self._observation()
+        info |= self._info(observation) | {"illegal": illegal}
+        return observation, to_numpy(reward), terminated, truncated, info
+
+    def action_masks(self) -> np.ndarray:
+        """(N, L) bool: the positions that may be chosen; all True on finished rows, where any action is ignored. For
+        sets (N, 2 A), as sb3-contrib has it: per entry whether it may be out and whether it may be in."""
+        mask = self.streams.action_mask(self.state) | self.state.done.unsqueeze(1)
+        return for_maskable_ppo(mask.numpy(force=True), self.process.rules)
+
+    def render(self) -> tuple[str | np.ndarray, ...] | None:
+        if self.render_mode is None:
+            return None
+        return tuple(render.board(self.task, self.state, row, self.render_mode) for row in range(self.num_envs))
+
+    # ------------------------------------------------------------------ parts
+    def _observation(self) -> dict[str, np.ndarray]:
+        shown = as_numpy(self._seen.arrays)
+        done, terminated = (x.numpy(force=True) for x in (self.state.done, self.state.terminated))
+        if done.any():  # in the modes that leave finished boards to be seen
+            shown["action_mask"][done] = 1
+            for key in shown.keys() & DENOISED:
+                shown[key][terminated] = 0
+            shown["log_reference"][terminated] = LOG_ZERO
+        return shown
+
+    def _info(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {
+            "action_mask": for_sampling(observation["action_mask"], self.process.rules),
+            "log_reference": observation["log_reference"].copy(),
+            "nfe": to_numpy(self.state.steps),
+        }
+
+    def _ended(self, state: State, done: np.ndarray) -> dict[str, Any]:
+        """The task's metrics of finished rows, in Gymnasium's vector layout (value and ``_`` mask)."""
+        metrics = {k: to_numpy(v) for k, v in self.task.metrics(state.tokens, state.instances).items()}
+        metrics |= {"nfe": to_numpy(state.steps), "illegal": to_numpy(state.illegal)}
+        out: dict[str, Any] = {}
+        for name, value in metrics.items():
+            out[name], out[f"_{name}"] = np.where(done, value, np.zeros_like(value)), done.copy()
+        return out
+
+    def _final(self, rows: list[int], last: Arrays) -> dict[str, Any]:
+        shown = as_numpy(last)
+        final = np.full(self.num_envs, None, dtype=object)
+        for at, row in enumerate(rows):
+            final[row] = {name: value[at] for name, value in shown.items()}
+        present = np.zeros(self.num_envs, dtype=bool)
+        present[rows] = True
+        return {"final_obs": final, "_final_obs": present}
+
+
+class RegularisedReward(VectorWrapper):
+    """Rewards of the KL-regularised problem for training loops that know their policy's log-probabilities.
+
+    ``step(actions, log_prob)`` takes (N,) log pi(a|s) of the distribution that the actions were sampled from and
+    returns r - beta * (log pi(a|s) - log g(a|s)) (:func:`unmask_env.distributions.regularised_reward`); the
+    task's own reward is ``info["task_reward"]``.
+
+    Args:
+        envs: a :class:`UnmaskVectorEnv`, wrapped or not, that resets in the same step or is reset by hand.
+        beta: weight of the KL.
+
+    Raises:
+        UnmaskError: the reference is deterministic (its KL would be infinite), or the mode is ``NEXT_STEP``, whose
+            resetting steps belong to no episode; in a step, an action to which the reference gives probability 0.
+    """
+
+    def __init__(self, envs: VectorEnv, beta: float) -> None:
+        super().__init__(envs)
+        require_full_support(envs.unwrapped.streams.reference)
+        if envs.unwrapped.autoreset_mode == AutoresetMode.NEXT_STEP:
+            raise UnmaskError("RegularisedReward needs autoreset_mode SAME_STEP or DISABLED, not NEXT_STEP")
+        if not beta >= 0:
+            raise UnmaskError(f"beta must be at least 0, not {beta}")
+        self.beta = beta
+
+    def reset(
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._log_reference = observation["log_reference"]
+        return observation, info
+
+    def step(
+        self, actions: np.ndarray, log_prob: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        at_actions = log_reference_of(self._log_reference, np.asarray(actions))
+        require_possible(at_actions)
+        observation, reward, terminated, truncated, info = self.env.step(actions)
+        regularised = regularised_reward(reward, np.asarray(log_prob, dtype=np.float32), at_actions, self.beta)
+        self._log_reference = observation["log_reference"]
+        return observation, regularised, terminated, truncated, info | {"task_reward": reward}
