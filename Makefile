@@ -1,13 +1,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test venv lint clean
+.PHONY: demo test check venv lint clean
 
 demo: venv
 	$(BIN)/unmask demo --out runs/demo
 
 test: venv
 	$(BIN)/python -m pytest
+
+# Lint, and every test that does not train; below a minute on two idle cores.
+check: lint
+	$(BIN)/python -m pytest --numprocesses 2 -m "not trains"
 
 venv: .venv/.installed
 

@@ -395,6 +395,7 @@ def test_likelihood(unmask, tmp_path: Path) -> None:
     assert "(no bound)" in again.out
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["udm", "maxcoupling", "audm"])
 def test_uniform_denoisers(unmask, tmp_path: Path, kind: str) -> None:
     """Trained, scored; and under orders only where the model knows which symbols are noise."""
@@ -646,6 +647,7 @@ def killed(weak: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return {name: root / name for name in running}
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", ["upo", "imitation", "mdm"])
 def test_a_killed_run_resumes_to_the_same_weights(unmask, killed, weak: Path, tmp_path: Path, name: str) -> None:
     """As an uninterrupted run, to the byte."""
@@ -673,6 +675,7 @@ def test_a_killed_run_resumes_to_the_same_weights(unmask, killed, weak: Path, tm
     check_mistake(unmask(*command, "--out", out, "--resume", "auto"), "truncated or not a training state")
 
 
+@pytest.mark.trains
 def test_what_was_trained_can_be_evaluated(unmask, weak: Path, tmp_path: Path) -> None:
     """Imitation, then UPO from it, then the table: by the commands alone."""
     shared = ["--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--layers", "1", "--threads", "1"]
@@ -691,6 +694,7 @@ def test_what_was_trained_can_be_evaluated(unmask, weak: Path, tmp_path: Path) -
     assert isinstance(load_denoiser(str(weak), tasks.get("sudoku4")).model, Backbone)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", ["ppo-sb3", "ppo-torchrl", "grpo-torchrl"])
 def test_learners_of_the_libraries(unmask, weak: Path, tmp_path: Path, name: str) -> None:
     """A run on real 4x4 boards, refused a second time, then resumed to no effect, then evaluated."""

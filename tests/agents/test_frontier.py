@@ -140,6 +140,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("actions", ["set", "single"])
 def test_the_demonstration_leaves_what_it_says(actions: str, tmp_path) -> None:
     small = {"puzzles": 60, "steps": 10, "iterations": 1, "limit": 12, "threads": 1}

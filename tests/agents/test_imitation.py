@@ -345,6 +345,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- what the labels weigh
+@pytest.mark.trains
 def test_the_error_cost_makes_a_policy_fill_later() -> None:
     """One feature-less position whose top symbol is right three times in four: the best odds of filling it are those of
     being right over the error cost, so log(3 / cost)."""

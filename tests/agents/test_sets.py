@@ -293,6 +293,7 @@ def test_divergences_over_sets_against_sums_over_all_sets() -> None:
 SMALL = {"iterations": 2, "env": "Unmask/Sudoku4x4-v0", "beta": 1e-3, "threads": 1}
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("rules", [Rules("set", speed=1.0, nfe_budget=16), Rules("set+remask", nfe_budget=16)], ids=str)
 @pytest.mark.parametrize("learner", ["upo", "plackett_luce", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"])
 def test_every_learner_trains_them(learner: str, rules: Rules, tmp_path) -> None:

@@ -40,6 +40,7 @@ from unmask_env.process import Unmasking
 from unmask_env.reference import Learned, Margin, Policy, SoftmaxConfidence
 from unmask_env.state import Observation
 
+pytestmark = pytest.mark.trains
 CONFIGS = {
     "ppo-sb3": SB3PPOConfig,
     "ppo-torchrl": TorchRLPPOConfig,

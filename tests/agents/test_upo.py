@@ -629,6 +629,7 @@ def expected_reward(policy: OrderPolicy) -> float:
     return float(policy(observation_of(tokens, tokens == 2, denoised)).log_probs[0, 1].exp())
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("changes", "least"),
     [
@@ -648,6 +649,7 @@ def test_training_finds_the_better_order(tmp_path: Path, changes: dict, least: f
     assert expected_reward(saved) == expected_reward(trained)
 
 
+@pytest.mark.trains
 def test_a_strong_regulariser_holds_the_policy_at_the_reference(tmp_path: Path) -> None:
     """The soft optimum has pi(1) = e^(1/beta) / (e^(1/beta) + 2): at beta = 1 that is 0.576, at beta = 10 0.356."""
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
@@ -680,6 +682,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert saved[0] == saved[1]
 
 
+@pytest.mark.trains
 def test_a_short_run_on_sudoku(tmp_path: Path) -> None:
     """Real puzzles with different numbers of blanks, the packaged denoiser, each kind of reference."""
     for name in ("softmax_confidence", "margin", "top_k"):
@@ -825,6 +828,7 @@ def train_likely(out: Path, task: Likely, fill_temperature: float = 1.0) -> Orde
     return upo.train(settings, Unmasking(task, Neighbours(task.joint)))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("seed", [2, 4])
 def test_training_brings_the_sequences_nearer_to_the_data(tmp_path: Path, seed: int) -> None:
     """UPO's theorem: KL(p_data || p_pi) < KL(p_data || p_g), exactly; and what sequence_log_prob says is the same."""
@@ -846,6 +850,7 @@ def test_the_soft_optimum_brings_them_nearer_still(seed: int) -> None:
     assert task.kl(optimum.policy) < task.kl(target)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("fill_temperature", [0.0, 1.0])
 def test_the_terminal_kl_of_a_trained_policy_is_below_its_trajectory_kl(
     tmp_path: Path, fill_temperature: float

@@ -388,6 +388,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return run
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_steps_lower_the_bound(kind, finished):
     _, model = finished(kind)
@@ -443,6 +444,7 @@ def test_before_its_start_the_order_is_left_alone(tmp_path):
     assert not (begun.order.masking[-1].weight == 0).all()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("at", [4, 13])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_and_resume_end_with_the_same_weights(kind, at, finished, tmp_path):

@@ -23,6 +23,7 @@ from pretrain.run import Interrupted, decayed_groups
 from pretrain.train import MDMConfig, PretrainConfig, learning_rate, pretrain
 from tasks import Sudoku, UnknownNameError, UnmaskError
 
+pytestmark = pytest.mark.trains
 SMALL = {"steps": 12, "batch": 8, "dim": 16, "layers": 1, "heads": 2, "warmup": 3, "save_every": 5, "log_every": 4}
 
 
