@@ -329,6 +329,8 @@ class PlayCommand:
     text"""
     difficulty: Literal["all", "easy", "hard"] = "all"
     """packaged Sudoku puzzles that naked and hidden singles alone solve (easy), or those that need more (hard)"""
+    split: Literal["validation", "test"] = "test"
+    """of the held-out instances; choose settings on the validation split"""
     blanks: AtLeast0 | None = None
     """reveal clues at random until this many blanks are left"""
     actions: Actions | None = None
@@ -380,7 +382,7 @@ def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instance
     if command.blanks is not None and command.puzzles is not None:
         raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
     task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
-    instances = task.select(command.limit, command.puzzles, command.difficulty)
+    instances = task.select(command.limit, command.puzzles, command.difficulty, command.split)
     denoiser = load_denoiser(command.denoiser, task, device)
     title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
     return Unmasking(task, denoiser, command.rules(default), command.temperature), instances, title

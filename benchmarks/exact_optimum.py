@@ -12,10 +12,8 @@ value and its divergences are exact (unmask_env/exact.py). Runs that are already
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,30 +21,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from agents.learner import (
-    SB3PPOConfig,
-    TorchRLGRPOConfig,
-    TorchRLPPOConfig,
-    make_reference,
-    prepare_on_policy,
-    seeded,
-)
+from common import report
 from rich.console import Console
 from torch import Tensor
-from unmask_env.sb3 import SB3VecEnv
-from unmask_env.vector import UnmaskVectorEnv
 
 from agents import sb3_ppo, torchrl_ppo, upo
 from agents.critic import new_critic
-from agents.policy import OrderPolicy, PolicyShape
+from agents.policy import OrderPolicy, PolicyConfig
+from agents.sb3_ppo import SB3PPOConfig
+from agents.setup import seeded, setup_on_policy
+from agents.torchrl_ppo import TorchRLGRPOConfig, TorchRLPPOConfig
 from agents.upo import UPOConfig
-from pretrain.checkpoint import write_json
-from pretrain.train import PretrainConfig, pretrain
+from pretrain.train import MDMConfig, pretrain
 from tasks import Instances, Sudoku, Task
 from unmask_env import exact
-from unmask_env.core import Denoised
-from unmask_env.denoiser import Denoiser, TableDenoiser, load_denoiser
-from unmask_env.reference import Reference
+from unmask_env.denoiser import TableDenoiser, load_denoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import Reference, reference
+from unmask_env.sb3_env import SB3VecEnv
+from unmask_env.state import Denoised
+from unmask_env.vector_env import UnmaskVectorEnv
 
 BETAS = (0.01, 0.1, 1.0)
 
@@ -89,7 +83,7 @@ class Word(Task):
 class Neighbours(TableDenoiser):
     """p(x_i | the visible neighbours of i): each conditional is right, but they are not those of one joint."""
 
-    def __call__(self, tokens: Tensor) -> Denoised:
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
         parts = []
         for position in range(self.length):
             near = torch.full_like(tokens, self.mask_id)
@@ -98,21 +92,18 @@ class Neighbours(TableDenoiser):
                     near[:, at] = tokens[:, at]
             parts.append(super().__call__(near).log_probs[:, position])
         self.calls -= self.length - 1
-        return Denoised(torch.stack(parts, 1))
+        return Denoised.of(torch.stack(parts, 1))
 
 
 class Problem(NamedTuple):
     """``steps`` are those of two episodes: what the PPOs play per iteration, on as many boards as make about 1,000."""
 
-    task: Task
-    denoiser: Denoiser
+    process: Unmasking
     tau: float
-    fill_temperature: float
     steps: int
 
     def graph(self) -> exact.Graph:
-        start = self.task.sample(1, torch.Generator().manual_seed(0))
-        return exact.enumerate_boards(self.task, self.denoiser, start, self.fill_temperature)
+        return exact.enumerate_boards(self.process, self.process.task.sample(1, torch.Generator().manual_seed(0)))
 
 
 def correlated(vocab_size: int, length: int, seed: int) -> Tensor:
@@ -122,41 +113,30 @@ def correlated(vocab_size: int, length: int, seed: int) -> Tensor:
 
 
 def sudoku(runs: Path) -> Problem:
-    out = runs / "denoiser"
-    settings = PretrainConfig(
-        task="sudoku4",
-        steps=100,
-        batch=128,
-        dim=48,
-        layers=3,
-        lr=3e-3,
-        warmup=50,
-        ema=0.95,
-        out=str(out),
-        resume=(out / "state.safetensors").exists(),
-    )
+    size = {"dim": 48, "layers": 3, "batch": 128, "steps": 100, "lr": 3e-3, "warmup": 50, "ema": 0.95}
+    settings = MDMConfig(task="sudoku4", out=str(runs / "denoiser"), resume="auto", **size)
     task = Sudoku(2, 2, blanks=7, reward="cell_accuracy")
     board = Fixed(task, task.heldout(3)[2:])  # of the first three, the one where the reference does worst
-    return Problem(board, load_denoiser(pretrain(settings), board), 0.05, 0.0, 14)
+    return Problem(Unmasking(board, load_denoiser(pretrain(settings), board)), 0.05, 14)
 
 
 def letters(runs: Path) -> Problem:
     joint = correlated(3, 4, seed=3)
     task = Word(joint / joint.max())  # how likely the word is that an order ends with
-    return Problem(task, TableDenoiser(joint, task), 0.1, 0.0, 8)
+    return Problem(Unmasking(task, TableDenoiser(joint, task)), 0.1, 8)
 
 
 def sampled(runs: Path) -> Problem:
     joint = correlated(3, 4, seed=0)
     likely = Word((joint >= joint.flatten().sort(descending=True).values[1]).float())  # the two likeliest words
-    return Problem(likely, Neighbours(joint, likely), 0.2, 1.0, 8)
+    return Problem(Unmasking(likely, Neighbours(joint, likely), temperature=1.0), 0.2, 8)
 
 
 def misled(runs: Path) -> Problem:
     rewards = torch.zeros((3,) * 5)
     rewards[1, 0, 1, 0, 0] = 1.0  # the reference finishes with this word once in 25 times, some orders always
     task = Word(rewards)
-    return Problem(task, Neighbours(correlated(3, 5, seed=27), task), 0.1, 0.0, 10)
+    return Problem(Unmasking(task, Neighbours(correlated(3, 5, seed=27), task)), 0.1, 10)
 
 
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {
@@ -168,24 +148,25 @@ PROBLEMS: dict[str, Callable[[Path], Problem]] = {
 
 
 # ---------------------------------------------------------------------- learners
-def entropy_bonus(config: SB3PPOConfig, task: Task, denoiser: Denoiser) -> OrderPolicy:
+def entropy_bonus(config: SB3PPOConfig, process: Unmasking) -> OrderPolicy:
     """MaskablePPO with stable-baselines3's own regulariser, ``ent_coef``, in place of the KL in the reward."""
-    ready, steps = prepare_on_policy(config, config.boards, config.steps, task, denoiser)
-    config, policy = ready.config, ready.policy
-    envs = SB3VecEnv(UnmaskVectorEnv(config.boards, task=task, denoiser=denoiser, temperature=config.fill_temperature))
-    model = sb3_ppo.make_model(replace(config, beta=0.0), envs, policy, new_critic(task, config.seed), steps)
+    ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
+    config, process, _, policy = ready
+    played = {"task": process.task, "denoiser": process.denoiser, "temperature": process.temperature}
+    envs = SB3VecEnv(UnmaskVectorEnv(config.num_envs, **played))
+    model = sb3_ppo.make_model(replace(config, beta=0.0), envs, policy, new_critic(process.task, config.seed), steps)
     model.ent_coef = config.beta
     model.lr_schedule = lambda left: config.lr * left
     with seeded(torch.Generator().manual_seed(config.seed)) as seed:
         envs.seed(seed)
-        model.learn(config.iterations * config.boards * steps)
+        model.learn(config.iterations * config.num_envs * steps)
     return policy
 
 
 def learners(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
     """Per learner its function and settings."""
     ppo = common | {
-        "boards": 64 if steps > 10 else 128,
+        "num_envs": 64 if steps > 10 else 128,
         "steps": steps,
         "epochs": 4,
         "iterations": 120,
@@ -194,25 +175,25 @@ def learners(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, 
     grouped = common | {"puzzles": groups, "group": 16, "epochs": 2, "iterations": 80}
     uniform = ppo | {"reference": "random"}
     return {
-        "UPO, step_kl": (upo.train, UPOConfig(**grouped, regulariser="step_kl", mine=0.0)),
+        "UPO, step_kl": (upo.train, UPOConfig(**grouped, regulariser="step_kl", replay_fraction=0.0)),
         "MaskablePPO": (sb3_ppo.train, SB3PPOConfig(**ppo)),
         "TorchRL PPO": (torchrl_ppo.train, TorchRLPPOConfig(**ppo)),
         "TorchRL, group-relative": (torchrl_ppo.train, TorchRLGRPOConfig(**grouped, steps=steps)),
-        "UPO, trajectory_kl": (upo.train, UPOConfig(**grouped, regulariser="trajectory_kl", mine=0.0)),
-        "UPO, terminal_kl": (upo.train, UPOConfig(**grouped, regulariser="terminal_kl", mine=0.0)),
+        "UPO, trajectory_kl": (upo.train, UPOConfig(**grouped, regulariser="trajectory_kl", replay_fraction=0.0)),
+        "UPO, terminal_kl": (upo.train, UPOConfig(**grouped, regulariser="terminal_kl", replay_fraction=0.0)),
         "MaskablePPO, uniform reference": (sb3_ppo.train, SB3PPOConfig(**uniform)),
         "MaskablePPO, entropy bonus": (entropy_bonus, SB3PPOConfig(**uniform)),
     }
 
 
 # ---------------------------------------------------------------------- measuring
-def measure(graph: exact.Graph, policy: OrderPolicy, reference: Reference, beta: float) -> dict[str, float]:
+def measure(graph: exact.Graph, policy: OrderPolicy, g: Reference, beta: float) -> dict[str, float]:
     """Exact values of a policy beside the two optima, averaged over starts.
 
     ``kl_to_optimum`` is KL(pi || pi*) averaged over the boards that pi visits.
     """
     with torch.no_grad():
-        table, log_reference = exact.tabulate(graph, policy), exact.tabulate(graph, reference)
+        table, log_reference = exact.tabulate(graph, policy), exact.tabulate(graph, g)
     best, far = exact.soft_optimal(graph, log_reference, beta), exact.terminal_optimal(graph, log_reference, beta)
     own, start = exact.evaluate(graph, table, log_reference), exact.evaluate(graph, log_reference)
     to_best = exact.evaluate(graph, table, best.policy).trajectory_kl
@@ -249,18 +230,17 @@ def main() -> None:
     known = {(row["learner"], row["beta"], row["seed"]) for row in rows}
     for beta in BETAS:
         common = {
-            "reference": "softmax_confidence",
-            "tau": problem.tau,
+            "reference": f"softmax_confidence:tau={problem.tau}",
             "beta": beta,
-            "fill_temperature": problem.fill_temperature,
+            "fill_temperature": problem.process.temperature,
             "lr": 3e-3,
             "anneal": True,
-            "shape": PolicyShape(copy=False, dim=32, layers=2, sure=2.0, readings=1),
+            "policy": PolicyConfig(copy=False, dim=32, layers=2, defer_above=2.0, num_passes=1),
             "seed": args.seed,
             "threads": args.threads,
         }
         # A sampled reward of 0 or 1 is noisy, and a small beta makes small differences count.
-        groups = 64 if problem.fill_temperature else 16
+        groups = 64 if problem.process.temperature else 16
         for name in learners({"out": "", **common}, problem.steps):
             if (name, beta, args.seed) in known or (args.learners and name not in args.learners):
                 continue
@@ -268,16 +248,11 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             train, config = learners({"out": str(out), **common}, problem.steps, groups)[name]
             started = time.perf_counter()
-            policy = train(config, problem.task, problem.denoiser).eval()
+            policy = train(config, problem.process).eval()
             seconds = time.perf_counter() - started
             row = {"learner": name, "beta": beta, "seed": args.seed, "seconds": round(seconds, 1)}
-            rows.append(row | measure(graph, policy, make_reference(config), beta))
-            command = "python benchmarks/exact_optimum.py " + " ".join(sys.argv[1:])
-            date = datetime.date.today().isoformat()
-            write_json(
-                args.out,
-                {"command": command, "date": date, "problem": args.problem, "boards": graph.boards, "rows": rows},
-            )
+            rows.append(row | measure(graph, policy, reference(config.reference), beta))
+            report(args.out, problem=args.problem, boards=graph.boards, rows=rows)
             last = rows[-1]
             gap = 1 - last["value"] / last["optimal_value"]
             console.print(

@@ -3,16 +3,14 @@
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
 64 boards of 81 positions and 10 symbols, with a denoiser that returns a constant array. *Bare* is the same transition
-written out in plain torch: forward, top symbols, reference log-probabilities, filling, legality, reward, fresh boards
-for the finished ones, arrays for the host. Repeats are interleaved; the median of the ratios is reported.
+written out in plain torch: forward, sorted symbols, entropy, reference log-probabilities, filling, legality, reward,
+fresh boards for the finished ones, arrays for the host. Repeats are interleaved; the median of the ratios is reported.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import write_json
 from tasks import Instances, Task
 from unmask_env.state import Denoised
 from unmask_env.vector_env import UnmaskVectorEnv
@@ -78,11 +75,13 @@ def bare(task: Task, denoiser: Constant, n: int) -> Callable[[np.ndarray], None]
             tokens[rows], left[rows], answers[rows] = fresh.tokens, True, fresh.answers
             state["answers"] = answers
         log_probs = denoiser(tokens).log_probs
-        top = log_probs.topk(8, -1)
+        top = log_probs.sort(dim=-1, descending=True, stable=True)
+        probabilities = top.values.exp()
+        entropy = -torch.xlogy(probabilities, probabilities).sum(-1)
         score = (log_probs.max(-1).values.exp() / 0.05).masked_fill(~left, -torch.inf)
         log_reference = score.log_softmax(-1).masked_fill(~left, -torch.inf).clamp(min=-1e4)
         state.update(tokens=tokens, fillable=left, log_probs=log_probs)
-        shown = (tokens, left, top.indices, top.values.clamp(-20.0, 0.0), log_reference, reward, done)
+        shown = (tokens, left, top.indices, top.values.clamp(-20.0, 0.0), entropy, log_reference, reward, done)
         _ = [part.numpy().copy() for part in shown]
 
     return step
@@ -170,16 +169,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    from common import report
+
     torch.set_num_threads(1)
     microseconds, ratios = measure(args.boards, args.repeats)
     for name, value in microseconds.items():
         print(f"{name:28s}{value:10.0f} us of CPU per step of {args.boards} boards")
     for name, value in ratios.items():
         print(f"{name:28s}{value:10.2f} (at most {TARGETS[name]})")
-    if args.out is not None:
-        command = "python benchmarks/overhead.py " + " ".join(sys.argv[1:])
-        date = datetime.date.today().isoformat()
-        write_json(args.out, {"command": command, "date": date, "microseconds": microseconds, "ratios": ratios})
+    report(args.out, microseconds=microseconds, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,16 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import report
 
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import write_json
 from pretrain.train import OBJECTIVES, Objective
 
 TARGETS = {"mdm": 1.1, "lomdm": 2.2}
@@ -70,9 +68,7 @@ def main() -> None:
     ratios = measure(args.batch, args.length, args.vocab_size, args.dim, args.layers, args.repeats)
     for name, ratio in ratios.items():
         print(f"{name:20s}{ratio:8.2f} of a plain step" + (f" (at most {TARGETS[name]})" if name in TARGETS else ""))
-    if args.out is not None:
-        command = "python benchmarks/pretraining.py " + " ".join(sys.argv[1:])
-        write_json(args.out, {"command": command, "date": datetime.date.today().isoformat(), "ratios": ratios})
+    report(args.out, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import torch
 import tasks
 from agents.policy import load_policy
 from agents.upo import Tempered
-from unmask_env.core import rollout
 from unmask_env.denoiser import load_denoiser
+from unmask_env.process import Unmasking
 
 
 def measure(
@@ -29,12 +29,12 @@ def measure(
     task = tasks.get(task_name)
     denoiser = load_denoiser(denoiser_name, task)
     policy = Tempered(load_policy(policy_name, task), 1.0)
-    generator = torch.Generator().manual_seed(0)
+    process, generator = Unmasking(task, denoiser), torch.Generator().manual_seed(0)
     instances = task.sample(boards, generator)
     steps = int((instances.tokens == task.mask_id).sum(1).max())
 
     def play() -> None:
-        rollout(task, denoiser, policy, instances, order_generator=generator, record=True)
+        process.rollout(policy, instances, generator, record=True)
 
     def bare() -> None:
         for _ in range(steps):

@@ -1,7 +1,7 @@
 r"""Masked residues of antibodies and masked atoms of reactions, filled by models that others trained, in every order.
 
     pip install --no-deps --target runs/packages antiberty==0.1.3 abnumber==0.4.4 rxnmapper==0.4.3
-    python benchmarks/sequences.py antibodies --steps 0 --reference softmax_margin --tau 0.3 --instances 1000 \
+    python benchmarks/sequences.py antibodies --steps 0 --reference softmax_margin:tau=0.3 --instances 1000 \
         --iterations 6 --out benchmarks/results/antibodies.json
     python benchmarks/sequences.py reactions --out benchmarks/results/reactions.json
 
@@ -18,23 +18,22 @@ from __future__ import annotations
 
 import argparse
 import ast
-import datetime
 import itertools
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import report
 from rich.console import Console
-from unmask_env.huggingface import HFDenoiser
 
 from agents import evaluate, imitation, upo
-from agents.policy import PolicyShape
+from agents.policy import PolicyConfig
 from pretrain.backbone import parameter_count
-from pretrain.checkpoint import write_json
 from tasks import Instances, Lines, UnmaskError
-from unmask_env.core import Order
+from unmask_env.language_models import HFDenoiser
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy
 
 ORDERS = ("random", "left_to_right", "max_confidence", "margin", "entropy", "oracle")
 MODELS = {"antibodies": "antiberty/trained_models/AntiBERTy_md_smooth", "reactions": "rxnmapper/models/transformers"}
@@ -129,8 +128,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=300, help="drawn for the table, each kept once")
     parser.add_argument("--train-instances", type=int, default=300, help="played to collect states")
     parser.add_argument("--steps", type=int, default=150, help="of imitation; 0: UPO starts at --reference")
-    parser.add_argument("--reference", choices=["softmax_confidence", "softmax_margin"], help="of UPO")
-    parser.add_argument("--tau", type=float, default=0.05, help="its temperature")
+    parser.add_argument("--reference", help="of UPO, as in softmax_margin:tau=0.3")
     parser.add_argument("--iterations", type=int, default=10, help="of UPO")
     parser.add_argument("--puzzles", type=int, default=4, help="groups per iteration")
     parser.add_argument("--batch", type=int, default=64, help="states per step of imitation")
@@ -159,52 +157,48 @@ def main() -> None:
     task.name = other.name = args.kind
     denoiser = HFDenoiser(folder, task, hidden=True)
     instances = distinct(other.sample(args.instances, torch.Generator().manual_seed(2**31)))
-    orders: dict[str, Order] = {name: evaluate.load_order(name, task, denoiser) for name in ORDERS}
+    process = Unmasking(task, denoiser)
+    orders: dict[str, Policy] = {name: evaluate.load_order(name, task, denoiser) for name in ORDERS}
     for seed in args.seeds:
         first, second = (args.runs / f"{args.kind}-{seed}" / stage for stage in ("imitation", "upo"))
         shared: dict[str, Any] = {"seed": seed, "threads": args.threads}
-        shape = PolicyShape(copy=False, layers=2, hidden=True, sure=2.0)
+        shape = PolicyConfig(copy=False, layers=2, read_hidden=True, defer_above=2.0)
         if args.steps > 0:
             imitate = imitation.ImitationConfig(
                 out=str(first),
                 puzzles=args.train_instances,
                 steps=args.steps,
                 batch=args.batch,
-                shape=shape,
-                resume=(first / "state.safetensors").exists(),
+                policy=shape,
+                resume="auto",
                 **shared,
             )
-            imitation.train(imitate, task, denoiser)
+            imitation.train(imitate, process)
         practise = upo.UPOConfig(
             out=str(second),
             init=str(first) if args.steps > 0 else None,
             reference=args.reference,
-            tau=args.tau,
-            shape=shape,
+            policy=shape,
             iterations=args.iterations,
             puzzles=args.puzzles,
-            mine=0.0,
-            resume=(second / "state.safetensors").exists(),
+            replay_fraction=0.0,
+            resume="auto",
             **shared,
         )
-        orders[f"UPO, seed {seed}"] = upo.train(practise, task, denoiser)
-    results = evaluate.evaluate(task, denoiser, orders, instances, batch=50, progress=True)
+        orders[f"UPO, seed {seed}"] = upo.train(practise, process)
+    results = evaluate.compare(process, orders, instances, batch=50, progress=True)
     best = max(
         (result for result in results[: len(ORDERS)] if result.order != "oracle"),
         key=lambda result: float(result.solved.mean()),
     )
-    report = {
-        "command": "python benchmarks/sequences.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "lines": {"train": len(known), "test": len(new)},
-        "parameters": {"denoiser": parameter_count(denoiser.model)},
-        "best_heuristic": best.order,
-        "rows": [result.row() for result in results],
-        "learned minus best heuristic (mean, 95 % paired)": {
-            r.order: evaluate.paired_difference(r.solved, best.solved) for r in results[len(ORDERS) :]
-        },
-    }
-    write_json(args.out, report)
+    report(
+        args.out,
+        lines={"train": len(known), "test": len(new)},
+        parameters={"denoiser": parameter_count(denoiser.model)},
+        best_heuristic=best.order,
+        rows=[result.row() for result in results],
+        learned_minus_best={r.order: evaluate.paired_difference(r.solved, best.solved) for r in results[len(ORDERS) :]},
+    )
     Console().print(evaluate.table(results, f"{args.kind}, {len(instances)} sequences, best heuristic {best.order}"))
 
 

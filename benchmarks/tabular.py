@@ -10,20 +10,17 @@ row; Shape and Trend are of as many generated rows as there are test rows, colum
 from __future__ import annotations
 
 import argparse
-import datetime
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import half_interval, in_parallel, once, report
 from rich.console import Console
 from rich.table import Table
-from trained import half_interval, in_parallel, once
 
 from pretrain import likelihood, samplers
 from pretrain.backbone import Backbone, parameter_count
-from pretrain.checkpoint import write_json
 from pretrain.train import OBJECTIVES
 from tasks import Tabular
 
@@ -56,7 +53,7 @@ def run(job: Job) -> dict[str, Any]:
         empty = torch.full((len(task.rows["test"]), task.length), task.mask_id)
         found |= {k: round(v, 4) for k, v in task.quality(samplers.sample(model, empty, draw).tokens, draw).items()}
         weights = model.order.order_weights(rows[:1], None)[0].detach()
-        return found | {"exponents": [round(float(w), 3) for w in weights]}
+        return found | {"weights": [round(float(w), 3) for w in weights]}
 
     return once(config, measure)
 
@@ -95,14 +92,12 @@ def main() -> None:
             rows.append({"source": source, "learned minus fixed": name, "mean": sum(paired) / len(paired)})
             rows[-1] |= {"half_interval": half_interval(paired), "each": [round(x, 4) for x in paired]}
     Console().print(table)
-    report = {
-        "command": "python benchmarks/tabular.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "settings": SETTINGS,
-        "rows": rows,
-        "runs": [{key: value for key, value in result.items() if key != "settings"} for result in results],
-    }
-    write_json(args.out, report)
+    report(
+        args.out,
+        settings=SETTINGS,
+        rows=rows,
+        runs=[{key: value for key, value in result.items() if key != "settings"} for result in results],
+    )
 
 
 if __name__ == "__main__":

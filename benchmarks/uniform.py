@@ -11,9 +11,7 @@ seed's model, by cell accuracy; test puzzles are then completed by every seed's.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import half_interval, in_parallel, once, report
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from trained import half_interval, in_parallel, once
 
 import tasks
 from pretrain.backbone import Backbone, parameter_count
-from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, write_json
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.samplers import Remasking, Samples, sample
 from pretrain.train import OBJECTIVES
 from pretrain.uniform_samplers import Corrector, sample_uniform
@@ -36,11 +34,11 @@ from pretrain.uniform_samplers import Corrector, sample_uniform
 SETTINGS = {"task": "sudoku6", "batch": 128, "dim": 48, "layers": 3, "lr": 3e-3}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # puzzles give cells, so all that uniform models see gives some
     "mdm": ("mdm", {}),
-    "udm-denoiser": ("udm", {"predicts": "denoiser", "given": 1.0}),
-    "udm-loo": ("udm", {"predicts": "loo", "given": 1.0}),
-    "udm-denoiser-ce": ("udm", {"predicts": "denoiser", "loss": "cross_entropy", "given": 1.0}),
-    "udm-loo-ce": ("udm", {"predicts": "loo", "loss": "cross_entropy", "given": 1.0}),
-    "audm": ("audm", {"given": 1.0}),
+    "udm-denoiser": ("udm", {"predicts": "denoiser", "prompt_fraction": 1.0}),
+    "udm-loo": ("udm", {"predicts": "loo", "prompt_fraction": 1.0}),
+    "udm-denoiser-ce": ("udm", {"predicts": "denoiser", "loss": "cross_entropy", "prompt_fraction": 1.0}),
+    "udm-loo-ce": ("udm", {"predicts": "loo", "loss": "cross_entropy", "prompt_fraction": 1.0}),
+    "audm": ("audm", {"prompt_fraction": 1.0}),
 }
 ROWS = {model: model for model in MODELS} | {"reaudm": "audm"}
 PAIRS = [("udm-loo", "udm-denoiser"), ("udm-loo-ce", "udm-denoiser-ce"), ("audm", "mdm"), ("reaudm", "mdm")]
@@ -205,21 +203,19 @@ def main() -> None:
             found = {"mean": sum(paired) / len(paired), "half_interval": half_interval(paired), "each": paired}
             differences[-1][metric] = found
     Console().print(table)
-    report = {
-        "command": "python benchmarks/uniform.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "settings": SETTINGS,
-        "metric": "share of test puzzles solved, share of their blanks right; intervals over seeds (Student's t)",
-        "rows": rows,
-        "differences": differences,
-        "validation": [
+    report(
+        args.out,
+        settings=SETTINGS,
+        metric="share of test puzzles solved, share of their blanks right; intervals over seeds (Student's t)",
+        rows=rows,
+        differences=differences,
+        validation=[
             {"row": job.row, "nfe": job.nfe, "temperature": job.temperature, "correction": job.label()}
             | {name: result[name] for name in ("solved", "cell_accuracy", "seconds")}
             for job, result in validated.items()
         ],
-        "runs": [{key: value for key, value in result.items() if key != "settings"} for result in trained],
-    }
-    write_json(args.out, report)
+        runs=[{key: value for key, value in result.items() if key != "settings"} for result in trained],
+    )
 
 
 if __name__ == "__main__":

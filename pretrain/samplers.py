@@ -8,15 +8,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from pretrain import masking
-from pretrain.backbone import Backbone
 from pretrain.orders import NoOrder
 from tasks import UnmaskError
+
+if TYPE_CHECKING:  # reference policies read Remasking, and need no model
+    from pretrain.backbone import Backbone
 
 Method = Literal["event", "ancestral", "cached"]
 Strategy = Literal["cap", "rescale", "loop", "conf"]

@@ -106,10 +106,12 @@ class Sudoku(Task):
         kind = f"{split} puzzles" if difficulty == "all" else f"{difficulty} {split} puzzles"
         return self._reveal(self.first(n, instances, kind), torch.Generator().manual_seed(0))
 
-    def select(self, limit: int | None = None, file: Path | None = None, difficulty: Difficulty = "all") -> Instances:
+    def select(
+        self, limit: int | None = None, file: Path | None = None, difficulty: Difficulty = "all", split: str = "test"
+    ) -> Instances:
         check("limit", limit, AtLeast1 | None)
         if file is None:
-            return self.heldout(limit, difficulty=difficulty)
+            return self.heldout(limit, split, difficulty)
         if difficulty != "all":
             raise UnmaskError("--difficulty is for the packaged puzzles; your own file is taken whole")
         return self.from_csv(file)[:limit]

@@ -146,8 +146,10 @@ class Task(ABC):
         """
         return self.sample(1000 if n is None else n, self.split_generator(split))
 
-    def select(self, limit: int | None = None, file: Path | None = None, difficulty: str = "all") -> Instances:
-        """To evaluate on: ``limit`` test instances, of one ``difficulty``, or those of the user's ``file``.
+    def select(
+        self, limit: int | None = None, file: Path | None = None, difficulty: str = "all", split: str = "test"
+    ) -> Instances:
+        """To evaluate on: ``limit`` instances of a ``split``, of one ``difficulty``, or those of the user's ``file``.
 
         Raises:
             UnmaskError: a limit below 1; a file or a difficulty, where the task has none, as by default.
@@ -155,7 +157,7 @@ class Task(ABC):
         check("limit", limit, AtLeast1 | None)
         if file is not None or difficulty != "all":
             raise UnmaskError(f"--puzzles and --difficulty are for Sudoku tasks; {self.name} is not one")
-        return self.heldout(limit)
+        return self.heldout(limit, split)
 
     def split_generator(self, split: str) -> torch.Generator:
         """The generator of what is fixed for a split. Raises :class:`UnmaskError` for a split of another name."""

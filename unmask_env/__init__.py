@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tasks
 from unmask_env.free_text import free_text
 from unmask_env.reference import reference
 from unmask_env.registration import ids, make_process, register
 from unmask_env.state import Rules
 
-__all__ = ["Rules", "ids", "make_process", "reference", "register"]
+__all__ = ["Rules", "Unmasking", "ids", "make_process", "reference", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Unmasking":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from unmask_env.process import Unmasking  # with the denoisers, whose libraries are slow to load
+
+    return Unmasking
+
 
 register("Unmask/Sudoku4x4-v0", task="sudoku4", denoiser="sudoku4")
 register("Unmask/Sudoku6x6-v0", task="sudoku6", denoiser="sudoku6")

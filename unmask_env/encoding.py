@@ -7,6 +7,7 @@ action. Shapes: N rows, L positions, K shown symbols, D hidden channels; A = L e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from tasks import UnmaskError
 from unmask_env.distributions import Bernoulli, Categorical
 from unmask_env.process import Unmasking
-from unmask_env.state import FLOOR, SHOWN, WHOLE, Denoised, InvalidActionError, Observation, Rules
+from unmask_env.state import FLOOR, SHOWN, WHOLE, Denoised, InvalidActionError, Observation, Rules, State
 
 LOG_ZERO = -1e4  # shown where the reference's log-probability is -inf, or below it
 
@@ -53,20 +54,15 @@ def encode(seen: Observation, log_reference: Tensor, extras: tuple[Extra, ...] =
     return arrays
 
 
-def encode_unseen(seen: Observation, extras: tuple[Extra, ...] = ()) -> Arrays:
-    """The arrays of boards on which the denoiser was not run: its parts are 0, the reference's -1e4."""
-    return encode(seen, torch.full(seen.action_mask.shape, LOG_ZERO, device=seen.tokens.device), extras)
-
-
-def unseen(process: Unmasking, tokens: Tensor, extras: tuple[Extra, ...]) -> Denoised:
-    """The zeros that stand for a forward that was not made."""
-    n, length = tokens.shape
-    zeros = torch.zeros(n, length, shown_symbols(process.task.vocab_size), device=tokens.device)
-    hidden = None
-    if "hidden" in extras and process.denoiser.hidden_dim:
-        hidden = torch.zeros(n, length, process.denoiser.hidden_dim, device=tokens.device)
-    weights = zeros[..., 0] if "order_weights" in extras else None
-    return Denoised(process.task.vocab_size, None, hidden, weights, zeros.long(), zeros, zeros[..., 0])
+def encode_unseen(process: Unmasking, state: State, extras: tuple[Extra, ...] = ()) -> Arrays:
+    """The arrays of boards on which the denoiser is not run: its parts are 0, the reference's -1e4."""
+    vocab_size = process.task.vocab_size
+    zeros = torch.zeros(*state.tokens.shape, shown_symbols(vocab_size), device=state.tokens.device)
+    hidden = zeros.new_zeros(*state.tokens.shape, process.denoiser.hidden_dim or 0)
+    denoised = Denoised(vocab_size, None, hidden, zeros[..., 0], zeros.long(), zeros, zeros[..., 0])
+    fillable, remaskable = process.permitted(replace(state, done=torch.zeros_like(state.done)))
+    seen = Observation(state.tokens, state.masked, fillable, denoised, remaskable, state.remask_count)
+    return encode(seen, torch.full(seen.action_mask.shape, LOG_ZERO, device=zeros.device), extras)
 
 
 def decode(arrays: Arrays, vocab_size: int) -> Observation:

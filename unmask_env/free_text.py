@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pretrain.backbone import Backbone
-from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from tasks import Task, Text, UnmaskError
 from tasks.free_text import FreeText
+
+if TYPE_CHECKING:
+    from pretrain.backbone import Backbone
 
 
 class Scorer:
@@ -24,6 +26,9 @@ class Scorer:
     """
 
     def __init__(self, model: str | Path | Backbone, text: Task) -> None:
+        from pretrain.backbone import Backbone  # slow to load, and this module is loaded to register the task
+        from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
+
         name = "given" if isinstance(model, Backbone) else model
         if not isinstance(model, Backbone):
             model = load_model(Backbone, model, PACKAGED_DENOISERS, "denoiser")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium
@@ -10,22 +9,18 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 from torch import as_tensor
 
-from pretrain.backbone import Backbone
-from tasks import Task, UnmaskError
 from unmask_env import render
-from unmask_env.denoiser import Denoiser
 from unmask_env.encoding import (
     Arrays,
-    Extra,
     action_space,
     as_numpy,
+    encode_unseen,
     for_maskable_ppo,
     for_sampling,
     observation_space,
     to_action,
     to_numpy,
 )
-from unmask_env.reference import Policy
 from unmask_env.streams import Streams
 
 
@@ -80,28 +75,15 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     v0: first release.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": render.MODES, "render_fps": 4}
 
-    def __init__(
-        self,
-        env_id: str | None = None,
-        task: str | Task | None = None,
-        denoiser: str | Path | Backbone | Denoiser | None = None,
-        reference: str | Policy | None = None,
-        temperature: float = 0.0,
-        device: str = "cpu",
-        show: tuple[Extra, ...] = (),
-        render_mode: str | None = None,
-        **rules: Any,
-    ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
-        self.render_mode = render_mode
-        self.streams = Streams(1, env_id, task, denoiser, reference, temperature, device, show, rules)
+    def __init__(self, env_id: str | None = None, render_mode: str | None = None, **options: Any) -> None:
+        self.render_mode = render.checked_mode(render_mode)
+        self.streams = Streams(1, env_id=env_id, **options)
         self.process, self.task = self.streams.process, self.streams.task
         self.state = self.streams.empty()
-        self._seen = None  # the observation that the next action is for; None where there is no episode
-        self.observation_space, self.action_space = observation_space(self.process, show), action_space(self.process)
+        self.observation_space = observation_space(self.process, self.streams.extras)
+        self.action_space = action_space(self.process)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -117,14 +99,15 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     def step(
         self, action: np.int64 | int | np.ndarray
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        if self._seen is None:
+        if bool(self.state.done):
             raise ResetNeeded("there is no episode in play; call reset() first")
         encoded = as_tensor(np.asarray(action, dtype=np.int64), device=self.process.device).unsqueeze(0)
         state, reward = self.streams.step(self.state, self._seen, to_action(encoded, self.process))
         self.state, terminated = state, bool(state.terminated)
-        self._seen, arrays = (None, self.streams.unseen(state)) if terminated else self.streams.observe(state)
-        if bool(state.done):
-            self._seen = None
+        if terminated:
+            arrays = encode_unseen(self.process, state, self.streams.extras)
+        else:
+            self._seen, arrays = self.streams.observe(state)
         observation = self._observation(arrays)
         info = self._info(observation) | {"illegal": bool(state.illegal)}
         if bool(state.done):

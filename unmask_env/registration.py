@@ -72,7 +72,7 @@ def lookup(id: str) -> Registered:
 
 
 def make_process(
-    task: str | Task | None,
+    task: str | Task | None = None,
     denoiser: str | Path | Backbone | Denoiser | None = None,
     *,
     env_id: str | None = None,

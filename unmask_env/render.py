@@ -12,9 +12,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.checkpoint import write_atomically
-from tasks import Task
+from tasks import Task, UnmaskError
 from unmask_env.state import State
 
+MODES = ["ansi", "rgb_array"]
 CELL = 40
 INK, GRID, FRAME, PAPER = (20, 24, 32), (190, 196, 206), (60, 66, 78), (255, 255, 255)
 CLUE, FILLED, LAST, WRONG = (232, 235, 240), (224, 240, 226), (255, 224, 138), (246, 178, 178)
@@ -63,6 +64,13 @@ def image(
     if caption:
         draw.text((columns * cell / 2, rows * cell + 15), caption, INK, _font(13), anchor="mm")
     return np.asarray(picture)
+
+
+def checked_mode(mode: str | None) -> str | None:
+    """``mode``. Raises :class:`tasks.UnmaskError` if it is neither None nor one of :data:`MODES`."""
+    if mode is not None and mode not in MODES:
+        raise UnmaskError(f"render_mode must be one of {MODES}, not {mode!r}")
+    return mode
 
 
 def board(task: Task, state: State, row: int, mode: str) -> str | np.ndarray:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from pretrain.backbone import Backbone
 from tasks import Instances, Task, UnmaskError
-from unmask_env.denoiser import Denoiser
-from unmask_env.encoding import Arrays, Extra, encode, encode_unseen, unseen
+from unmask_env.encoding import Arrays, Extra, encode, encode_unseen
 from unmask_env.process import Unmasking
-from unmask_env.reference import Policy, default_reference, reference
+from unmask_env.reference import Policy, default_reference
+from unmask_env.reference import reference as make_reference
 from unmask_env.registration import make_process
 from unmask_env.state import Observation, Rules, State
 
@@ -51,7 +49,7 @@ def checked_reference(policy: str | Policy | None, rules: Rules) -> Policy:
         UnmaskError: one that sees the answers, or one of single positions for sets, or the reverse.
     """
     policy = default_reference(rules.actions) if policy is None else policy
-    g = reference(policy) if isinstance(policy, str) else policy
+    g = make_reference(policy) if isinstance(policy, str) else policy
     if g.sees_answers:
         raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
     single = rules.actions == "single"
@@ -63,6 +61,12 @@ def checked_reference(policy: str | Policy | None, rules: Rules) -> Policy:
 class Streams:
     """The process and the random streams of N rows; the states of play are the callers'.
 
+    Args:
+        reference: the policy g, by name with options or object; None: the default one.
+        show: which of the optional parts of an observation are shown.
+        options: ``task``, ``denoiser``, ``env_id``, ``temperature`` and rules, for
+            :func:`unmask_env.registration.make_process`.
+
     Raises:
         UnmaskError: a task or denoiser is missing, or a setting is not allowed; also what loading a denoiser raises.
     """
@@ -70,23 +74,18 @@ class Streams:
     def __init__(
         self,
         n: int,
-        env_id: str | None,
-        task: str | Task | None,
-        denoiser: str | Path | Backbone | Denoiser | None,
-        policy: str | Policy | None,
-        temperature: float,
-        device: torch.device | str,
-        extras: tuple[Extra, ...],
-        rules: dict[str, Any],
+        reference: str | Policy | None = None,
+        device: torch.device | str = "cpu",
+        show: tuple[Extra, ...] = (),
+        **options: Any,
     ) -> None:
         if n < 1:
             raise UnmaskError(f"num_envs must be at least 1, not {n}")
-        checked = Rules.of(rules)
-        self.reference = checked_reference(policy, checked)
-        self.process: Unmasking = make_process(
-            task, denoiser, env_id=env_id, temperature=temperature, device=device, **rules
-        )
-        self.n, self.device, self.extras = n, self.process.device, extras
+        if unknown := [part for part in show if part not in get_args(Extra)]:
+            raise UnmaskError(f"show takes {' and '.join(get_args(Extra))}, not {unknown[0]!r}")
+        self.process: Unmasking = make_process(device=device, **options)
+        self.reference = checked_reference(reference, self.process.rules)
+        self.n, self.device, self.extras = n, self.process.device, show
         if self.device.type != torch.device(device).type:
             raise UnmaskError(f"the denoiser is on {self.device} and the environment on {device}")
         self._instances: list[torch.Generator] | None = None
@@ -173,15 +172,6 @@ class Streams:
         observation = self.process.observe(replace(state, done=state.terminated))
         return Seen(observation, encode(observation, self.reference(observation).entry_log_probs(), self.extras))
 
-    def unseen(self, state: State) -> Arrays:
-        """The arrays of boards on which the denoiser is not run."""
-        fillable, remaskable = self.process.permitted(replace(state, done=torch.zeros_like(state.done)))
-        denoised = unseen(self.process, state.tokens, self.extras)
-        count = None if remaskable is None else state.remask_count
-        return encode_unseen(
-            Observation(state.tokens, state.masked, fillable, denoised, remaskable, count), self.extras
-        )
-
     def step(self, state: State, observation: Observation, action: Tensor) -> tuple[State, Tensor]:
         """One action (N, A) bool per row; the state that follows and the reward (N,)."""
         return self.process.step(state, observation, action, self._uniform(state))
@@ -193,7 +183,7 @@ class Streams:
         """
         rows = state.done.nonzero().flatten()
         ended = state[rows]
-        last = self.unseen(ended)
+        last = encode_unseen(self.process, ended, self.extras)
         state = self.begin(state, rows.tolist())
         cut = ended.truncated.nonzero().flatten()
         if not len(cut):

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.envs.transforms import Transform
 
-from pretrain.backbone import Backbone
-from tasks import Instances, Task, UnmaskError
-from unmask_env.denoiser import Denoiser
+from tasks import Instances, UnmaskError
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import (
-    LOG_ZERO,
     Arrays,
-    Extra,
-    decode,
+    action_space,
     log_reference_of,
+    observation_space,
     require_possible,
     shown_symbols,
     to_action,
 )
-from unmask_env.reference import Policy
-from unmask_env.state import FLOOR, Denoised, History, Observation, State
+from unmask_env.state import Denoised, Observation, State
 from unmask_env.streams import Seen, Streams
+
+READ = ("tokens", "top_symbols", "top_log_probs", "entropy", "state")  # what a step reads beside the action
+OF_ROWS, OF_POSITIONS = ("steps", "done", "truncated"), ("remask_count", "fill_prob")  # fields of State in "state"
+
+
+def _spec(space: spaces.Space, n: int, device: torch.device) -> TensorSpec:
+    """Of N boards, for the space of one."""
+    shape = (n, *space.shape)
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n), shape=shape, device=device)
+    if isinstance(space, spaces.MultiBinary):
+        return Binary(shape[-1], shape=shape, dtype=torch.bool, device=device)
+    if space.dtype == np.int64:
+        return Categorical(int(space.high.max()) + 1, shape=shape, device=device)
+    if np.isinf(space.high).any():
+        return Unbounded(shape=shape, device=device)
+    return Bounded(float(space.low.min()), float(space.high.max()), shape=shape, device=device)
 
 
 class UnmaskTorchEnv(EnvBase):
@@ -62,79 +76,34 @@ class UnmaskTorchEnv(EnvBase):
         self,
         env_id: str | None = None,
         num_envs: int = 1,
-        task: str | Task | None = None,
-        denoiser: str | Path | Backbone | Denoiser | None = None,
-        reference: str | Policy | None = None,
-        temperature: float = 0.0,
         group: int = 1,
         seed: int | None = None,
-        device: torch.device | str = "cpu",
-        show: tuple[Extra, ...] = (),
-        **rules: Any,
+        **options: Any,
     ) -> None:
         if group < 1 or num_envs % group:
             raise UnmaskError(f"num_envs must be a multiple of group; {num_envs} is not one of {group}")
-        self.streams = Streams(num_envs, env_id, task, denoiser, reference, temperature, device, show, rules)
+        self.streams = Streams(num_envs, env_id=env_id, **options)
         self.process, self.task, self.group = self.streams.process, self.streams.task, group
         super().__init__(device=self.process.device, batch_size=[num_envs])
         self._waiting: tuple[Tensor, State, Seen] | None = None  # rows that finished, and how they begin anew
-        self._make_specs(num_envs, show)
+        self._make_specs(num_envs)
         self.set_seed(seed if seed is not None else int(torch.empty((), dtype=torch.long).random_(2**31)))
 
-    def _make_specs(self, n: int, show: tuple[Extra, ...]) -> None:
-        where = {"device": self.process.device}
-        length, vocab_size, entries = self.task.length, self.task.vocab_size, self.process.entries
-        k = shown_symbols(vocab_size)
-
-        def flags(*shape: int) -> Binary:
-            return Binary(shape[-1], shape=shape, dtype=torch.bool, **where)
-
-        def counts(*shape: int) -> Unbounded:
-            return Unbounded(shape=shape, dtype=torch.long, **where)
-
-        if self.process.rules.actions == "single":
-            self.action_spec = Categorical(length, shape=(n,), **where)
-        else:
-            self.action_spec = flags(n, entries)
-        self.reward_spec = Unbounded(shape=(n, 1), **where)
-        ends = {
-            key: Categorical(2, shape=(n, 1), dtype=torch.bool, **where) for key in ("done", "terminated", "truncated")
+    def _make_specs(self, n: int) -> None:
+        where = {"shape": (n,), "device": self.process.device}
+        shown = observation_space(self.process, self.streams.extras)
+        specs = {key: _spec(space, n, self.process.device) for key, space in shown.items()}
+        memory = {
+            key: Unbounded(value.shape, dtype=value.dtype, device=value.device)
+            for key, value in self._memory(self.streams.empty()).items()
         }
-        self.full_done_spec = Composite(**ends, shape=(n,), **where)
-        memory = Composite(
-            given=Categorical(vocab_size + 1, shape=(n, length), **where),
-            answers=Categorical(vocab_size, shape=(n, length), **where),
-            steps=counts(n, 1),
-            remask_count=counts(n, length),
-            fill_prob=Unbounded(shape=(n, length), **where),
-            done=flags(n, 1),
-            truncated=flags(n, 1),
-            previous_symbols=Categorical(vocab_size, shape=(n, length, k), **where),
-            previous_log_probs=Unbounded(shape=(n, length, k), **where),
-            shape=(n,),
-            **where,
-        )
-        shown = {
-            "tokens": Categorical(vocab_size + 1, shape=(n, length), **where),
-            "masked": flags(n, length),
-            "action_mask": flags(n, entries),
-            "top_symbols": Categorical(vocab_size, shape=(n, length, k), **where),
-            "top_log_probs": Bounded(FLOOR, 0.0, shape=(n, length, k), **where),
-            "entropy": Unbounded(shape=(n, length), **where),
-            "log_reference": Bounded(LOG_ZERO, 0.0, shape=(n, entries), **where),
-            "state": memory,
-        }
-        if self.process.rules.actions == "set+remask":
-            shown |= {"remaskable": flags(n, length), "remask_count": counts(n, length)}
-        if "hidden" in show:
-            shown["hidden"] = Unbounded(shape=(n, length, self.process.denoiser.hidden_dim or 0), **where)
-        if "order_weights" in show:
-            shown["order_weights"] = Unbounded(shape=(n, length), **where)
-        self.observation_spec = Composite(**shown, shape=(n,), **where)
-        state = {
-            key: shown[key].clone() for key in ("tokens", "action_mask", "top_symbols", "top_log_probs", "entropy")
-        }
-        self.state_spec = Composite(state=memory.clone(), **state, shape=(n,), **where)
+        end = Categorical(2, shape=(n, 1), dtype=torch.bool, device=self.process.device)
+        self.observation_spec = Composite(**specs, state=Composite(**memory, **where), **where)
+        self.state_spec = Composite(**{key: self.observation_spec[key].clone() for key in READ}, **where)
+        self.action_spec = _spec(action_space(self.process), n, self.process.device)
+        self.reward_spec = Unbounded(shape=(n, 1), device=self.process.device)
+        ends = {key: end.clone() for key in ("done", "terminated", "truncated")}
+        self.full_done_spec = Composite(**ends, **where)
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
@@ -199,53 +168,48 @@ class UnmaskTorchEnv(EnvBase):
                 "the tensordict has lost its instances: go on from what reset and step returned. SerialEnv and "
                 "ParallelEnv drop them; this environment is a batch already, so raise num_envs, or use a MultiCollector"
             )
-        fresh = self.process.reset(Instances(memory["given"], memory["answers"]))
-        log_probs = memory["previous_log_probs"]
-        entropy = torch.zeros_like(log_probs[..., 0])  # nobody asks for that of the forward before
-        previous = Denoised.shown(self.task.vocab_size, memory["previous_symbols"], log_probs, entropy)
+        # Of the forward before this one nobody asks the entropy.
+        symbols, log_probs = memory["previous_symbols"], memory["previous_log_probs"]
+        previous = Denoised.shown(self.task.vocab_size, symbols, log_probs, torch.zeros_like(log_probs[..., 0]))
         return State(
             tokens,
             tokens == self.task.mask_id,
-            fresh.instances,
-            memory["steps"].squeeze(1),
-            memory["remask_count"],
-            memory["fill_prob"],
-            memory["done"].squeeze(1),
-            memory["truncated"].squeeze(1),
-            fresh.illegal,
-            previous,
+            Instances(memory["given"], memory["answers"]),
+            **{name: memory[name].squeeze(1) for name in OF_ROWS},
+            **{name: memory[name] for name in OF_POSITIONS},
+            illegal=torch.zeros_like(memory["done"]).squeeze(1),
+            previous=previous,
         )
 
     def _observation(self, tensordict: TensorDictBase, state: State) -> Observation:
         """What the process needs of the forward that the tensordict shows, whatever its flags were made to say."""
+        parts = [tensordict[key] for key in ("top_symbols", "top_log_probs", "entropy")]
         fillable, remaskable = self.process.permitted(state)
-        parts = {key: tensordict[key] for key in ("tokens", "action_mask", "top_symbols", "top_log_probs", "entropy")}
-        denoised = decode(
-            parts | {"masked": state.masked, "remask_count": state.remask_count}, self.task.vocab_size
-        ).denoised
-        history = History(state.steps, state.fill_prob, state.previous)
-        return Observation(state.tokens, state.masked, fillable, denoised, remaskable, state.remask_count, history)
+        return Observation(
+            state.tokens, state.masked, fillable, Denoised.shown(self.task.vocab_size, *parts), remaskable
+        )
 
-    def _pack(self, state: State, arrays: Arrays) -> TensorDict:
-        k = shown_symbols(self.task.vocab_size)
+    def _memory(self, state: State) -> Arrays:
+        """What lies under ``state`` in the tensordict."""
         if state.previous is None:
-            symbols = state.tokens.new_zeros(*state.tokens.shape, k)
-            log_probs = torch.zeros(symbols.shape, device=symbols.device)
+            log_probs = torch.zeros(
+                *state.tokens.shape, shown_symbols(self.task.vocab_size), device=self.process.device
+            )
+            symbols = log_probs.long()
         else:
             symbols, log_probs = state.previous.top_symbols, state.previous.top_log_probs
-        memory = {
+        return {
             "given": state.instances.tokens,
             "answers": state.instances.answers,
-            "steps": state.steps.unsqueeze(1),
-            "remask_count": state.remask_count,
-            "fill_prob": state.fill_prob,
-            "done": state.done.unsqueeze(1),
-            "truncated": state.truncated.unsqueeze(1),
+            **{name: getattr(state, name).unsqueeze(1) for name in OF_ROWS},
+            **{name: getattr(state, name) for name in OF_POSITIONS},
             "previous_symbols": symbols,
             "previous_log_probs": log_probs,
         }
-        memory = TensorDict(memory, batch_size=self.batch_size, device=self.device)
-        return TensorDict(arrays | {"state": memory}, batch_size=self.batch_size, device=self.device)
+
+    def _pack(self, state: State, arrays: Arrays) -> TensorDict:
+        where = {"batch_size": self.batch_size, "device": self.device}
+        return TensorDict(arrays | {"state": TensorDict(self._memory(state), **where)}, **where)
 
 
 class KLReward(Transform):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,16 +9,13 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from pretrain.backbone import Backbone
-from tasks import Task, UnmaskError
+from tasks import UnmaskError
 from unmask_env import render
-from unmask_env.denoiser import Denoiser
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import (
     DENOISED,
     LOG_ZERO,
     Arrays,
-    Extra,
     action_space,
     as_numpy,
     for_maskable_ppo,
@@ -30,7 +26,7 @@ from unmask_env.encoding import (
     to_action,
     to_numpy,
 )
-from unmask_env.reference import Policy, require_full_support
+from unmask_env.reference import require_full_support
 from unmask_env.state import State
 from unmask_env.streams import Seen, Streams
 
@@ -49,7 +45,7 @@ class UnmaskVectorEnv(VectorEnv):
     """
 
     metadata: ClassVar[dict[str, Any]] = {
-        "render_modes": ["ansi", "rgb_array"],
+        "render_modes": render.MODES,
         "render_fps": 4,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
@@ -58,33 +54,25 @@ class UnmaskVectorEnv(VectorEnv):
         self,
         num_envs: int = 1,
         env_id: str | None = None,
-        task: str | Task | None = None,
-        denoiser: str | Path | Backbone | Denoiser | None = None,
-        reference: str | Policy | None = None,
-        temperature: float = 0.0,
-        device: str = "cpu",
-        show: tuple[Extra, ...] = (),
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
-        **rules: Any,
+        **options: Any,
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise UnmaskError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         modes = {mode.name: mode for mode in AutoresetMode} | {mode.value: mode for mode in AutoresetMode}
         mode = autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else modes.get(autoreset_mode)
         if mode is None:
             raise UnmaskError(f"autoreset_mode must be SAME_STEP, NEXT_STEP or DISABLED, not {autoreset_mode!r}")
         self.autoreset_mode = mode
         self.metadata = {**self.metadata, "autoreset_mode": mode}
-        self.render_mode, self.num_envs = render_mode, num_envs
+        self.render_mode, self.num_envs = render.checked_mode(render_mode), num_envs
         if max_episode_steps is not None:
-            rules["nfe_budget"] = min(max_episode_steps, rules.get("nfe_budget") or max_episode_steps)
-        self.streams = Streams(num_envs, env_id, task, denoiser, reference, temperature, device, show, rules)
+            options["nfe_budget"] = min(max_episode_steps, options.get("nfe_budget") or max_episode_steps)
+        self.streams = Streams(num_envs, env_id=env_id, **options)
         self.process, self.task = self.streams.process, self.streams.task
         self.state = self.streams.empty()
         self._seen: Seen | None = None
-        self.single_observation_space = observation_space(self.process, show)
+        self.single_observation_space = observation_space(self.process, self.streams.extras)
         self.single_action_space = action_space(self.process)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

@@ -15,15 +15,15 @@ import unmask_env
 from tasks import Instances, UnknownNameError, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
 from tests.oracles.episodes import Counting, agrees, exact_return
-from tests.toys import IDS, legal, packaged_denoiser, same, shown
+from tests.toys import IDS, legal, packaged_denoiser, same
 from tests.toys import observation as observation_of
 from unmask_env import registration
 from unmask_env.denoiser import TableDenoiser
-from unmask_env.encoding import FLOOR, LOG_ZERO, decode
+from unmask_env.encoding import LOG_ZERO, decode
 from unmask_env.gym_env import UnmaskEnv
-from unmask_env.reference import Margin, Oracle, Random, Reference, SoftmaxConfidence, SoftmaxMargin, TopK, reference
+from unmask_env.reference import Oracle, SoftmaxMargin, TopK, reference
 from unmask_env.sb3_env import SB3VecEnv
-from unmask_env.state import Denoised, InvalidActionError, Observation
+from unmask_env.state import InvalidActionError
 from unmask_env.torchrl_env import UnmaskTorchEnv
 from unmask_env.vector_env import RegularisedReward, UnmaskVectorEnv
 
@@ -690,63 +690,7 @@ def test_greedy_solves_a_sudoku_and_is_rewarded_once() -> None:
     assert not np.isnan(solved).any()
 
 
-# ---------------------------------------------------------------------- what a view shows
-def boards_of(vocab: int, seed: int = 0) -> Observation:
-    """500 rows of 6 positions: sharp, flat and certain distributions, some positions closed."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.tensor([0.0, 0.5, 2.0, 8.0, 30.0, 100.0]).view(6, 1)
-    log_probs = (torch.randn(500, 6, vocab, generator=generator) * scale).log_softmax(-1)
-    is_open = torch.rand(500, 6, generator=generator) < 0.7
-    filled = torch.randint(vocab, (500, 6), generator=generator)
-    return observation_of(torch.where(is_open, vocab, filled), is_open, Denoised.of(log_probs))
-
-
-@pytest.mark.parametrize("vocab", [2, 3, 8, 9, 20, 100, 128])
-def test_decoding_gives_back_what_was_encoded(vocab: int) -> None:
-    observation = boards_of(vocab)
-    back = decode(shown(observation), vocab)
-    assert torch.equal(back.denoised.log_probs, observation.denoised.log_probs.clamp(min=FLOOR))
-    for name in ("tokens", "masked", "fillable", "entropy"):
-        assert torch.equal(getattr(back, name), getattr(observation, name)), name
-    assert back.hidden is None
-    assert back.history is None
-
-
-@pytest.mark.parametrize("vocab", [129, 300])
-def test_of_large_vocabularies_sixteen_symbols_are_shown(vocab: int) -> None:
-    observation = boards_of(vocab)
-    arrays = shown(observation)
-    assert arrays["top_symbols"].shape == arrays["top_log_probs"].shape == (500, 6, 16)
-    back = decode(arrays, vocab)
-    assert back.denoised.log_probs is None
-    assert torch.equal(back.top_symbols, observation.top_symbols)
-    assert torch.equal(back.top_log_probs, observation.top_log_probs.clamp(min=FLOOR))
-    assert torch.equal(back.entropy, observation.entropy)
-    assert back.denoised.vocab_size == vocab
-
-
-@pytest.mark.parametrize("vocab", [3, 9, 200])
-def test_float_arrays_decode_the_same(vocab: int) -> None:
-    """As stable-baselines3 hands them to a policy."""
-    arrays = shown(boards_of(vocab))
-    exact, floats = decode(arrays, vocab), decode({key: value.float() for key, value in arrays.items()}, vocab)
-    for name in ("tokens", "masked", "fillable", "top_symbols", "top_log_probs", "entropy"):
-        a, b = getattr(exact, name), getattr(floats, name)
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("order", [SoftmaxConfidence(), Random(), Margin()])
-def test_the_references_minus_infinity_is_shown_as_a_bounded_number(order: Reference) -> None:
-    observation = boards_of(3)
-    expected, log_reference = order(observation).log_probs, shown(observation, order)["log_reference"]
-    impossible = expected == -torch.inf
-    assert impossible[~observation.fillable].all()
-    assert bool(impossible[observation.fillable].any()) == order.deterministic
-    assert (log_reference[impossible] == LOG_ZERO).all()
-    assert torch.equal(log_reference[~impossible], expected[~impossible])
-
-
+# ---------------------------------------------------------------------- references
 @pytest.mark.parametrize("name", ["margin", "softmax_margin", "left_to_right", "top_k"])
 def test_the_reference_may_be_chosen_by_name(name: str) -> None:
     order, task = reference(name), registration.lookup(TABLE).task

@@ -1,5 +1,7 @@
 """Ids: what is registered, what is refused, and a task of one's own in forty lines."""
 
+import subprocess
+import sys
 import warnings
 
 import gymnasium as gym
@@ -117,3 +119,49 @@ def test_an_id_without_a_denoiser_asks_for_one_and_takes_one() -> None:
     finally:
         registration._REGISTERED.pop(id)
         gym.registry.pop(id)
+
+
+# ---------------------------------------------------------------------- what the package gives
+def test_a_process_is_made_of_a_task_or_an_id() -> None:
+    named = unmask_env.make_process("sudoku4", denoiser="sudoku4", temperature=0.5, actions="set", nfe_budget=9)
+    assert isinstance(named, unmask_env.Unmasking)
+    assert (named.task.name, named.temperature, named.horizon) == ("sudoku4", 0.5, 9)
+    assert named.rules == unmask_env.Rules("set", nfe_budget=9)
+    by_id = unmask_env.make_process("Unmask/Sudoku4x4-v0")
+    assert (by_id.task.name, by_id.rules) == ("sudoku4", unmask_env.Rules())
+    instances = named.task.heldout(20)
+    margin = unmask_env.reference("margin")
+    played = [
+        process.rollout(margin, instances).tokens
+        for process in (by_id, unmask_env.make_process(by_id.task, by_id.denoiser))
+    ]
+    assert torch.equal(*played)
+
+
+def test_what_a_process_lacks_is_named() -> None:
+    with pytest.raises(UnmaskError, match="needs a denoiser; give denoiser="):
+        unmask_env.make_process("sudoku4")
+    with pytest.raises(UnknownNameError, match=r"unknown environment 'Unmask/Sudoku5x5-v0'; known: .*Sudoku4x4"):
+        unmask_env.make_process("Unmask/Sudoku5x5-v0")
+    with pytest.raises(UnmaskError, match="environments do not take budget; beside their own arguments: actions, "):
+        unmask_env.make_process("sudoku4", "sudoku4", budget=3)
+
+
+def test_references_are_made_by_name_though_their_module_is_called_alike() -> None:
+    from unmask_env.reference import Threshold
+
+    assert unmask_env.reference("threshold:theta=0.8") == Threshold(0.8)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        unmask_env.nothing  # noqa: B018
+
+
+def test_importing_the_package_loads_no_learner_and_no_model_library() -> None:
+    heavy = ["stable_baselines3", "torchrl", "transformers", "matplotlib"]
+    code = f"import sys, unmask_env; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_an_unknown_optional_part_is_refused() -> None:
+    with pytest.raises(UnmaskError, match="show takes hidden and order_weights, not 'attention'"):
+        gym.make("Unmask/Sudoku4x4-v0", show=("attention",))

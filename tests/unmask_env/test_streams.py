@@ -90,7 +90,7 @@ def test_masks_offer_no_remasking_that_the_budget_forbids() -> None:
 
 # ---------------------------------------------------------------------- references that look back
 LOOKING_BACK = [
-    ("kl_stability:theta=0.01,epsilon=0.1", "set"),
+    ("kl_stability:theta=0.01,epsilon=0.03", "set"),
     ("schedule:steps=3", "set"),
     ("remdm:strategy=conf", "set+remask"),
     ("self_planning", "set+remask"),

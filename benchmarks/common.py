@@ -1,11 +1,14 @@
-"""What benchmarks that train many denoisers share: single-threaded, resumable, several at a time, quietly."""
+"""What benchmarks share: the report that they write, and runs of many denoisers, single-threaded and resumable."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +21,15 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import write_json
 from pretrain.train import PretrainConfig, pretrain
 from tasks import UnmaskError
+
+
+def report(out: Path | None, **content: Any) -> None:
+    """Write ``content`` as JSON, with the command, the commit and the date; nothing without ``out``."""
+    if out is None:
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    made = {"command": " ".join(["python", *sys.argv]), "commit": commit, "date": datetime.date.today().isoformat()}
+    write_json(out, made | content)
 
 
 def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], **how: Any) -> dict[str, Any]:
@@ -39,8 +51,8 @@ def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], 
             raise UnmaskError(f"{out} holds a result of other settings; name another --runs, or delete the folder")
         return result
     torch.set_num_threads(1)
-    resume = (out / "state.safetensors").exists()
-    config = dataclasses.replace(config, threads=1, resume=resume)
+    resumed = (out / "state.safetensors").exists()
+    config = dataclasses.replace(config, threads=1, resume="auto")
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         started = time.process_time()
@@ -50,7 +62,7 @@ def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], 
         "settings": settings,
         "steps": config.steps,
         "seed": config.seed,
-        "cpu_seconds": None if resume else round(seconds, 1),
+        "cpu_seconds": None if resumed else round(seconds, 1),
     }
     result |= measure(model)
     write_json(finished, result)

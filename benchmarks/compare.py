@@ -1,0 +1,70 @@
+"""Named orders beside each other on the same instances, and each one against the best reference among them, in pairs.
+
+    python benchmarks/compare.py --task sudoku6 --denoiser sudoku6-tiny --orders margin entropy sudoku6-tiny-upo \\
+        --limit 2000 --out benchmarks/results/NAME.json
+
+``unmask evaluate`` with paired differences. The oracles are no rivals. A sets' policy is played at each of
+``--thresholds``, and compared with the first policy named at equal forwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from common import report
+from rich.console import Console
+
+from agents import evaluate, frontier
+from agents.evaluate import Result
+from unmask_env.reference import Reference
+
+
+@dataclass(frozen=True)
+class Compare(evaluate.PlayCommand):
+    """Orders in pairs."""
+
+    thresholds: tuple[float, ...] = ()
+    """of policies over sets"""
+    out: Path | None = None
+    """JSON"""
+
+
+def against(ours: Result, other: Result) -> dict[str, object]:
+    """Failures, their ratio, and the paired difference (mean, low, high) of the first metric."""
+    failures = [float((1 - result.solved).sum()) for result in (ours, other)]
+    return {
+        "order": ours.order,
+        "against": other.order,
+        "failures": failures,
+        "failure_ratio": failures[0] / failures[1] if failures[1] else None,
+        "difference": evaluate.paired_difference(ours.solved, other.solved),
+    }
+
+
+def main(command: Compare) -> None:
+    process, instances, title = evaluate.prepare(command, "single")
+    orders = {name: evaluate.load_order(name, process.task, process.denoiser) for name in command.orders or ()}
+    rules = {name for name, order in orders.items() if isinstance(order, Reference)}
+    played = dict(orders)
+    for name in orders.keys() - rules if command.thresholds else ():
+        del played[name]
+        played |= {f"{name} at {threshold}": orders[name].at(threshold) for threshold in command.thresholds}
+    results = evaluate.compare(process, played, instances, command.seed, command.batch, progress=True)
+    rivals = [result for result in results if result.order in rules and not orders[result.order].sees_answers]
+    best = max(rivals, key=lambda result: float(result.solved.mean()), default=results[0])
+    pairs = [against(result, best) for result in results if result.order not in rules]
+    first = [result for result in results if command.thresholds and result.order.startswith(f"{command.orders[0]} at ")]
+    level = {r.order: frontier.at_equal_forwards(first, r) for r in results if r not in first} if first else {}
+    report(
+        command.out, task=command.task, rows=[result.row() for result in results], pairs=pairs, at_equal_forwards=level
+    )
+    console = Console()
+    console.print(evaluate.table(results, title))
+    for pair in pairs:
+        console.print(pair, highlight=False)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Compare, config=(tyro.conf.OmitArgPrefixes,)))
