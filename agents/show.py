@@ -15,7 +15,7 @@ from torch import Tensor
 import tasks
 from agents.evaluate import load_order, played_by, require_suited
 from tasks import Instances, UnmaskError
-from tasks.settings import NotNegative, Seed, validate
+from tasks.settings import InnerShare, NotNegative, Seed, validate
 from unmask_env import render
 from unmask_env.denoiser import load_denoiser
 from unmask_env.process import Unmasking
@@ -36,7 +36,7 @@ class ShowCommand:
     """which held-out instance"""
     actions: Actions | None = None
     """one position per forward, a set of them, or also positions to mask again; default: by order"""
-    threshold: float | None = None
+    threshold: InnerShare | None = None
     """decoding threshold of a learned policy over sets"""
     gif: Path | None = None
     """write a replay here"""

@@ -96,13 +96,13 @@ def make_process(
     from unmask_env.state import Rules
 
     checked = Rules.of(rules)
-    if isinstance(task, str) and "/" in task.partition(":")[0]:
+    if isinstance(task, str) and (task in _REGISTERED or "/" in task.partition(":")[0]):
         task, env_id = None, task
     registered = None if env_id is None else lookup(env_id)
     task = registered.task if task is None and registered is not None else task
     denoiser = registered.denoiser if denoiser is None and registered is not None else denoiser
+    task = tasks.get(task) if isinstance(task, str) else task
     if task is None or denoiser is None:
         missing = "task" if task is None else "denoiser"
         raise UnmaskError(f"this environment needs a {missing}; give {missing}=... or register the id with one")
-    task = tasks.get(task) if isinstance(task, str) else task
     return Unmasking(task, load_denoiser(denoiser, task, device), checked, temperature)

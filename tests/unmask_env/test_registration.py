@@ -165,3 +165,10 @@ def test_importing_the_package_loads_no_learner_and_no_model_library() -> None:
 def test_an_unknown_optional_part_is_refused() -> None:
     with pytest.raises(UnmaskError, match="show takes hidden and order_weights, not 'attention'"):
         gym.make("Unmask/Sudoku4x4-v0", show=("attention",))
+
+
+def test_an_unknown_task_is_named_before_a_missing_denoiser() -> None:
+    with pytest.raises(UnknownNameError, match="unknown task 'nope'; known: "):
+        unmask_env.make_process("nope")
+    with pytest.raises(UnmaskError, match="needs a denoiser; give denoiser="):
+        unmask_env.make_process("sudoku4")
