@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,21 +81,16 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The JSON row."""
-        mean = {name: float(values.double().mean()) for name, values in self.metrics.items()}
-        n = len(self.solved)
         names = {"solved": "solve_rate", "valid": "valid_rate"}
-        exactly = {}
-        if self.exact is not None:
-            means = {f"exact_{name}": float(values.mean()) for name, values in self.exact._asdict().items()}
-            exactly = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}  # JSON has no inf
+        exactly = {} if self.exact is None else {f"exact_{k}": float(v.mean()) for k, v in self.exact._asdict().items()}
         return {
             "order": self.order,
-            **{names.get(name, name): value for name, value in mean.items()},
+            **{names.get(name, name): float(values.double().mean()) for name, values in self.metrics.items()},
             "nfe": self.nfe,
-            "n": n,
+            "n": len(self.solved),
             "ci95": list(interval(self.solved)),
             "seconds": self.seconds,
-            **exactly,
+            **{name: mean if math.isfinite(mean) else None for name, mean in exactly.items()},  # JSON has no inf
         }
 
 
@@ -169,6 +163,12 @@ def played_by(process: Unmasking, policy: Policy) -> Unmasking:
     return replace(process, rules=replace(process.rules, actions=policy.actions))
 
 
+def generators(process: Unmasking, policy: Policy, seed: int) -> list[torch.Generator | None]:
+    """What the policy is sampled with, and the filling; None for what draws nothing."""
+    drawn = (policy.sampled, process.temperature > 0)
+    return [torch.Generator(process.device).manual_seed(seed + k) if draws else None for k, draws in enumerate(drawn)]
+
+
 def compare(
     process: Unmasking,
     policies: dict[str, Policy],
@@ -187,42 +187,26 @@ def compare(
             draws for an instance does, as it does on the seed.
     """
     check("batch", batch, AtLeast1)
+    task, device = process.task, process.device
+    by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
+    back = by_length.argsort()  # in the order of the instances again
     results = []
     with Progress(transient=True, disable=not progress) as bar:
         work = bar.add_task("evaluate", total=len(policies) * len(instances))
         for name, policy in policies.items():
             bar.update(work, description=name)
-            advance = partial(bar.advance, work)
-            results.append(_play(played_by(process, policy), name, policy, instances, seed, batch, advance))
+            started = time.perf_counter()
+            playing, parts = played_by(process, policy), []
+            draws = generators(process, policy, seed)
+            for rows in by_length.split(batch):
+                part = instances[rows].to(device)
+                played = playing.rollout(policy, part, *draws)
+                parts.append(task.metrics(played.tokens, part) | {"nfe": played.nfe.float()})
+                bar.advance(work, len(rows))
+            columns = {column: torch.cat([part[column].cpu() for part in parts])[back] for column in parts[0]}
+            forwards = columns.pop("nfe")
+            results.append(Result(name, columns, forwards, time.perf_counter() - started))
     return results
-
-
-def _play(
-    process: Unmasking,
-    name: str,
-    policy: Policy,
-    instances: Instances,
-    seed: int,
-    batch: int,
-    advance: Callable[[int], None],
-) -> Result:
-    started = time.perf_counter()
-    task, device = process.task, process.device
-    by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
-    generator = torch.Generator(device).manual_seed(seed) if policy.sampled else None
-    filling = torch.Generator(device).manual_seed(seed + 1) if process.temperature > 0 else None
-    metrics: dict[str, list[Tensor]] = {}
-    forwards: list[Tensor] = []
-    for rows in by_length.split(batch):
-        part = instances[rows].to(device)
-        played = process.rollout(policy, part, generator, filling)
-        for metric, values in task.metrics(played.tokens, part).items():
-            metrics.setdefault(metric, []).append(values.cpu())
-        forwards.append(played.nfe.float().cpu())
-        advance(len(rows))
-    back = by_length.argsort()  # in the order of the instances again
-    ordered = {metric: torch.cat(values)[back] for metric, values in metrics.items()}
-    return Result(name, ordered, torch.cat(forwards)[back], time.perf_counter() - started)
 
 
 def add_exact(
@@ -246,9 +230,9 @@ def add_exact(
     known = {name: policy for name, policy in policies.items() if not policy.sees_answers}
     parts: dict[str, list[Exact]] = {name: [] for name in known}
     hidden = any(policy.reads_hidden for policy in known.values())
-    starts, start_of = instances.tokens.unique(dim=0, return_inverse=True)
+    start_of = instances.tokens.unique(dim=0, return_inverse=True)[1]
     # Instances of the same board share its expectations, so they are listed together.
-    batches = [(start_of // batch == number).nonzero().squeeze(1) for number in range(-(-len(starts) // batch))]
+    batches = [(start_of // batch == number).nonzero().squeeze(1) for number in (start_of // batch).unique()]
     with Progress(transient=True, disable=not progress) as bar, torch.no_grad():
         work = bar.add_task("exact", total=len(instances))
         for rows in batches:
@@ -267,20 +251,24 @@ def add_exact(
 
 
 # ---------------------------------------------------------------------- tables
+def _view(title: str, caption: str, columns: Sequence[str]) -> Table:
+    """An empty table of orders, whose ``columns`` hold numbers."""
+    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view.add_column("order")
+    for name in columns:
+        view.add_column(name, justify="right", no_wrap=True)
+    return view
+
+
 def exact_table(results: Sequence[Result], reference_name: str) -> Table:
     """A rich table of the exact columns."""
-    view = Table(
-        title=f"exact, over each order's own choices; divergences from {reference_name} in nats",
-        caption="best possible: the most that any order reaches with this denoiser",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    view = _view(
+        f"exact, over each order's own choices; divergences from {reference_name} in nats",
+        "best possible: the most that any order reaches with this denoiser",
+        ("reward", "best possible", "trajectory KL", "terminal KL"),
     )
-    view.add_column("order")
-    for name in ("reward", "best possible", "trajectory KL", "terminal KL"):
-        view.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        columns = result.exact or ()
-        view.add_row(result.order, *(f"{float(values.mean()):.4f}" for values in columns))
+        view.add_row(result.order, *(f"{float(values.mean()):.4f}" for values in result.exact or ()))
     return view
 
 
@@ -288,37 +276,41 @@ def table(results: Sequence[Result], title: str) -> Table:
     """A rich table, 80 columns wide: each metric in per cent with its 95 % interval, and NFE. Of many metrics the first
     alone has its interval, so that the orders' names have room."""
     names = {"solved": "solve rate", "cell_accuracy": "cell accuracy", "valid": "rules valid"}
-    marked = any(result.order in ("oracle", "oracle_sets") for result in results)
-    note = "; * sees the answers" if marked else ""
-    view = Table(
-        title=title,
-        caption=f"per cent, with 95 % confidence intervals{note}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    view.add_column("order")
-    for name in results[0].metrics:
-        view.add_column(names.get(name, name), justify="right", no_wrap=True)
-    view.add_column("NFE", justify="right", no_wrap=True)
-    for result in results:
+    stars = ["*" * (result.order in ("oracle", "oracle_sets")) for result in results]
+    note = "; * sees the answers" if any(stars) else ""
+    columns = [*(names.get(name, name) for name in results[0].metrics), "NFE"]
+    view = _view(title, f"per cent, with 95 % confidence intervals{note}", columns)
+    for result, star in zip(results, stars, strict=True):
         cells = []
         for values in result.metrics.values():
             low, high = interval(values)
             roomy = not cells or len(result.metrics) <= ROOMY
             cells.append(_percent(float(values.mean())) + f" ({_percent(low)}-{_percent(high)})" * roomy)
-        view.add_row(result.order + "*" * (result.order in ("oracle", "oracle_sets")), *cells, f"{result.nfe:.1f}")
+        view.add_row(result.order + star, *cells, f"{result.nfe:.1f}")
     return view
 
 
 # ---------------------------------------------------------------------- the command
 @dataclass(frozen=True)
-class PlayCommand:
-    """Which orders play which instances of a task with which denoiser, under which rules."""
+class BoardCommand:
+    """What plays: a task with a denoiser, and how it fills."""
 
     task: str
     """for example sudoku6"""
     denoiser: str
     """packaged name, folder or hub id"""
+    actions: Actions | None = None
+    """one position per forward, a set of them, or also positions to mask again; default: by order"""
+    temperature: NotNegative = 0.0
+    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
+    seed: Seed = 0
+    """of the stochastic orders"""
+
+
+@dataclass(frozen=True)
+class PlayCommand(BoardCommand):
+    """Which orders play which instances of a task with which denoiser, under which rules."""
+
     orders: tuple[str, ...] | None = None
     """reference policies, with options as in threshold:theta=0.8, and order policies by packaged name, folder or hub
     id; each plays the kind of action that it is made for. Default: all customary references of ``actions``"""
@@ -333,27 +325,20 @@ class PlayCommand:
     """of the held-out instances; choose settings on the validation split"""
     blanks: AtLeast0 | None = None
     """reveal clues at random until this many blanks are left"""
-    actions: Actions | None = None
-    """one position per forward, a set of them, or also positions to mask again; default: by order"""
     nfe_budget: AtLeast1 | None = None
     """cut episodes off after this many forwards"""
     remask_budget: AtLeast0 | None = None
     """positions that an episode may mask again"""
     block_length: AtLeast1 | None = None
     """fill block by block, each of this many positions, behind the prompt (semi-autoregressive)"""
-    temperature: NotNegative = 0.0
-    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
-    seed: Seed = 0
-    """of the stochastic orders"""
     batch: AtLeast1 = 500
     device: str = "cpu"
 
     def rules(self, default: Actions) -> Rules:
         """``default``: the actions, where neither they nor a budget for masking again are given."""
         actions = self.actions or (default if self.remask_budget is None else "set+remask")
-        return Rules(
-            actions, nfe_budget=self.nfe_budget, block_length=self.block_length, remask_budget=self.remask_budget
-        )
+        budgets = {"nfe_budget": self.nfe_budget, "remask_budget": self.remask_budget}
+        return Rules(actions, block_length=self.block_length, **budgets)
 
 
 @dataclass(frozen=True)
@@ -399,26 +384,20 @@ def run(command: EvaluateCommand) -> None:
     for name, policy in policies.items():
         require_suited(name, policy, command.actions)
     if command.exact:
-        _check_exact(command, process, policies, instances)
+        single = all(policy.actions == "single" for policy in policies.values())
+        if not single or process.rules != SINGLE or command.temperature > 0:
+            raise UnmaskError("--exact is for greedy filling, one position at a time, without blocks or budgets")
+        exact.check_holes(process.task, instances)
+        g = reference(command.reference)
+        require_full_support(g)
+        if isinstance(g, Learned):
+            require_learned(process)
     results = compare(process, policies, instances, command.seed, command.batch, progress=True)
     Console().print(table(results, title))
     if command.json is not None:
         write_json(command.json, [result.row() for result in results])
     if command.exact:
-        results = add_exact(results, process, policies, instances, reference(command.reference), progress=True)
+        results = add_exact(results, process, policies, instances, g, progress=True)
         Console().print(exact_table(results, command.reference))
         if command.json is not None:
             write_json(command.json, [result.row() for result in results])
-
-
-def _check_exact(
-    command: EvaluateCommand, process: Unmasking, policies: dict[str, Policy], instances: Instances
-) -> None:
-    single = all(policy.actions == "single" for policy in policies.values())
-    if not single or process.rules != SINGLE or command.temperature > 0:
-        raise UnmaskError("--exact is for greedy filling, one position at a time, without blocks or budgets")
-    exact.check_holes(process.task, instances)
-    g = reference(command.reference)
-    require_full_support(g)
-    if isinstance(g, Learned):
-        require_learned(process)

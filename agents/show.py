@@ -6,53 +6,36 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
 import tasks
-from agents.evaluate import load_order, played_by, require_suited
+from agents.evaluate import BoardCommand, generators, load_order, played_by, require_suited
 from tasks import Instances, UnmaskError
-from tasks.settings import InnerShare, NotNegative, Seed, validate
+from tasks.settings import InnerShare, NotNegative, validate
 from unmask_env import render
 from unmask_env.denoiser import load_denoiser
 from unmask_env.process import Unmasking
-from unmask_env.reference import Policy
-from unmask_env.state import Actions, Rollout, Rules, Step
+from unmask_env.state import Rollout, Rules, Step
 
 
 @dataclass(frozen=True)
-class ShowCommand:
+class ShowCommand(BoardCommand):
     """Watch one instance being filled, with the order and the denoiser's confidence."""
 
-    task: str
-    denoiser: str
     order: str = "margin"
     """reference policy, with options as in threshold:theta=0.8, or order policy by packaged name, folder or hub id; it
     plays the kind of action that it is made for"""
     index: int = 0
     """which held-out instance"""
-    actions: Actions | None = None
-    """one position per forward, a set of them, or also positions to mask again; default: by order"""
     threshold: InnerShare | None = None
     """decoding threshold of a learned policy over sets"""
     gif: Path | None = None
     """write a replay here"""
     delay: NotNegative = 0.15
     """seconds between steps"""
-    temperature: NotNegative = 0.0
-    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
-    seed: Seed = 0
-
-
-def play(process: Unmasking, policy: Policy, instance: Instances, seed: int) -> Rollout:
-    """One recorded episode, under the rules that ``policy`` is made for."""
-    process = played_by(process, policy)
-    generator = torch.Generator(process.device).manual_seed(seed) if policy.sampled else None
-    filling = torch.Generator(process.device).manual_seed(seed + 1) if process.temperature > 0 else None
-    return process.rollout(policy, instance, generator, filling, record=True)
 
 
 def boards_of(played: Rollout) -> list[Tensor]:
@@ -64,10 +47,10 @@ def run(command: ShowCommand) -> None:
     """``unmask show``."""
     validate(command)
     task = tasks.get(command.task)
-    available = len(task.heldout())
-    if not 0 <= command.index < available:
-        raise UnmaskError(f"index must be between 0 and {available - 1}, not {command.index}")
-    instance = task.heldout()[command.index : command.index + 1]
+    heldout = task.heldout()
+    if not 0 <= command.index < len(heldout):
+        raise UnmaskError(f"index must be between 0 and {len(heldout) - 1}, not {command.index}")
+    instance = heldout[command.index : command.index + 1]
     denoiser = load_denoiser(command.denoiser, task)
     policy = load_order(command.order, task, denoiser)
     require_suited(command.order, policy, command.actions)
@@ -78,7 +61,8 @@ def run(command: ShowCommand) -> None:
             )
         policy = policy.at(command.threshold)
     process = Unmasking(task, denoiser, Rules(command.actions or policy.actions), command.temperature)
-    played = play(process, policy, instance, command.seed)
+    draws = generators(process, policy, command.seed)
+    played = played_by(process, policy).rollout(policy, instance, *draws, record=True)
     boards = boards_of(played)
     captions = ["the puzzle"]
     captions += [describe(task, instance, step, boards[k - 1], boards[k], k) for k, step in enumerate(played.steps, 1)]
