@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.policy import OrderPolicy, belief_log_prob, new_policy
 from agents.remask_policy import RemaskPolicy
-from agents.setup import TrainConfig, load_init, process_of
+from agents.setup import TrainConfig, descend, finish, load_init, make_optimizer, process_of
 from agents.states import States
-from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, set_learning_rate
+from pretrain.checkpoint import step_generator
+from pretrain.run import Run, set_learning_rate
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, Positive, Share, validate
 from unmask_env.process import Unmasking
@@ -153,18 +152,13 @@ def set_imitation_loss(
 def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPolicy | RemaskPolicy:
     """Train an order policy by imitation and save it in ``config.out``.
 
-    Args:
-        process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
-
-    Raises:
-        UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
-        Interrupted: after Ctrl-C, with the state saved.
+    ``process`` and what is raised are as in :func:`agents.upo.train`.
     """
     config = check(config)
     process = process_of(config, process)
     task, device, target = process.task, process.device, reference(config.reference)
     policy, trained = _policies(config, process)
-    optimizer = torch.optim.AdamW(decayed_groups(trained, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    optimizer = make_optimizer(config, trained)
     states = States(task)
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
     with run:
@@ -179,17 +173,12 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
                 loss = imitation_loss(trained, target, seen, answers)
             else:
                 loss = set_imitation_loss(trained, seen, answers, config.error_cost, trained is policy)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained.parameters(), config.grad_clip)
             decay = 0.52 + 0.48 * math.cos(math.pi * step / config.steps)
             set_learning_rate(optimizer, config.lr * decay * min(1.0, (step + 1) / 50))
-            optimizer.step()
+            descend(config, optimizer, list(trained.parameters()), loss)
             if (step + 1) % config.log_every == 0:
                 run.log({"loss": loss.item()}, f"loss {loss.item():.3f}")
-    policy.eval()
-    save_model(policy, Path(config.out))
-    return policy
+    return finish(config, policy)
 
 
 def _policies(config: ImitationConfig, process: Unmasking) -> tuple[OrderPolicy | RemaskPolicy, OrderPolicy]:

@@ -7,7 +7,6 @@ The loop calls ``model.learn`` once per iteration on freshly seeded boards, so a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from agents.critic import Critic, new_critic
 from agents.policy import OrderPolicy
-from agents.setup import PPOConfig, per_episode, seeded, setup_on_policy
-from pretrain.checkpoint import save_model, step_generator
+from agents.setup import PPOConfig, finish, per_episode, seeded, setup_on_policy
+from pretrain.checkpoint import step_generator
 from pretrain.run import Run, decayed_groups
 from unmask_env.encoding import LOG_ZERO, decode
 from unmask_env.process import Unmasking
@@ -147,26 +146,11 @@ class Tally(BaseCallback):
 def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy:
     """Train an order policy with ``MaskablePPO`` and save it in ``config.out``.
 
-    Args:
-        process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
-
-    Raises:
-        UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
-        Interrupted: after Ctrl-C, with the state saved.
+    ``process`` and what is raised are as in :func:`agents.upo.train`.
     """
     ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
-    config, process, reference, policy = ready
-    envs = UnmaskVectorEnv(
-        config.num_envs,
-        task=process.task,
-        denoiser=process.denoiser,
-        reference=reference,
-        temperature=config.fill_temperature,
-        device=str(ready.device),
-        show=ready.shown,
-        **vars(config.rules),
-    )
-    vec = SB3VecEnv(envs)
+    config, process, _, policy = ready
+    vec = SB3VecEnv(UnmaskVectorEnv(config.num_envs, **ready.environment))
     critic = new_critic(process.task, config.seed).to(ready.device)
     model = make_model(config, vec, policy, critic, steps)
     model.set_logger(Logger(folder=None, output_formats=[]))
@@ -184,6 +168,4 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
             scalars = tally.summary(model.rollout_buffer.log_ratios)
             scalars |= {name: float(value) for name, value in model.logger.name_to_value.items()}
             run.log(scalars, f"reward {scalars['reward']:.3f}")
-    policy.eval()
-    save_model(policy, Path(config.out))
-    return policy
+    return finish(config, policy)

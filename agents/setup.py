@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.policy import Base, OrderPolicy, PolicyConfig, load_policy, new_policy
 from agents.remask_policy import RemaskPolicy
-from pretrain.run import resolve_device
+from pretrain.checkpoint import save_model
+from pretrain.run import decayed_groups, resolve_device
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, Seed, Share, ShareBelow1, validate
 from unmask_env import make_process
 from unmask_env.process import Unmasking
-from unmask_env.reference import (
-    Learned,
-    Reference,
-    default_reference,
-    reference,
-    require_full_support,
-    require_learned,
-)
+from unmask_env.reference import Learned, Reference, default_reference, reference, require_full_support, require_learned
 from unmask_env.state import SINGLE, Rules
 
 WARMUP = 5  # iterations over which the learning rate rises
@@ -120,6 +115,19 @@ class Setup(NamedTuple):
         base = getattr(self.policy.head, "base", None) if isinstance(self.policy, OrderPolicy) else None
         return ("hidden",) * self.policy.reads_hidden + ("order_weights",) * isinstance(base, Learned)
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The arguments that the environments of all libraries share."""
+        process, config = self.process, self.config
+        return {
+            "task": process.task,
+            "denoiser": process.denoiser,
+            "reference": self.reference,
+            "temperature": config.fill_temperature,
+            "device": str(self.device),
+            "show": self.shown,
+        } | vars(config.rules)
+
 
 def process_of(config: TrainConfig, process: Unmasking | None, temperature: float = 0.0) -> Unmasking:
     """The decision process that ``config`` names, or the task and denoiser of ``process`` under its rules."""
@@ -143,16 +151,13 @@ def setup(config: RLConfig, process: Unmasking | None = None) -> Setup:
     name = config.reference or default_reference(config.rules.actions)
     g = reference(name)
     if g.sees_answers or (g.actions == "single") != (config.rules.actions == "single"):
-        raise UnmaskError(f"{name} is no reference for actions {config.rules.actions!r}; take {_suited(config.rules)}")
+        suited = default_reference(config.rules.actions)
+        raise UnmaskError(f"{name} is no reference for actions {config.rules.actions!r}; take {suited}, for example")
     if isinstance(g, Learned):
         require_learned(process)
     lr = config.lr if config.lr is not None else 1e-3 if config.init is None else 3e-5
     config = replace(config, lr=lr, reference=name)
     return Setup(config, process, g, _start(config, g, process).to(process.device))
-
-
-def _suited(rules: Rules) -> str:
-    return "softmax_confidence, for example" if rules.actions == "single" else "soft_threshold, for example"
 
 
 def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPolicy:
@@ -226,6 +231,54 @@ def per_episode(reward: Tensor, done: Tensor, log_ratio: Tensor | None) -> dict[
 def look_ahead(task: Task) -> Instances:
     """A few training instances, to see before a run whether its settings fit the task."""
     return task.sample(64, torch.Generator().manual_seed(0))
+
+
+def make_optimizer(config: TrainConfig, *models: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over ``models``, which decays their matrices."""
+    groups = [group for model in models for group in decayed_groups(model, config.weight_decay)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+
+
+def descend(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor
+) -> None:
+    """One step down the gradient, its norm over ``parameters`` clipped."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    optimizer.step()
+
+
+def minibatch_epochs(
+    config: RLConfig,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    count: int,
+    loss_of: Callable[[Tensor], tuple[Tensor, dict[str, float]]],
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """``config.epochs`` passes over ``count`` items in shuffled minibatches; what to log, averaged.
+
+    Args:
+        loss_of: the loss of the items with these indices, and what to log.
+    """
+    logged: dict[str, list[float]] = {}
+    for _ in range(config.epochs):
+        shuffled = torch.randperm(count, generator=generator, device=generator.device)
+        for rows in shuffled.chunk(config.minibatches):
+            loss, parts = loss_of(rows)
+            for name, value in parts.items():
+                logged.setdefault(name, []).append(value)
+            if loss.requires_grad:  # else the denoiser was confident throughout: there was nothing to decide
+                descend(config, optimizer, parameters, loss)
+    return {name: sum(values) / len(values) for name, values in logged.items()}
+
+
+def finish(config: TrainConfig, policy: OrderPolicy | RemaskPolicy) -> OrderPolicy | RemaskPolicy:
+    """The trained policy, saved in ``config.out``."""
+    policy.eval()
+    save_model(policy, Path(config.out))
+    return policy
 
 
 @contextmanager

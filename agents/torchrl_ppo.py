@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +29,16 @@ from agents.setup import (
     RLConfig,
     Setup,
     episode_ends_within,
+    finish,
     look_ahead,
+    make_optimizer,
+    minibatch_epochs,
     per_episode,
     seeded,
     setup_on_policy,
 )
-from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, set_learning_rate
+from pretrain.checkpoint import step_generator
+from pretrain.run import Run, set_learning_rate
 from tasks import UnmaskError
 from tasks.settings import AtLeast1, AtLeast2
 from unmask_env.encoding import LOG_ZERO, decode, log_reference_of
@@ -165,13 +168,7 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
 
     With a :class:`TorchRLPPOConfig`, advantages are generalised ones from a critic; with a :class:`TorchRLGRPOConfig`
     they are group-relative.
-
-    Args:
-        process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
-
-    Raises:
-        UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
-        Interrupted: after Ctrl-C, with the state saved.
+    ``process`` and what is raised are as in :func:`agents.upo.train`.
     """
     grouped = isinstance(config, TorchRLGRPOConfig)
     ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
@@ -182,11 +179,13 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
             raise UnmaskError(
                 f"no episode ends within {steps} steps, as the task has {least} masks and more; raise --steps"
             )
-    env = make_env(ready)
+    group = getattr(config, "group", 1)
+    env = UnmaskTorchEnv(num_envs=config.num_envs, group=group, seed=config.seed, **ready.environment)
     keys = observation_keys(env)
     actor = make_actor(policy, keys)
     loss, advantages, parts = make_loss(ready, actor, keys)
     optimizer = parts["optimizer"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     collector = Collector(
         TransformedEnv(env, KLReward(config.beta)) if config.beta > 0 else env,
         actor,
@@ -209,29 +208,13 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
                 if not len(frames):
                     run.note("no episode ended")
                     continue
-                scalars = update(config, loss, optimizer, frames, generator) | summary(data, config.beta)
+                losses = partial(loss_of, loss, frames)
+                scalars = minibatch_epochs(config, optimizer, parameters, len(frames), losses, generator)
+                scalars |= summary(data, config.beta)
                 run.log(scalars, f"reward {scalars['reward']:.3f}")
     finally:
         collector.shutdown()
-    policy.eval()
-    save_model(policy, Path(config.out))
-    return policy
-
-
-def make_env(ready: Setup) -> UnmaskTorchEnv:
-    config, process = ready.config, ready.process
-    return UnmaskTorchEnv(
-        num_envs=config.num_envs,
-        task=process.task,
-        denoiser=process.denoiser,
-        reference=ready.reference,
-        temperature=config.fill_temperature,
-        group=getattr(config, "group", 1),
-        seed=config.seed,
-        device=ready.device,
-        show=ready.shown,
-        **vars(config.rules),
-    )
+    return finish(config, policy)
 
 
 def observation_keys(env: UnmaskTorchEnv) -> list[str]:
@@ -246,7 +229,6 @@ def make_loss(
     """The loss; what writes advantages into collected data (num_envs, steps) and returns the frames to learn from; and
     the parts of the run's state."""
     config, policy = ready.config, ready.policy
-    groups = decayed_groups(policy, config.weight_decay)
     parts: dict[str, Any] = {"policy": policy}
     if isinstance(config, TorchRLGRPOConfig):
         loss = ClipPPOLoss(actor, None, critic_coeff=None, clip_epsilon=config.clip, entropy_bonus=False)
@@ -258,52 +240,27 @@ def make_loss(
             return data[counts]
     else:
         parts["critic"] = critic = new_critic(ready.process.task, config.seed).to(ready.device)
-        groups += decayed_groups(critic, config.weight_decay)
         value = ValueOperator(_Value(keys, critic), in_keys=list(keys))
         # J has no discount.
         gae = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=value, deactivate_vmap=True)
-        loss = ClipPPOLoss(
-            actor,
-            value,
-            clip_epsilon=config.clip,
-            entropy_bonus=False,
-            critic_coeff=config.critic_weight,
-            loss_critic_type="l2",
-            normalize_advantage=config.normalise,
-        )
+        of_values = {"critic_coeff": config.critic_weight, "loss_critic_type": "l2"}
+        scaled = {"normalize_advantage": config.normalise}
+        loss = ClipPPOLoss(actor, value, clip_epsilon=config.clip, entropy_bonus=False, **of_values, **scaled)
 
         @torch.no_grad()
         def advantages(data: TensorDictBase) -> TensorDictBase:
             gae(data)
             return data.reshape(-1)
 
-    parts["optimizer"] = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    parts["optimizer"] = make_optimizer(config, *parts.values())
     return loss, advantages, parts
 
 
-def update(
-    config: RLConfig,
-    loss: ClipPPOLoss,
-    optimizer: torch.optim.Optimizer,
-    frames: TensorDictBase,
-    generator: torch.Generator,
-) -> dict[str, float]:
-    """``config.epochs`` passes over the frames in minibatches; what to log, averaged."""
-    logged: dict[str, list[float]] = {}
-    for _ in range(config.epochs):
-        shuffled = torch.randperm(len(frames), generator=generator, device=generator.device)
-        for rows in shuffled.chunk(config.minibatches):
-            terms = loss(frames[rows])
-            total = sum(term for name, term in terms.items() if name.startswith("loss_"))
-            for name, term in terms.items():
-                logged.setdefault(f"train/{name}", []).append(float(term.detach().mean()))
-            if not total.requires_grad:  # the denoiser was confident throughout: there was nothing to decide
-                continue
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.grad_clip)
-            optimizer.step()
-    return {name: sum(values) / len(values) for name, values in logged.items()}
+def loss_of(loss: ClipPPOLoss, frames: TensorDictBase, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The loss of these rows of the frames, and what to log."""
+    terms = loss(frames[rows])
+    total = sum(term for name, term in terms.items() if name.startswith("loss_"))
+    return total, {f"train/{name}": float(term.detach().mean()) for name, term in terms.items()}
 
 
 def summary(data: TensorDictBase, beta: float) -> dict[str, float]:

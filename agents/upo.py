@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.policy import OrderPolicy
 from agents.remask_policy import RemaskPolicy
 from agents.replay import Replay
-from agents.setup import RLConfig, Setup, look_ahead, setup
-from pretrain.checkpoint import save_model, step_generator
-from pretrain.run import Run, decayed_groups, set_learning_rate
+from agents.setup import RLConfig, Setup, finish, look_ahead, make_optimizer, minibatch_epochs, setup
+from pretrain.checkpoint import step_generator
+from pretrain.run import Run, set_learning_rate
 from tasks import Instances, UnmaskError
 from tasks.settings import AtLeast1, AtLeast2, Positive, ShareBelow1
 from unmask_env import exact
@@ -280,7 +279,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     if regulariser == "terminal_kl":
         exact.check_holes(process.task, look_ahead(process.task))
     behaviour = Tempered(policy, config.temperature)
-    optimizer = torch.optim.AdamW(decayed_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    optimizer = make_optimizer(config, policy)
     replay = Replay(process.task, config.replay_fraction)
     parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
     run = Run(config, config.iterations, parts, f"upo {process.task.name}")
@@ -298,9 +297,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
             scalars |= update(ready, behaviour, optimizer, batch, regulariser, terminal, generator)
             share = scalars["groups/informative"]
             run.log(scalars, f"reward {scalars['reward/fresh']:.3f}, {share:.0%} of groups informative")
-    policy.eval()
-    save_model(policy, Path(config.out))
-    return policy
+    return finish(config, policy)
 
 
 def collect(
@@ -364,21 +361,11 @@ def update(
 ) -> dict[str, float]:
     """``config.epochs`` passes over the batch in minibatches of trajectories; what to log, averaged."""
     config, _, reference, policy = ready
-    trajectories = config.puzzles * config.group
-    logged: dict[str, list[float]] = {}
-    for _ in range(config.epochs):
-        shuffled = torch.randperm(trajectories, generator=generator, device=generator.device)
-        for chosen in shuffled.chunk(config.minibatches):
-            part = batch.rows(torch.isin(batch.trajectory, chosen).nonzero().squeeze(1))
-            loss, parts = upo_loss(
-                behaviour, reference, part, regulariser, config.beta, config.clip, config.over_steps, terminal
-            )
-            for name, value in parts.items():
-                logged.setdefault(name, []).append(value)
-            if not loss.requires_grad:  # the denoiser was confident throughout: there was nothing to decide
-                continue
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-            optimizer.step()
-    return {name: sum(values) / len(values) for name, values in logged.items()}
+
+    def loss_of(chosen: Tensor) -> tuple[Tensor, dict[str, float]]:
+        part = batch.rows(torch.isin(batch.trajectory, chosen).nonzero().squeeze(1))
+        weights = (config.beta, config.clip, config.over_steps)
+        return upo_loss(behaviour, reference, part, regulariser, *weights, terminal)
+
+    count = config.puzzles * config.group
+    return minibatch_epochs(config, optimizer, list(policy.parameters()), count, loss_of, generator)
