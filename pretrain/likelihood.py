@@ -1,9 +1,9 @@
 """How likely a model finds a sequence: unbiased estimates of bounds on -log p(x), exact values where there are some.
 
 The time integral of the objective cannot be cut off at a small t without leaving the bound: what is dropped is
-positive, and for exponents below 1 it is not small. In tau = -log t masking is time-homogeneous, so the integral has a
+positive, and for weights below 1 it is not small. In tau = -log t masking is time-homogeneous, so the integral has a
 form without t (derived; tests/pretrain/test_likelihood.py checks it by enumeration): positions are revealed in
-Plackett-Luce order sigma of the masking exponents w, and with W, Ŵ the sums of w and of the model's ŵ over the
+Plackett-Luce order sigma of the masking weights w, and with W, Ŵ the sums of w and of the model's ŵ over the
 positions still masked after k,
 
     path bound  = E_sigma sum_k (1 / W) sum_i { w_i CE_i + w_i log(w_i / ŵ_i) - w_i + ŵ_i }
@@ -104,7 +104,7 @@ def bound(
 
 
 def _predict(model: Backbone, clean: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, L) float64 each: cross-entropy of the clean symbols and the model's exponents, given what is not masked."""
+    """(N, L) float64 each: cross-entropy of the clean symbols and the model's weights, given what is not masked."""
     log_probs, order_weights = model.order.reverse(*model(torch.where(masked, model.mask_id, clean)))
     return cross_entropies(log_probs.double(), clean), order_weights.double()
 

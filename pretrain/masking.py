@@ -68,7 +68,7 @@ class PolynomialSchedule:
     def log_probability(self, masked: Tensor, log_t: Tensor) -> Tensor:
         """(N,) log q(which positions are masked | clean, t), of ``log_t`` (N,); ``masked`` (N, L) bool.
 
-        Differentiable in the exponents. log alpha = log(1 - t^w) is taken as log(-expm1(w log t)), with t kept below 1,
+        Differentiable in the weights. log alpha = log(1 - t^w) is taken as log(-expm1(w log t)), with t kept below 1,
         where it is -inf.
         """
         log_masked = self.order_weights * log_t.clamp(max=-1e-6).to(self.order_weights.dtype).unsqueeze(1)

@@ -26,7 +26,7 @@ class NoOrder(nn.Module):
     reads_clean = False  # whether the masking process looks at the whole clean sequence
 
     def order_weights(self, clean: Tensor, hidden: Tensor | None) -> Tensor:
-        """(N, L) or (1, L) exponents of the masking process.
+        """(N, L) or (1, L) weights of the masking process.
 
         Args:
             clean: (N, L) int64. hidden: (N, L, D) the trunk's states of it, without gradient, if ``reads_clean``.
@@ -35,7 +35,7 @@ class NoOrder(nn.Module):
 
     def reverse(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What the model does with a partially masked sequence: (N, L, V) log-probabilities of the revealed symbol and
-        (N, L) exponents.
+        (N, L) weights.
 
         Args:
             logits: (N, L, V). hidden: (N, L, D) the trunk's states.
@@ -44,7 +44,7 @@ class NoOrder(nn.Module):
 
 
 class PositionOrder(NoOrder):
-    """One exponent per position, whatever is written there, for masking and revealing alike; all start at 1.
+    """One weight per position, whatever is written there, for masking and revealing alike; all start at 1.
 
     The multivariate schedule of Garg et al. 2025 (arXiv 2511.19152); the softplus is ours.
     """
@@ -63,7 +63,7 @@ class PositionOrder(NoOrder):
 
 
 class SymbolOrder(NoOrder):
-    """One exponent per symbol, starting at 1; the model's velocity follows from what it predicts: GenMD4 (Shi et al.
+    """One weight per symbol, starting at 1; the model's velocity follows from what it predicts: GenMD4 (Shi et al.
     2024, arXiv 2406.04329, section 6).
 
     With mu the model's distribution, a masked position turns into v at rate w_v mu_v / t: it is revealed at the rate
@@ -93,7 +93,7 @@ class ContextOrder(NoOrder):
 
     Args:
         masking, revealing: the networks, (N, L, D) to (N, L, 1); they start at 0.
-        c1, c2: 0 <= c2 < c1 keeps exponents above 0; their ratio bounds how firmly an order can be preferred. Their
+        c1, c2: 0 <= c2 < c1 keeps weights above 0; their ratio bounds how firmly an order can be preferred. Their
             common scale is one of time alone.
     """
 

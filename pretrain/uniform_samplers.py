@@ -36,7 +36,7 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
-class State:
+class NoisySequences:
     """Symbols ``tokens`` x, the noise symbol ``noise`` u of every position, and which are ``free``; (N, L) each.
 
     For an absorbing model a free position is undecided where x = u, and certainly clean elsewhere.
@@ -50,7 +50,7 @@ class State:
     def is_noise(self) -> Tensor:
         return (self.tokens == self.noise) & self.free
 
-    def moved(self, tokens: Tensor) -> State:
+    def moved(self, tokens: Tensor) -> NoisySequences:
         """The same with other symbols where they are free."""
         return replace(self, tokens=torch.where(self.free, tokens, self.tokens))
 
@@ -154,7 +154,7 @@ def sample_uniform(
     method = _checked(model, prompts, nfe, method, corrector, kappa, temperature, top_p)
     noise = model.process.noise(len(prompts), generator)
     free = prompts == model.mask_id
-    state = State(torch.where(free, noise, prompts), noise, free)
+    state = NoisySequences(torch.where(free, noise, prompts), noise, free)
     steps, corrected = budget(nfe, corrector)
     levels = [float(uniform.alpha_of(torch.tensor(1 - i / steps).double())) for i in range(steps)] + [1.0]
     made = 0
@@ -173,7 +173,12 @@ def sample_uniform(
 
 
 def predict(
-    model: Predictor, state: State, alpha: float, kind: Prediction, temperature: float = 1.0, top_p: float = 1.0
+    model: Predictor,
+    state: NoisySequences,
+    alpha: float,
+    kind: Prediction,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> Tensor:
     """(N, L, V) the model's prediction of the wanted kind; one forward.
 
@@ -201,8 +206,14 @@ def predict(
 
 
 def _ancestral(
-    process: Uniform, state: State, loo: Tensor, now: float, then: float, kappa: float, generator: torch.Generator
-) -> State:
+    process: Uniform,
+    state: NoisySequences,
+    loo: Tensor,
+    now: float,
+    then: float,
+    kappa: float,
+    generator: torch.Generator,
+) -> NoisySequences:
     level, next_level = state.level(now), state.level(then)
     tokens = _draw(process.bridge(loo, state.tokens, level.minimum(next_level * ALPHA_MAX), next_level), generator)
     if kappa < 1:
@@ -216,13 +227,13 @@ def _ancestral(
 
 def _from_posterior(
     process: Uniform,
-    state: State,
+    state: NoisySequences,
     posterior: Tensor,
     now: float,
     then: float,
     method: Method,
     generator: torch.Generator,
-) -> State:
+) -> NoisySequences:
     clean = _draw(posterior, generator)
     if method == "reaudm":
         level, next_level = state.level(now), state.level(then)
@@ -246,13 +257,13 @@ def noise_given(process: Uniform, tokens: Tensor, clean: Tensor, alpha: float, g
 @torch.no_grad()
 def correct(
     model: Predictor,
-    state: State,
+    state: NoisySequences,
     alpha: float,
     corrector: Corrector,
     generator: torch.Generator,
     temperature: float = 1.0,
     top_p: float = 1.0,
-) -> State:
+) -> NoisySequences:
     """One corrector step at noise level ``alpha`` below 1; ``temperature`` and ``top_p`` as in :func:`predict`.
 
     Of an absorbing model, a random position's (x, u) is drawn anew through its x_0, which is as exact.
@@ -280,29 +291,6 @@ def correct(
     accept = torch.where(chosen, after - before, 0.0).sum(1).exp()  # (N,)
     accepted = torch.rand(accept.shape, generator=generator, device=accept.device) < accept
     return state.moved(torch.where(accepted.unsqueeze(1), changed.tokens, state.tokens))
-
-
-@torch.no_grad()
-def sensitivity(model: Predictor, state: State, alpha: float, generator: torch.Generator, trials: int = 10) -> Tensor:
-    """(N,) how far a leave-one-out prediction looks at its own symbol: the mean total variation by which r at a random
-    position moves when its symbol is replaced by another one; 0 for an exact one (arXiv 2605.22765, appendix H).
-
-    ``trials`` forwards and one. It needs no labels.
-
-    Raises:
-        UnmaskError: an absorbing model, which has no such prediction.
-    """
-    process, rows = model.process, torch.arange(len(state.tokens), device=state.tokens.device)
-    before = predict(model, state, alpha, "loo").exp()
-    moved = []
-    for _ in range(trials):
-        chosen = _first(torch.zeros_like(before[..., 0]).masked_fill(~state.free, -torch.inf), 1, generator)
-        others = process.alphabet & ~F.one_hot(state.tokens, process.alphabet.shape[1]).bool()
-        changed = state.moved(torch.where(chosen, uniform.gumbel_like(others, generator).argmax(-1), state.tokens))
-        at = chosen.int().argmax(1)
-        after = predict(model, changed, alpha, "loo").exp()
-        moved.append(0.5 * (after[rows, at] - before[rows, at]).abs().sum(-1))
-    return torch.stack(moved).mean(0)
 
 
 # ---------------------------------------------------------------------- small parts

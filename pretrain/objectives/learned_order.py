@@ -19,13 +19,13 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
 
     *Times.* What is drawn uniformly is not t but the share s of positions that are masked on average, and t follows for
     each sequence (:meth:`pretrain.masking.PolynomialSchedule.log_time`). In tau = -log t the velocities are the
-    exponents, and d tau = d s / mean_i w_i t^(w_i): whatever they are, a position's probability of being masked times
-    its weight w_i / mean_j w_j t^(w_j) is at most L. With t itself uniform, a position with a small exponent is
-    revealed at times that are never drawn, training does not see what it costs, and exponents fall to where the bound
+    weights, and d tau = d s / mean_i w_i t^(w_i): whatever they are, a position's probability of being masked times
+    its weight w_i / mean_j w_j t^(w_j) is at most L. With t itself uniform, a position with a small weight is
+    revealed at times that are never drawn, training does not see what it costs, and weights fall to where the bound
     is worst.
 
-    *The order's gradient.* The estimate's gradient in the trunk and in the revealing exponents is the bound's. The
-    masking exponents also decide which masks are drawn. So a second mask z_2 is drawn at the same time, independently
+    *The order's gradient.* The estimate's gradient in the trunk and in the revealing weights is the bound's. The
+    masking weights also decide which masks are drawn. So a second mask z_2 is drawn at the same time, independently
     and without gradients, and says what each position of the first may be expected to cost: c_i, its own cross-entropy
     under z_2 where that masks it, and the mean of those elsewhere. With b the first mask, p its probabilities and
     l(b, CE) the integrand, the surrogate is

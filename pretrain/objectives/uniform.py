@@ -39,15 +39,16 @@ class Corrupted(NamedTuple):
 
 
 def uniform_loss(
-    model: Backbone, clean: Tensor, generator: torch.Generator, loss: Loss = "bound", given: float = 0.5
+    model: Backbone, clean: Tensor, generator: torch.Generator, loss: Loss = "bound", prompt_fraction: float = 0.5
 ) -> Tensor:
     """One-sample estimate of a loss, in nats per position that is not given.
 
     ``bound`` is the plug-in bound, or the absorbing one of a model that predicts that.
 
     Args:
-        clean: (N, L) int64. given: share of sequences of which some positions are given clean, a random share of each:
-            so the model also learns to complete prompts.
+        clean: (N, L) int64.
+        prompt_fraction: share of sequences of which some positions are given clean, a random share of each: so the
+            model also learns to complete prompts.
 
     Raises:
         UnmaskError: a symbol of ``clean`` that noise can never be.
@@ -59,7 +60,7 @@ def uniform_loss(
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=clean.device)
 
-    hides = torch.where(random(n, 1) < given, random(n, 1), 1.0)  # share of positions that are not given
+    hides = torch.where(random(n, 1) < prompt_fraction, random(n, 1), 1.0)  # share of positions that are not given
     free = random(n, length) < hides
     alpha = torch.where(free, alpha_of(t.double()).unsqueeze(1), 1.0)
     noise = process.noise(n, generator)

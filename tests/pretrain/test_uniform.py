@@ -302,7 +302,9 @@ def test_the_training_loss_is_unbiased(predicts, loss, t, monkeypatch):
     expected = float(loss_at_time(model, joint, t, loss)) / joint.L
     clean = joint.X[torch.multinomial(joint.p0, 40_000, replacement=True, generator=draw)]
     with torch.no_grad():
-        found = torch.stack([losses.uniform_loss(model, part, draw, loss, given=0.0) for part in clean.split(400)])
+        found = torch.stack(
+            [losses.uniform_loss(model, part, draw, loss, prompt_fraction=0.0) for part in clean.split(400)]
+        )
     error = float(found.std()) / len(found) ** 0.5
     assert error < 0.05 * expected
     assert float(found.mean()) == pytest.approx(expected, abs=5 * error)

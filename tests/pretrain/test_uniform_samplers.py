@@ -11,14 +11,13 @@ from pretrain.backbone import Backbone, Output
 from pretrain.uniform import Uniform, alpha_of
 from pretrain.uniform_samplers import (
     Corrector,
-    State,
+    NoisySequences,
     _from_posterior,
     _shaped,
     budget,
     correct,
     predict,
     sample_uniform,
-    sensitivity,
 )
 from tasks import UnmaskError
 from tests.oracles.uniform import JOINTS, Enumerated, close, generator, one_hot, process, tv
@@ -57,13 +56,13 @@ def law(tokens: Tensor, joint: Enumerated) -> Tensor:
     return (tokens * base).sum(1).bincount(minlength=joint.S).double() / len(tokens)
 
 
-def drawn(joint: Enumerated, alpha: float, seed: int = 0, n: int = MANY) -> tuple[Tensor, State]:
+def drawn(joint: Enumerated, alpha: float, seed: int = 0, n: int = MANY) -> tuple[Tensor, NoisySequences]:
     """x_0 and (x_t, u), exactly."""
     g = generator(seed)
     clean = joint.X[torch.multinomial(joint.p0, n, replacement=True, generator=g)]
     noise = torch.randint(joint.K, clean.shape, generator=g)
     tokens = torch.where(torch.rand(clean.shape, generator=g) < alpha, clean, noise)
-    return clean, State(tokens, noise, torch.ones_like(clean, dtype=torch.bool))
+    return clean, NoisySequences(tokens, noise, torch.ones_like(clean, dtype=torch.bool))
 
 
 def holes(joint: Enumerated, n: int = MANY) -> Tensor:
@@ -119,7 +118,7 @@ def test_the_two_time_law_of_a_step_given_the_clean_symbol(method):
         clean, state = drawn(joint, now, k)
         clean = torch.full_like(clean, k)
         tokens = torch.where(torch.rand(clean.shape, generator=generator(k + 9)) < now, clean, state.noise)
-        state = State(tokens, state.noise, state.free)
+        state = NoisySequences(tokens, state.noise, state.free)
         posterior = one_hot(clean, 3)
         if method != "coupling":
             posterior = torch.where(state.is_noise.unsqueeze(-1), posterior, one_hot(state.tokens, 3))
@@ -287,6 +286,22 @@ def test_every_sampler_tempers_what_the_others_say(predicts, method, corrector):
     assert tv(found(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=torch.float64)) < NOISE
 
 
+def sensitivity(model: Table, state: NoisySequences, alpha: float, draw: torch.Generator, trials: int = 10) -> Tensor:
+    """(N,) how far a leave-one-out prediction looks at its own symbol: the mean total variation by which it moves at a
+    random position when the symbol there is replaced; 0 for an exact one (arXiv 2605.22765, appendix H)."""
+    (n, length), rows = state.tokens.shape, torch.arange(len(state.tokens))
+    before, moved = predict(model, state, alpha, "loo").exp(), []
+    for _ in range(trials):
+        at = torch.randint(length, (n,), generator=draw)
+        tokens = state.tokens.clone()
+        tokens[rows, at] = (tokens[rows, at] + torch.randint(1, before.shape[-1], (n,), generator=draw)) % before.shape[
+            -1
+        ]
+        after = predict(model, state.moved(tokens), alpha, "loo").exp()
+        moved.append(0.5 * (after[rows, at] - before[rows, at]).abs().sum(-1))
+    return torch.stack(moved).mean(0)
+
+
 def test_sensitivity_is_zero_for_leave_one_out_and_not_for_a_denoiser_taken_for_it():
     joint = JOINTS["3^2"]
     _, state = drawn(joint, 0.5, n=200)
@@ -337,7 +352,7 @@ def test_an_absorbing_model_is_certain_of_what_is_decided():
     model = backbone("absorbing")
     tokens = torch.randint(5, (20, 6), generator=generator())
     noise = torch.randint(5, (20, 6), generator=generator(1))
-    state = State(tokens, noise, torch.ones_like(tokens, dtype=torch.bool))
+    state = NoisySequences(tokens, noise, torch.ones_like(tokens, dtype=torch.bool))
     found = predict(model, state, 0.4, "absorbing").exp()
     certain = found.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     assert (certain[~state.is_noise] == 1).all()
