@@ -8,7 +8,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
@@ -57,6 +57,12 @@ def usage(group: str = "") -> str:
     return "\n".join(lines + [f"  {name.removeprefix(group).strip():<26}{COMMANDS[name].help}" for name in names])
 
 
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the program with one line on stderr."""
+    print(f"unmask: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
 def split(args: Sequence[str]) -> tuple[str, list[str]]:
     """The command that ``args`` name, and the rest; asks for help end the program, and so do unknown names."""
     words = list(args)
@@ -70,12 +76,9 @@ def split(args: Sequence[str]) -> tuple[str, list[str]]:
     if rest and rest[0] in ("-h", "--help"):
         print(usage(group))
         sys.exit(0)
-    known = ", ".join(
-        dict.fromkeys(name.removeprefix(group).strip().partition(" ")[0] for name in COMMANDS if name.startswith(group))
-    )
+    begun = [name.removeprefix(group).split()[0] for name in COMMANDS if name.startswith(group)]
     what = f"unknown command {' '.join(filter(None, (group, rest[0])))!r}" if rest else f"name what to {group or 'do'}"
-    print(f"unmask: {what}; known: {known}", file=sys.stderr)
-    sys.exit(2)
+    fail(f"{what}; known: {', '.join(dict.fromkeys(begun))}")
 
 
 def parse(name: str, args: Sequence[str]) -> Any:
@@ -122,8 +125,7 @@ def dispatch(args: Sequence[str]) -> None:
     name, rest = split(args)
     if name == "list":
         if rest and rest[0] not in ("-h", "--help"):
-            print(f"unmask: list takes no arguments, not {rest[0]!r}", file=sys.stderr)
-            sys.exit(2)
+            fail(f"list takes no arguments, not {rest[0]!r}")
         print(f"usage: unmask list\n\n{COMMANDS['list'].help}") if rest else list_everything()
         return
     settings = parse(name, rest)
@@ -140,23 +142,17 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
     try:
         dispatch(sys.argv[1:] if args is None else args)
-    except (ValueError, OSError) as error:  # a user's mistake, or a place that cannot be read or written
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+    except Exception as error:
+        from pretrain.run import Interrupted
         from tasks import UnmaskError
 
-        if not isinstance(error, UnmaskError | OSError):
-            raise
-        print(f"unmask: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("unmask: stopped", file=sys.stderr)
-        sys.exit(130)
-    except Exception as stop:
-        from pretrain.run import Interrupted
-
-        if not isinstance(stop, Interrupted):
-            raise
-        print(f"unmask: {stop}", file=sys.stderr)
-        sys.exit(130)
+        if isinstance(error, UnmaskError | OSError):  # a user's mistake, or a place that cannot be read or written
+            fail(str(error))
+        if isinstance(error, Interrupted):
+            fail(str(error), 130)
+        raise
 
 
 if __name__ == "__main__":

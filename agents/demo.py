@@ -62,29 +62,13 @@ class DemoConfig:
 def train_stages(config: DemoConfig) -> OrderPolicy | RemaskPolicy:
     """Imitation of the oracle, then UPO from it; both resumed if begun before."""
     out = Path(config.out)
-    rules = Rules(config.actions)
-    shared = {"env": config.env, "denoiser": config.denoiser, "seed": config.seed}
-    machine = {"device": config.device, "threads": config.threads}
-    first = ImitationConfig(
-        out=str(out / "imitation"),
-        puzzles=config.puzzles,
-        steps=config.steps,
-        rules=rules,
-        resume="auto",
-        **shared,
-        **machine,
-    )
-    imitation.train(first)
-    second = UPOConfig(
-        out=str(out),
-        init=str(out / "imitation"),
-        iterations=config.iterations,
-        **({} if config.actions == "single" else SETS),
-        resume="auto",
-        **shared,
-        **machine,
-    )
-    return upo.train(second)
+    named = ("env", "denoiser", "seed", "device", "threads")
+    shared = {name: getattr(config, name) for name in named} | {"resume": "auto"}
+    played = {"rules": Rules(config.actions), "puzzles": config.puzzles, "steps": config.steps}
+    imitation.train(ImitationConfig(out=str(out / "imitation"), **played, **shared))
+    regime = {} if config.actions == "single" else SETS
+    start = str(out / "imitation")
+    return upo.train(UPOConfig(out=str(out), init=start, iterations=config.iterations, **regime, **shared))
 
 
 def run(config: DemoConfig) -> list[evaluate.Result]:
@@ -98,9 +82,8 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     instances = task.heldout(config.limit)
     policy = train_stages(config)
     title = f"{task.name}, denoiser {config.denoiser}, {len(instances)} held-out puzzles"
-    policies: dict[str, Policy]
     if config.actions == "single":
-        policies = {name: reference(name) for name in customary("single")}
+        policies: dict[str, Policy] = {name: reference(name) for name in customary("single")}
         policies["learned (UPO)"] = policy
         results = evaluate.compare(process, policies, instances, config.seed, progress=True)
         console.print(evaluate.table(results, title))
@@ -130,9 +113,7 @@ def frontier_of(
     learned = frontier.best_of(points, True)[-1]
     rivals = [p for p in frontier.best_of(points, False) if p.result.nfe <= learned.result.nfe + 1]
     shown = [rivals[-1] if rivals else frontier.best_of(points, False)[0], learned]
-    policies = {}
-    for point in shown:
-        policies[point.method] = next(p for setting, p in chosen[point.method] if setting == point.setting)
+    policies = {p.method: next(q for setting, q in chosen[p.method] if setting == p.setting) for p in shown}
     return [point.result for point in shown], policies
 
 
@@ -160,11 +141,7 @@ def curve(out: Path) -> None:
 
 
 def picture(
-    process: Unmasking,
-    policies: dict[str, Policy],
-    results: list[evaluate.Result],
-    instances: Instances,
-    path: Path,
+    process: Unmasking, policies: dict[str, Policy], results: list[evaluate.Result], instances: Instances, path: Path
 ) -> None:
     """A replay of one puzzle by random (of single positions), the best heuristic and the learned order: where it can be
     had, one that the learned order solves and the heuristic does not."""

@@ -126,8 +126,7 @@ def set_imitation_loss(
     wrong one, and of each pass's belief at both; each a mean over positions."""
     beliefs, states = policy.read(seen)
     log_odds = policy.head.log_odds(seen, beliefs[-1], states)
-    wanted, among = [seen.denoised.best == answers], [seen.fillable]
-    believed = seen.fillable
+    wanted, among, believed = [seen.denoised.best == answers], [seen.fillable], seen.fillable
     if seen.remaskable is not None:
         wrong = seen.remaskable & (seen.tokens != answers)
         wanted.append(wrong)
@@ -183,24 +182,24 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
 
 def _policies(config: ImitationConfig, process: Unmasking) -> tuple[OrderPolicy | RemaskPolicy, OrderPolicy]:
     """The policy, and its part that is trained."""
-    remasks = config.rules.actions == "set+remask"
+    actions = config.rules.actions
     if config.init is None:
         shape = config.policy if config.reference == "oracle" else replace(config.policy, defer_above=2.0)
-        sets = config.rules.actions != "single"
-        policy = new_policy(shape, process.task, process.denoiser, config.seed, belief_weight=1.0, sets=sets)
-        policy = policy.to(process.device)
+        arguments = (process.task, process.denoiser, config.seed)
+        policy = new_policy(shape, *arguments, belief_weight=1.0, sets=actions != "single")
+    else:
+        policy = load_init(config, process)
+        if isinstance(policy, OrderPolicy) and actions == "set+remask":
+            if bool(policy.remaskable_embedding.any()):
+                raise UnmaskError(
+                    f"{config.init} masks positions again with the network that fills them; start from a policy that "
+                    "was trained with --actions set"
+                )
+            policy = RemaskPolicy.start(policy)
+    policy = policy.to(process.device)
+    if isinstance(policy, OrderPolicy):
         return policy, policy
-    policy = load_init(config, process).to(process.device)
-    if isinstance(policy, OrderPolicy) and remasks:
-        if bool(policy.remaskable_embedding.any()):
-            raise UnmaskError(
-                f"{config.init} masks positions again with the network that fills them; start from a policy that was "
-                "trained with --actions set"
-            )
-        policy = RemaskPolicy.start(policy).to(process.device)
-    if isinstance(policy, RemaskPolicy):
-        return policy, policy.remask if remasks else policy.fill
-    return policy, policy
+    return policy, policy.remask if actions == "set+remask" else policy.fill
 
 
 def _collect(config: ImitationConfig, process: Unmasking, policy: OrderPolicy | RemaskPolicy, states: States) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +24,7 @@ from pretrain.checkpoint import CheckpointError, load_model
 from tasks import Task, UnmaskError
 from tasks.settings import AtLeast1, validate
 from unmask_env.denoiser import Denoiser
-from unmask_env.distributions import (
-    Bernoulli,
-    Categorical,
-    Distribution,
-    PlackettLuce,
-    log_complement,
-    log_odds,
-)
+from unmask_env.distributions import Bernoulli, Categorical, Distribution, PlackettLuce, log_complement, log_odds
 from unmask_env.reference import MaxConfidence, Policy, Reference, SoftThreshold, TopK, reference
 from unmask_env.state import FLOOR, SHOWN, WHOLE, Observation
 
@@ -145,17 +139,15 @@ class PositionHead(Head):
 
     def allowed(self, seen: Observation) -> Tensor:
         """(N, L) bool."""
-        if self.candidates is None:
-            return seen.fillable
-        return TopK(self.candidates)(seen).log_probs > -torch.inf
+        return seen.fillable if self.candidates is None else TopK(self.candidates)(seen).log_probs > -torch.inf
 
     def unread(self, seen: Observation) -> Categorical:
         """What is played on boards that are not read: the base."""
-        log_probs = (MaxConfidence() if self.base is None else self.base)(seen).log_probs
+        base = (MaxConfidence() if self.base is None else self.base)(seen)
         if self.candidates is None:
-            return Categorical(log_probs)
+            return base
         allowed = self.allowed(seen)
-        return Categorical.of(log_probs.masked_fill(~allowed, 0.0), allowed)
+        return Categorical.of(base.log_probs.masked_fill(~allowed, 0.0), allowed)
 
     def forward(
         self, seen: Observation, belief: Tensor, states: Tensor, thresholds: Thresholds | None = None
@@ -181,7 +173,7 @@ class SetHead(Head):
     actions = "set"
 
     def __init__(
-        self, base: SoftThreshold | None, stops: bool, dim: int, belief_weight: float, vocab_size: int
+        self, base: SoftThreshold | None, stops: bool, dim: int, vocab_size: int, belief_weight: float
     ) -> None:
         super().__init__(dim, vocab_size, belief_weight, state_outputs=2)  # fill it; mask it again
         self.base, self.stops = base, stops
@@ -217,17 +209,40 @@ class SetHead(Head):
 def set_distribution(seen: Observation, odds: Tensor, thresholds: Thresholds, stops: bool = False) -> Distribution:
     """The distribution over sets of log-odds (N, A), whose mode is what ``thresholds`` say."""
     left = None if seen.history is None or seen.remaskable is None else seen.history.remasks_left
-
-    def chosen() -> Tensor:
-        return most_likely_set(seen, odds, thresholds)
-
+    chosen = partial(most_likely_set, seen, odds, thresholds)
     if stops:
         return PlackettLuce(odds, seen.action_mask, left, chosen)
     return Bernoulli(logsigmoid(odds).masked_fill(~seen.action_mask, -torch.inf), seen.action_mask, left, chosen)
 
 
 # ---------------------------------------------------------------------- the policy
-class OrderPolicy(nn.Module, PyTorchModelHubMixin, Policy):
+class LearnedPolicy(nn.Module, Policy):
+    """Base of the policies that are networks, whose mode decoding thresholds say."""
+
+    def decide(self, seen: Observation, thresholds: Thresholds) -> Distribution:
+        """The policy's answer, whose mode is what ``thresholds`` say."""
+        raise NotImplementedError
+
+    def forward(self, seen: Observation) -> Distribution:
+        return self.decide(seen, Thresholds())
+
+    def at(self, threshold: float = 0.5, remask_threshold: float = 0.5) -> Policy:
+        """This policy with other decoding thresholds; see :class:`agents.decoding.Thresholds`."""
+        return Decoded(self, Thresholds(threshold, remask_threshold))
+
+
+class Decoded(Policy):
+    """A learned policy at its own decoding thresholds."""
+
+    def __init__(self, policy: LearnedPolicy, thresholds: Thresholds) -> None:
+        self.policy, self.thresholds = policy, thresholds
+        self.actions, self.reads_hidden = policy.actions, policy.reads_hidden
+
+    def __call__(self, seen: Observation) -> Distribution:
+        return self.policy.decide(seen, self.thresholds)
+
+
+class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
     """A policy that reads the board, and the denoiser's distributions in place of the masks, forms a belief q_i over
     symbols of its own, and chooses where that belief agrees with what the denoiser would fill in.
 
@@ -266,33 +281,18 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin, Policy):
         self.config = PolicyConfig(distribution=distribution, **settings)
         validate(self.config)
         self.vocab_size, self.length, self.by_rank = vocab_size, len(coordinates), by_rank
-        dim, num_passes = self.config.dim, self.config.num_passes
-        self.reader = Reader(
-            SHOWN if by_rank else vocab_size,
-            coordinates,
-            dim,
-            self.config.layers or 3,
-            self.config.heads,
-            num_passes,
-            hidden_dim,
-            rotary,
-        )
+        dim, layers = self.config.dim, self.config.layers or 3
+        sizes = (dim, layers, self.config.heads, self.config.num_passes, hidden_dim, rotary)
+        self.reader = Reader(SHOWN if by_rank else vocab_size, coordinates, *sizes)
+        scores = {"dim": dim, "vocab_size": vocab_size, "belief_weight": belief_weight}
         self.head: Head
         if distribution == "categorical":
             options = {"tau": base_tau} if base.startswith("softmax") else {}
             start = None if base == "none" else reference(base, **options)
-            outputs = int(self.config.state_head)
-            self.head = PositionHead(
-                start,
-                candidates,
-                dim=dim,
-                vocab_size=vocab_size,
-                belief_weight=belief_weight,
-                state_outputs=outputs,
-            )
+            self.head = PositionHead(start, candidates, state_outputs=int(self.config.state_head), **scores)
         else:
             start = SoftThreshold() if base == "soft_threshold" else None
-            self.head = SetHead(start, distribution == "plackett_luce", dim, belief_weight, vocab_size)
+            self.head = SetHead(start, distribution == "plackett_luce", **scores)
             self.remaskable_embedding = nn.Parameter(torch.zeros(dim))  # marks what play filled in, and may mask again
             self.remask_count_embedding = nn.Parameter(torch.zeros(dim))  # marks, as often, what was masked again
 
@@ -318,51 +318,27 @@ class OrderPolicy(nn.Module, PyTorchModelHubMixin, Policy):
             known = known + self.remask_count_embedding * remask_count(seen).unsqueeze(-1)
         return self.reader(known, belief.exp() * self.config.read_denoiser, masked, symbols, seen.remaskable)
 
-    def forward(self, seen: Observation) -> Distribution:
-        return self.decide(seen, Thresholds())
-
     def decide(self, seen: Observation, thresholds: Thresholds) -> Distribution:
-        """The policy's answer, whose mode is what ``thresholds`` say."""
+        """Of single positions it reads the uncertain boards only."""
+        rows: Tensor | None = None
         if isinstance(self.head, PositionHead):
-            return self._defer(seen, self.head, thresholds)
+            unread, rows = self.head.unread(seen), self.uncertain(seen).nonzero().squeeze(1)
+            if not len(rows):
+                return unread
+            seen = seen[rows]
         beliefs, states = self.read(seen)
-        return self.head(seen, beliefs[-1], states, thresholds)
+        decided = self.head(seen, beliefs[-1], states, thresholds)
+        return decided if rows is None else Categorical(unread.log_probs.index_put((rows,), decided.log_probs))
 
     def uncertain(self, seen: Observation) -> Tensor:
         """(N,) bool: boards in play where no fillable position's confidence reaches ``defer_above``."""
         most = seen.confidence.masked_fill(~seen.fillable, 0.0).max(1).values
         return (most < self.config.defer_above) & seen.fillable.any(1)
 
-    def _defer(self, seen: Observation, head: PositionHead, thresholds: Thresholds) -> Categorical:
-        """Reads the uncertain boards only."""
-        unread = head.unread(seen)
-        rows = self.uncertain(seen).nonzero().squeeze(1)
-        if not len(rows):
-            return unread
-        hard = seen[rows]
-        beliefs, states = self.read(hard)
-        decided = head(hard, beliefs[-1], states, thresholds)
-        return Categorical(unread.log_probs.index_put((rows,), decided.log_probs))
-
     def log_odds(self, seen: Observation) -> Tensor:
         """(N, A) log-odds that each entry is in the set; of policies over sets."""
         beliefs, states = self.read(seen)
         return self.head.log_odds(seen, beliefs[-1], states)
-
-    def at(self, threshold: float = 0.5, remask_threshold: float = 0.5) -> Policy:
-        """This policy with other decoding thresholds; see :class:`agents.decoding.Thresholds`."""
-        return Decoded(self, Thresholds(threshold, remask_threshold))
-
-
-class Decoded(Policy):
-    """A learned policy at its own decoding thresholds. ``policy``: it has ``decide(seen, thresholds)``."""
-
-    def __init__(self, policy: Any, thresholds: Thresholds) -> None:
-        self.policy, self.thresholds = policy, thresholds
-        self.actions, self.reads_hidden = policy.actions, policy.reads_hidden
-
-    def __call__(self, seen: Observation) -> Distribution:
-        return self.policy.decide(seen, self.thresholds)
 
 
 # ---------------------------------------------------------------------- made and loaded
@@ -386,29 +362,32 @@ def new_policy(
     model = getattr(denoiser, "model", None)
     backbone = model if config.copy and isinstance(model, Backbone) else None
     blocks = 3 if backbone is None else len(backbone.blocks)
-    layers = blocks if config.layers is None else config.layers
-    if backbone is not None and layers > blocks:
-        raise UnmaskError(f"the denoiser has {blocks} blocks to copy, not {layers}; use fewer layers or --no-copy")
-    if backbone is None and config.dim % config.heads:
-        raise UnmaskError(f"dim must be a multiple of heads; {config.dim} is not one of {config.heads}")
-    sizes = vars(config) | {"layers": layers}
-    rotary = task.is_line and config.dim % (2 * config.heads) == 0
-    if backbone is not None:
+    sizes = vars(config) | {"layers": blocks if config.layers is None else config.layers}
+    if backbone is None:
+        if config.dim % config.heads:
+            raise UnmaskError(f"dim must be a multiple of heads; {config.dim} is not one of {config.heads}")
+        rotary = task.is_line and config.dim % (2 * config.heads) == 0
+    else:
+        if sizes["layers"] > blocks:
+            raise UnmaskError(
+                f"the denoiser has {blocks} blocks to copy, not {config.layers}; use fewer layers or --no-copy"
+            )
         sizes |= {"dim": backbone.dim, "heads": backbone.blocks[0].heads}
         rotary = backbone.rotary
+    sizes["distribution"] = config.distribution if sets else "categorical"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = OrderPolicy(
             task.vocab_size,
             task.coordinates.tolist(),
-            base=base,
-            base_tau=base_tau,
-            candidates=candidates,
+            base,
+            base_tau,
+            candidates,
             hidden_dim=(denoiser.hidden_dim or 0) if config.read_hidden else 0,
             rotary=rotary,
             by_rank=task.vocab_size > WHOLE and backbone is None,
             belief_weight=belief_weight,
-            **sizes | {"distribution": config.distribution if sets else "categorical"},
+            **sizes,
         )
     if backbone is not None:
         policy.reader.copy_from(backbone)

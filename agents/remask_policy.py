@@ -11,15 +11,14 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from agents.decoding import Thresholds
-from agents.policy import REFILL_PENALTY, Decoded, OrderPolicy, remask_count, set_distribution
+from agents.policy import REFILL_PENALTY, LearnedPolicy, OrderPolicy, remask_count, set_distribution
 from unmask_env.distributions import Distribution
-from unmask_env.reference import Policy
 from unmask_env.state import Observation
 
 REMASK_AGAIN_PENALTY = 5.0  # how far the log-odds of masking a position again fall each time that it was
 
 
-class RemaskPolicy(nn.Module, PyTorchModelHubMixin, Policy):
+class RemaskPolicy(LearnedPolicy, PyTorchModelHubMixin):
     """``fill`` says what to fill as if nothing could be masked again, so that learning the one never unlearns the
     other; ``remask``, a network of the same kind that reads twice as often, says what to mask again. Each time that a
     position was masked again counts against filling it and against masking it once more.
@@ -66,13 +65,5 @@ class RemaskPolicy(nn.Module, PyTorchModelHubMixin, Policy):
         count = remask_count(seen)
         return torch.cat([fill - self.refill_penalty * count, remask - REMASK_AGAIN_PENALTY * count], 1)
 
-    def forward(self, seen: Observation) -> Distribution:
-        return self.decide(seen, Thresholds())
-
     def decide(self, seen: Observation, thresholds: Thresholds) -> Distribution:
-        """As :meth:`OrderPolicy.decide`."""
         return set_distribution(seen, self.log_odds(seen), thresholds, self.fill.head.stops)
-
-    def at(self, threshold: float = 0.5, remask_threshold: float = 0.5) -> Policy:
-        """As :meth:`OrderPolicy.at`."""
-        return Decoded(self, Thresholds(threshold, remask_threshold))

@@ -1,6 +1,5 @@
 """PPO by stable-baselines3: ``MaskablePPO`` with an order policy, on KL-regularised rewards.
 
-Read from top to bottom: settings, the policy as stable-baselines3 sees it, the model, the loop.
 The loop calls ``model.learn`` once per iteration on freshly seeded boards, so a run that was cut off goes on exactly.
 """
 
@@ -81,6 +80,7 @@ class OrderActorCritic(MaskableActorCriticPolicy):
         **_: Any,
     ) -> None:
         self._weight_decay = weight_decay
+        logits = action_space.n if isinstance(action_space, spaces.Discrete) else 2 * action_space.n
         super().__init__(
             observation_space,
             action_space,
@@ -88,11 +88,7 @@ class OrderActorCritic(MaskableActorCriticPolicy):
             net_arch=[],
             ortho_init=False,
             features_extractor_class=PerPosition,
-            features_extractor_kwargs={
-                "policy": policy,
-                "critic": critic,
-                "logits": action_space.n if isinstance(action_space, spaces.Discrete) else 2 * action_space.n,
-            },
+            features_extractor_kwargs={"policy": policy, "critic": critic, "logits": logits},
         )
 
     def _build(self, lr_schedule: Any) -> None:

@@ -1,7 +1,6 @@
 """PPO and group-relative PPO by TorchRL: ``ClipPPOLoss`` with an order policy, on KL-regularised rewards.
 
-Read from top to bottom: settings, the policy as TorchRL sees it, advantages, the loop. Each iteration
- collects freshly seeded boards, so a run that was cut off goes on exactly.
+Each iteration collects freshly seeded boards, so a run that was cut off goes on exactly.
 """
 
 from __future__ import annotations
@@ -71,36 +70,21 @@ class TorchRLGRPOConfig(RLConfig):
 
 # ---------------------------------------------------------------------- the policy as TorchRL sees it
 class _Reading(nn.Module):
-    """Calls a module of observations on the keys of the environment, with any leading dimensions."""
+    """``answer`` of a network and the observation in the environment's ``keys``, with any leading dimensions."""
 
-    def __init__(self, keys: Sequence[str], vocab_size: int) -> None:
+    def __init__(self, keys: Sequence[str], network: nn.Module, answer: Callable[[Any, Observation], Tensor]) -> None:
         super().__init__()
-        self.keys, self.vocab_size = keys, vocab_size
+        self.keys, self.network, self.answer = keys, network, answer
 
-    def observe(self, *values: Tensor) -> tuple[Observation, torch.Size]:
+    def forward(self, *values: Tensor) -> Tensor:
         lead = values[0].shape[:-1]
         flat = (value.reshape(-1, *value.shape[len(lead) :]) for value in values)
-        return decode(dict(zip(self.keys, flat, strict=True)), self.vocab_size), lead
+        seen = decode(dict(zip(self.keys, flat, strict=True)), self.network.vocab_size)
+        return self.answer(self.network, seen).view(*lead, -1)
 
 
-class _Logits(_Reading):
-    def __init__(self, keys: Sequence[str], policy: OrderPolicy) -> None:
-        super().__init__(keys, policy.vocab_size)
-        self.policy = policy
-
-    def forward(self, *values: Tensor) -> Tensor:
-        seen, lead = self.observe(*values)
-        return self.policy(seen).logits().clamp(min=LOG_ZERO).view(*lead, -1)
-
-
-class _Value(_Reading):
-    def __init__(self, keys: Sequence[str], critic: Critic) -> None:
-        super().__init__(keys, critic.vocab_size)
-        self.critic = critic
-
-    def forward(self, *values: Tensor) -> Tensor:
-        seen, lead = self.observe(*values)
-        return self.critic(seen).view(*lead, 1)
+def _logits(policy: OrderPolicy, seen: Observation) -> Tensor:
+    return policy(seen).logits().clamp(min=LOG_ZERO)
 
 
 class MaskedBernoullis(Independent):
@@ -120,22 +104,18 @@ class MaskedBernoullis(Independent):
         return self.base_dist.logits > 0
 
 
-DISTRIBUTIONS = {"single": MaskedCategorical, "set": MaskedBernoullis, "set+remask": MaskedBernoullis}
-
-
 def make_actor(policy: OrderPolicy, keys: Sequence[str]) -> ProbabilisticActor:
     """``policy`` as a TorchRL actor: samples legal positions or sets, writes ``action`` and ``action_log_prob``.
 
     Args:
         keys: of the environment, which the policy reads.
     """
-    distribution = DISTRIBUTIONS[policy.actions]
+    single = policy.actions == "single"
     return ProbabilisticActor(
-        TensorDictModule(_Logits(keys, policy), in_keys=list(keys), out_keys=["logits"]),
+        TensorDictModule(_Reading(keys, policy, _logits), in_keys=list(keys), out_keys=["logits"]),
         in_keys={"logits": "logits", "mask": "action_mask"},
-        distribution_class=distribution,
-        # A finished board's mask is empty, and must not raise.
-        distribution_kwargs={"neg_inf": -1e8} if distribution is MaskedCategorical else {},
+        distribution_class=MaskedCategorical if single else MaskedBernoullis,
+        distribution_kwargs={"neg_inf": -1e8} if single else {},  # a finished board's mask is empty, and must not raise
         return_log_prob=True,
     )
 
@@ -176,9 +156,8 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
     if grouped:
         least = int((look_ahead(process.task).tokens == process.task.mask_id).sum(1).min())
         if steps < least:
-            raise UnmaskError(
-                f"no episode ends within {steps} steps, as the task has {least} masks and more; raise --steps"
-            )
+            wanted = f"the task has {least} masks and more; raise --steps"
+            raise UnmaskError(f"no episode ends within {steps} steps, as {wanted}")
     group = getattr(config, "group", 1)
     env = UnmaskTorchEnv(num_envs=config.num_envs, group=group, seed=config.seed, **ready.environment)
     keys = observation_keys(env)
@@ -240,7 +219,7 @@ def make_loss(
             return data[counts]
     else:
         parts["critic"] = critic = new_critic(ready.process.task, config.seed).to(ready.device)
-        value = ValueOperator(_Value(keys, critic), in_keys=list(keys))
+        value = ValueOperator(_Reading(keys, critic, Critic.__call__), in_keys=list(keys))
         # J has no discount.
         gae = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=value, deactivate_vmap=True)
         of_values = {"critic_coeff": config.critic_weight, "loss_critic_type": "l2"}
@@ -264,11 +243,10 @@ def loss_of(loss: ClipPPOLoss, frames: TensorDictBase, rows: Tensor) -> tuple[Te
 
 
 def summary(data: TensorDictBase, beta: float) -> dict[str, float]:
-    """Per finished episode: the task's reward, and, where beta is above 0, the sampled KL to the reference."""
+    """:func:`agents.setup.per_episode` of a batch of frames (num_envs, steps)."""
     reward, done = data["next", "reward"].squeeze(-1), data["next", "done"].squeeze(-1)
     if beta == 0:
         return per_episode(reward, done, None)
-    shape = reward.shape
-    log_reference = log_reference_of(data["log_reference"].flatten(0, 1), data["action"].flatten(0, 1)).view(shape)
-    ratio = data["action_log_prob"] - log_reference
+    log_reference = log_reference_of(data["log_reference"].flatten(0, 1), data["action"].flatten(0, 1))
+    ratio = data["action_log_prob"] - log_reference.view_as(reward)
     return per_episode(reward + beta * ratio, done, ratio)
