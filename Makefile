@@ -9,7 +9,7 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest
 
-# Lint, and every test that does not train; below a minute on two idle cores.
+# Lint, and every test that does not train.
 check: lint
 	$(BIN)/python -m pytest --numprocesses 2 -m "not trains"
 
