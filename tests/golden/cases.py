@@ -1,4 +1,4 @@
-"""The golden cases, as data: what is played, by which policy, under which rules."""
+"""The golden cases, as data: what is played, by which policy, under which rules. Names and options only."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from itertools import product
 from typing import Any, NamedTuple
 
 
+def _named(options: dict[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in options.items())
+
+
 class Case(NamedTuple):
-    """One rollout. ``policy``: a reference with its options, or a packaged policy; ``at``: its decoding threshold."""
+    """One rollout. ``policy``: a reference with its options, or a packaged policy; ``threshold``: of its decoding."""
 
     task: str
     denoiser: str
@@ -16,14 +20,25 @@ class Case(NamedTuple):
     sampled: bool
     temperature: float
     instances: int
-    at: float | None = None
+    threshold: float | None = None
 
     @property
     def id(self) -> str:
-        rules = ",".join(f"{name}={value}" for name, value in self.rules.items())
-        at = "" if self.at is None else f"@{self.at}"
+        threshold = "" if self.threshold is None else f"@{self.threshold}"
         how = f"{'sampled' if self.sampled else 'mode'}-{self.temperature:g}"
-        return f"{self.task}/{self.denoiser}/{self.policy}{at}/{rules}/{how}"
+        return f"{self.task}/{self.denoiser}/{self.policy}{threshold}/{_named(self.rules)}/{how}"
+
+
+class Interface(NamedTuple):
+    """Three rows of sudoku4 behind one interface, with the same actions as behind every other."""
+
+    kind: str
+    rules: dict[str, Any]
+    temperature: float
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}/{_named(self.rules)}/{self.temperature:g}"
 
 
 SINGLE = [
@@ -44,6 +59,7 @@ SETS = [
     "fixed_k:k=3,score=entropy",
     "threshold:theta=0.8",
     "threshold:theta=0.7,score=margin",
+    "threshold:theta=-0.3,score=entropy",
     "factor",
     "entropy_bounded",
     "kl_stability",
@@ -52,60 +68,90 @@ SETS = [
     "oracle_sets",
 ]
 REMASKING = [
-    *[f"remdm:strategy={strategy}" for strategy in ("cap", "rescale", "loop", "conf")],
+    "soft_threshold:remask=0.2",
+    "oracle_sets",
+    "remdm:strategy=cap,eta=0.2",
+    "remdm:strategy=rescale,eta=0.5",
+    "remdm:strategy=loop,eta=0.2",
+    "remdm:strategy=conf",
     "self_planning",
     "self_planning:steps=8,eta=2.0",
 ]
+POLICIES = {"single": SINGLE, "set": SETS, "set+remask": REMASKING}
+SOME = {
+    "single": ["margin", "softmax_confidence"],
+    "set": ["soft_threshold", "threshold:theta=0.8", "schedule"],
+    "set+remask": ["soft_threshold:remask=0.2", "self_planning"],
+}
 HOW = list(product((False, True), (0.0, 1.0)))  # sampled or the mode; temperature of filling
-
-
-def _rules(actions: str) -> list[dict[str, Any]]:
-    block = {"actions": actions, "block_length": 4}
-    kinds: list[dict[str, Any]] = [{"actions": actions}, block]
-    if actions == "set":
-        kinds += [{"actions": "set", "nfe_budget": 3}, {"actions": "set", "speed": 1.0}]
-    if actions == "set+remask":
-        kinds.append({"actions": actions, "remask_budget": 2})
-    return kinds
+GREEDY, SAMPLED = (False, 0.0), (True, 1.0)
 
 
 def _boards() -> list[Case]:
     cases = []
-    for actions, policies in (("single", SINGLE), ("set", SETS), ("set+remask", SETS + REMASKING)):
-        for rules, policy, (sampled, temperature) in product(_rules(actions), policies, HOW):
-            cases.append(Case("sudoku4", "sudoku4", policy, rules, sampled, temperature, 12))
-        for policy, (sampled, temperature) in product(policies, ((False, 0.0), (True, 1.0))):
-            cases.append(Case("sudoku6", "sudoku6-tiny", policy, {"actions": actions}, sampled, temperature, 12))
+    for actions, policies in POLICIES.items():
+        settings = [(policies, {}, HOW), (policies, {"block_length": 4}, [GREEDY, SAMPLED])]
+        if actions == "set+remask":
+            settings.append((policies, {"remask_budget": 2}, [GREEDY, SAMPLED]))
+        else:
+            more = [{"nfe_budget": 3}, {"speed": 1.0}, {"speed": 0.5, "speed_bonus": True}]
+            settings += [(SOME[actions], rules, [GREEDY, SAMPLED]) for rules in more]
+        for names, rules, hows in settings:
+            for policy, how in product(names, hows):
+                cases.append(Case("sudoku4", "sudoku4", policy, {"actions": actions} | rules, *how, 12))
+        for names, rules in ((policies, {}), (SOME[actions], {"block_length": 6})):
+            for policy, how in product(names, (GREEDY, SAMPLED)):
+                cases.append(Case("sudoku6", "sudoku6-tiny", policy, {"actions": actions} | rules, *how, 12))
+    for policy in ("threshold:theta=0.8", "schedule", "kl_stability"):  # rules of sets where remasking is allowed
+        cases.append(Case("sudoku4", "sudoku4", policy, {"actions": "set+remask"}, *SAMPLED, 12))
     return cases
 
 
 def _others() -> list[Case]:
     cases = []
     for task, denoiser in (("text", "text"), ("zebra:houses=3", "zebra3"), ("countdown", "countdown3")):
-        for actions, policies in (("single", ("margin", "oracle")), ("set", ("threshold", "oracle_sets"))):
-            for policy, (sampled, temperature) in product(policies, ((False, 0.0), (True, 1.0))):
-                cases.append(Case(task, denoiser, policy, {"actions": actions}, sampled, temperature, 4))
-    for policy in ("margin", "softmax_confidence"):
-        cases.append(Case("sudoku4", "sudoku4-audm", policy, {"actions": "single"}, True, 0.0, 12))
-    for policy, (sampled, temperature) in product(("learned", "learned_greedy"), HOW):
-        cases.append(Case("sudoku4", "learned order", policy, {"actions": "single"}, sampled, temperature, 12))
+        # Countdown's margins tie up to the last bit, which every processor sets its own way.
+        margin = "softmax_margin" if task == "countdown" else "margin"
+        for actions, policies in (("single", (margin, "oracle")), ("set", ("threshold", "oracle_sets"))):
+            for policy, how in product(policies, (GREEDY, SAMPLED)):
+                cases.append(Case(task, denoiser, policy, {"actions": actions}, *how, 6))
+    for policy, how in product(("margin", "softmax_confidence"), (GREEDY, SAMPLED)):
+        cases.append(Case("sudoku4", "sudoku4-audm", policy, {"actions": "single"}, *how, 12))
+    for policy, how in product(("learned", "learned_greedy"), HOW):
+        cases.append(Case("sudoku4", "learned order", policy, {"actions": "single"}, *how, 12))
     return cases
 
 
 def _policies() -> list[Case]:
-    cases = []
-    for sampled, temperature in HOW:
-        six = ("sudoku6", "sudoku6-tiny")
-        cases.append(Case(*six, "sudoku6-tiny-upo", {"actions": "single"}, sampled, temperature, 24))
-        cases.append(Case(*six, "sudoku6-tiny-sets", {"actions": "set"}, sampled, temperature, 24))
-        cases.append(Case(*six, "sudoku6-tiny-sets", {"actions": "set+remask"}, sampled, temperature, 24))
-    for at, actions in product((0.3, 0.7, 0.95), ("set", "set+remask")):
-        cases.append(Case("sudoku6", "sudoku6-tiny", "sudoku6-tiny-sets", {"actions": actions}, False, 0.0, 24, at))
-    rules = {"actions": "set+remask", "remask_budget": 2}
-    cases.append(Case("sudoku6", "sudoku6-tiny", "sudoku6-tiny-sets", rules, False, 0.0, 24, 0.3))
+    six, cases = ("sudoku6", "sudoku6-tiny"), []
+    for how in HOW:
+        cases.append(Case(*six, "sudoku6-tiny-upo", {"actions": "single"}, *how, 16))
+        cases += [Case(*six, "sudoku6-tiny-sets", {"actions": actions}, *how, 16) for actions in ("set", "set+remask")]
+    for threshold, actions in product((0.3, 0.7), ("set", "set+remask")):
+        cases.append(Case(*six, "sudoku6-tiny-sets", {"actions": actions}, *GREEDY, 16, threshold))
+    for how, threshold in ((GREEDY, None), (GREEDY, 0.3), (SAMPLED, None)):
+        rules = {"actions": "set+remask", "remask_budget": 2}
+        cases.append(Case(*six, "sudoku6-tiny-sets", rules, *how, 16, threshold))
+    cases.append(Case(*six, "sudoku6-tiny-sets", {"actions": "set", "block_length": 6}, *GREEDY, 16))
     return cases
 
 
+def _interfaces() -> list[Interface]:
+    cut = {"actions": "set+remask", "nfe_budget": 8}
+    settings = [
+        ({"actions": "single"}, 0.0),
+        ({"actions": "single"}, 1.0),
+        ({"actions": "single", "nfe_budget": 12, "reference": "margin"}, 1.0),
+        ({"actions": "set"}, 0.0),
+        ({"actions": "set"}, 1.0),
+        ({"actions": "set", "nfe_budget": 9, "block_length": 4}, 1.0),
+        (cut, 0.0),
+        (cut, 1.0),
+        (cut | {"remask_budget": 1}, 1.0),  # some actions remask more than are left, which is illegal
+        (cut | {"remask_budget": 1, "on_illegal": "terminate"}, 0.0),
+    ]
+    return [Interface(kind, *setting) for setting, kind in product(settings, ("gym", "vector", "sb3", "torchrl"))]
+
+
 CASES = [*_boards(), *_others(), *_policies()]
-INTERFACES = list(product(("gym", "vector", "sb3", "torchrl"), ("single", "set", "set+remask"), (0.0, 1.0)))
-"""(interface, actions, temperature): three rows of sudoku4 for many steps, with the same actions."""
+INTERFACES = _interfaces()

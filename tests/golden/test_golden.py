@@ -1,26 +1,24 @@
-"""Rollouts and interfaces do what they did: hashes of tokens, rewards, forwards and log-probabilities."""
+"""Rollouts and interfaces do what they did: hashes of tokens, rewards, forwards, ends and log-probabilities."""
 
 import json
 
 import pytest
 
-from tests.golden.cases import CASES, INTERFACES, Case
-from tests.golden.play import play, play_interface
-from tests.golden.write import VALUES
+from tests.golden.cases import CASES, INTERFACES, Case, Interface
+from tests.golden.write import VALUES, hashes
 
 GOLDEN = json.loads(VALUES.read_text())
 
 
-def test_every_case_has_its_values() -> None:
-    ids = [case.id for case in CASES] + ["/".join(map(str, interface)) for interface in INTERFACES]
-    assert sorted(ids) == sorted(GOLDEN)
+def test_every_case_has_its_values_and_its_own_id() -> None:
+    assert [case.id for case in (*CASES, *INTERFACES)] == list(GOLDEN)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_rollouts_do_what_they_did(case: Case) -> None:
-    assert play(case) == GOLDEN[case.id]
+    assert hashes(case) == GOLDEN[case.id]
 
 
-@pytest.mark.parametrize(("interface", "actions", "temperature"), INTERFACES)
-def test_interfaces_do_what_they_did(interface: str, actions: str, temperature: float) -> None:
-    assert play_interface(interface, actions, temperature) == GOLDEN[f"{interface}/{actions}/{temperature}"]
+@pytest.mark.parametrize("interface", INTERFACES, ids=lambda interface: interface.id)
+def test_interfaces_do_what_they_did(interface: Interface) -> None:
+    assert hashes(interface) == GOLDEN[interface.id]
