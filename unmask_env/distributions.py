@@ -288,7 +288,10 @@ def log_complement(log_probability: Tensor) -> Tensor:
     # Each formula sees harmless numbers where the other is taken: an infinite slope times 0 would be NaN.
     likely = log_probability > -0.6931
     above, below = log_probability.masked_fill(~likely, -0.5), log_probability.masked_fill(likely, -1.0)
-    return torch.where(likely, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
+    certain = log_probability >= 0
+    above = above.masked_fill(certain, -0.5)
+    log_outside = torch.where(likely, (-torch.expm1(above)).log(), torch.log1p(-below.exp()))
+    return log_outside.masked_fill(certain, -torch.inf)
 
 
 def log_odds(log_probability: Tensor) -> Tensor:

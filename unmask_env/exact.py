@@ -98,14 +98,12 @@ def enumerate_boards(
         TooLargeError: more than 16 masks in an instance, or more than ``max_states`` boards.
         UnmaskError: a denoiser that gives no symbol any probability.
     """
-    task = process.task
+    task, instances = process.task, instances.to(process.device)
     check_holes(task, instances)
-    instances = instances.to(process.device)
     tokens, start_of, count = instances.tokens.unique(dim=0, return_inverse=True, return_counts=True)
     start = torch.arange(len(tokens), device=tokens.device)
     by_start = instances[start_of.argsort()]
-    levels: list[Level] = []
-    total = 0
+    levels, total = [], 0
     while len(tokens):
         total += len(tokens)
         if total > max_states:
@@ -127,9 +125,7 @@ def _expand(process: Unmasking, tokens: Tensor, batch: int, hidden: bool) -> tup
     edges: list[tuple[Tensor, ...]] = []
     for some in tokens.split(batch):
         observation = observe(process, some)
-        if not hidden:
-            observation = replace(observation, denoised=observation.denoised.without_hidden())
-        seen.append(observation)
+        seen.append(observation if hidden else replace(observation, denoised=observation.denoised.without_hidden()))
         symbols, log_fill = fillings(observation.denoised, process.temperature)  # (N, L, K)
         likely = (log_fill > -INF) & observation.masked.unsqueeze(2)
         if not torch.equal(likely.any(2), observation.masked):
@@ -193,11 +189,13 @@ def check_holes(task: Task, instances: Instances, most: int = MAX_HOLES) -> None
 
 
 # ---------------------------------------------------------------------- policies as tables
-def tabulate(graph: Graph, policy: Policy, batch: int = 4096) -> Table:
+def tabulate(graph: Graph, policy: Policy | Table, batch: int = 4096) -> Table:
     """The table of a policy: per level (S, L) float64 log-probabilities, -inf on complete boards' rows.
 
-    It is asked about ``batch`` incomplete boards at a time; gradients reach its parameters.
+    It is asked about ``batch`` incomplete boards at a time; gradients reach its parameters. A table stays as it is.
     """
+    if isinstance(policy, list):
+        return policy
     table = []
     for level in graph.levels:
         rows = (~level.complete).nonzero().squeeze(1)
@@ -213,10 +211,6 @@ def ask(policy: Policy, observation: Observation) -> Tensor:
     """(N, L) float64 log-probabilities, normalised anew: in float32 they sum to one to 1e-7 only."""
     log_prob = policy(observation).log_probs.double()
     return masked_log_softmax(log_prob, log_prob > -INF)
-
-
-def _table(graph: Graph, policy: Policy | Table) -> Table:
-    return policy if isinstance(policy, list) else tabulate(graph, policy)
 
 
 # ---------------------------------------------------------------------- what a policy earns
@@ -235,20 +229,20 @@ class Values(NamedTuple):
 
 def evaluate(graph: Graph, policy: Policy | Table, reference: Policy | Table | None = None) -> Values:
     """What ``policy`` earns and how far it goes from ``reference``; differentiable in both tables."""
-    table = _table(graph, policy)
+    table = tabulate(graph, policy)
     log_visits = _log_visits(graph, table)
     visits = [log_visit.exp() for log_visit in log_visits]
     reward = _sum_by_start(graph, [p * level.reward for p, level in zip(visits, graph.levels, strict=True)])
     if reference is None:
         return Values(reward, None, None, visits)
-    other = _table(graph, reference)
-    trajectory_kl = _trajectory_kl(graph, visits, table, other)
-    return Values(reward, trajectory_kl, _terminal_kl(graph, log_visits, _log_visits(graph, other)), visits)
+    other = tabulate(graph, reference)
+    terminal_kl = _terminal_kl(graph, log_visits, _log_visits(graph, other))
+    return Values(reward, _trajectory_kl(graph, visits, table, other), terminal_kl, visits)
 
 
 def finished(graph: Graph, policy: Policy | Table) -> tuple[Tensor, Tensor, Tensor]:
     """The exact distribution of finished sequences: tokens (C, L), start (C,), probability (C,) given the start."""
-    log_visits = _log_visits(graph, _table(graph, policy))
+    log_visits = _log_visits(graph, tabulate(graph, policy))
     done = [level.complete for level in graph.levels]
     tokens = torch.cat([level.observation.tokens[d] for level, d in zip(graph.levels, done, strict=True)])
     start = torch.cat([level.start[d] for level, d in zip(graph.levels, done, strict=True)])
@@ -266,8 +260,7 @@ def _log_visits(graph: Graph, table: Table) -> list[Tensor]:
 
 def _logsumexp_by(index: Tensor, values: Tensor, size: int) -> Tensor:
     """(size,) logsumexp of the ``values`` that share an index; -inf, with gradient 0, where all of them are -inf."""
-    top = torch.full((size,), -INF, dtype=values.dtype, device=values.device)
-    top = top.scatter_reduce(0, index, values.detach(), "amax")
+    top = values.new_full((size,), -INF).scatter_reduce(0, index, values.detach(), "amax")
     never = top == -INF
     top = top.masked_fill(never, 0.0)
     total = torch.zeros_like(top).index_add(0, index, (values - top[index]).exp())
@@ -331,14 +324,10 @@ def soft_optimal(graph: Graph, reference: Policy | Table, beta: float) -> Optimu
     """The policy that maximises J: pi*(a|s) in proportion to g(a|s) exp(Q(s, a) / beta), by backward recursion.
 
     V(s) = beta log sum_a g(a|s) exp(Q(s, a) / beta) and Q(s, a) = sum_v p(v|s, a) V(s'), with V = r on complete boards
-    (KL control; Todorov 2009, doi 10.1073/pnas.0710743106).
-
-    Raises:
-        UnmaskError: beta is not above 0.
+    (KL control; Todorov 2009, doi 10.1073/pnas.0710743106). Raises :class:`UnmaskError` unless beta is above 0.
     """
     _check_beta(beta)
-    table = _table(graph, reference)
-    reward = [level.reward for level in graph.levels]
+    table, reward = tabulate(graph, reference), [level.reward for level in graph.levels]
     value, policy = _soft_value(graph, table, reward, torch.full_like(graph.weight, beta))
     earned = evaluate(graph, policy, table)
     return Optimum(policy, value, earned.reward, earned.trajectory_kl)
@@ -358,13 +347,10 @@ def terminal_optimal(
     step * KL(p_{k+1} || p_k) <= KL_path(pi_{k+1} || pi_k), which is all that the proof needs.
 
     It stops once the Frank-Wolfe gap, the most that any policy gains to first order, is below ``tolerance`` at every
-    start, or after ``max_iterations``; ``gap`` says how far it got.
-
-    Raises:
-        UnmaskError: beta is not above 0.
+    start, or after ``max_iterations``; ``gap`` says how far it got. Raises as :func:`soft_optimal`.
     """
     _check_beta(beta)
-    base = table = _table(graph, reference)
+    base = table = tabulate(graph, reference)
     log_g = log_p = _log_visits(graph, base)
     step = torch.ones_like(graph.weight)
     for iteration in range(max_iterations + 1):
@@ -384,9 +370,8 @@ def terminal_optimal(
         rows = [(safe & (gap >= tolerance))[level.start] for level in graph.levels]
         table = [torch.where(r.unsqueeze(1), new, old) for r, new, old in zip(rows, proposal, table, strict=True)]
         log_p = [torch.where(r, new, old) for r, new, old in zip(rows, log_q, log_p, strict=True)]
-    earned = evaluate(graph, table, base)
-    value = earned.reward - beta * earned.terminal_kl
-    return TerminalOptimum(table, value, earned.reward, earned.terminal_kl, gap, iteration)
+    reward, _, kl, _ = evaluate(graph, table, base)
+    return TerminalOptimum(table, reward - beta * kl, reward, kl, gap, iteration)
 
 
 def _check_beta(beta: float) -> None:

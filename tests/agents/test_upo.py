@@ -335,29 +335,6 @@ def test_the_surrogates_weight_is_clamped(ratio: float, weight: float) -> None:
     assert log_p.grad.tolist() == pytest.approx([weight * (1 - 4 + 4.5)] * 2)
 
 
-def test_categorical_kl_by_hand() -> None:
-    p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], requires_grad=True)
-    q = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.3, 0.5], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
-    kl = Categorical(p.log()).kl(Categorical(q.log()))
-    expected = [0.5 * math.log(2) - 0.25 * math.log(2), math.log(5), 0.0, INF]
-    torch.testing.assert_close(kl, torch.tensor(expected))
-    log_p = p[:3].detach().log().requires_grad_()
-    Categorical(log_p).kl(Categorical(q[:3].log())).sum().backward()
-    assert log_p.grad.isfinite().all()
-    # d/dl of e^l (l - m) is e^l (1 + l - m)
-    torch.testing.assert_close(log_p.grad[0], torch.tensor([0.5 * (1 + math.log(2)), 0.25, 0.25 * (1 - math.log(2))]))
-
-
-def test_cross_entropy_by_hand() -> None:
-    """One best position, a tie split evenly; positions outside the target's support do not count, even at -inf."""
-    target = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
-    log_pi = torch.tensor([[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [0.0, 1.0, 0.0]]).log().requires_grad_()
-    value = Categorical(log_pi).cross_entropy(Categorical(target.log()))
-    torch.testing.assert_close(value, torch.tensor([-math.log(0.3), 1.5 * math.log(2), 0.0]))
-    value.sum().backward()
-    assert torch.equal(log_pi.grad, -target)
-
-
 # ---------------------------------------------------------------------- advantages
 def test_group_advantage_by_hand() -> None:
     reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.75, 0.25, 0.75])

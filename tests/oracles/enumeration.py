@@ -75,8 +75,8 @@ def terminal_distribution(order, denoiser, start: list[int], vocab_size: int) ->
     for _ in range(start.count(vocab_size)):
         boards = torch.tensor(list(level))
         denoised: Denoised = denoiser(boards)
-        is_open = boards == vocab_size
-        where = order(Observation(boards, is_open, is_open, denoised)).log_probs.double().exp()
+        masked = boards == vocab_size
+        where = order(Observation(boards, masked, masked, denoised)).log_probs.double().exp()
         what = denoised.log_probs.double().exp()
         following: dict[tuple[int, ...], float] = {}
         for row, (board, mass) in enumerate(level.items()):

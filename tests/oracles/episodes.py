@@ -41,18 +41,18 @@ def exact_return(task: TableTask, denoiser, policy, reference, temperature: floa
     level, divergence = start, 0.0
     for _ in range(task.length - len(task.clues)):
         tokens = torch.tensor(list(level))
-        is_open = tokens == vocab
-        seen = observation_of(tokens, is_open, denoiser(tokens))
+        masked = tokens == vocab
+        seen = observation_of(tokens, masked, denoiser(tokens))
         log_pi, log_g = (one(seen).log_probs.double() for one in (policy, reference))
-        ratio = torch.where(is_open, log_pi - log_g, 0.0)
+        ratio = torch.where(masked, log_pi - log_g, 0.0)
         mass = torch.tensor(list(level.values()), dtype=torch.float64)
-        divergence += float((mass[:, None] * log_pi.exp().where(is_open, 0.0) * ratio).sum())
+        divergence += float((mass[:, None] * log_pi.exp().where(masked, 0.0) * ratio).sum())
         what = seen.denoised.log_probs.double().exp()
         if temperature == 0:
             what = torch.nn.functional.one_hot(what.argmax(-1), vocab).double()
         following: dict[tuple[int, ...], float] = {}
         for row, (board, weight) in enumerate(level.items()):
-            for position in is_open[row].nonzero().flatten().tolist():
+            for position in masked[row].nonzero().flatten().tolist():
                 for symbol in range(vocab):
                     flow = weight * float(log_pi[row, position].exp()) * float(what[row, position, symbol])
                     after = (*board[:position], symbol, *board[position + 1 :])

@@ -51,7 +51,7 @@ def sequence_log_prob(process: Unmasking, policy: Policy, instances: Instances, 
     task = process.task
     check_holes(task, instances)
     instances = instances.to(process.device)
-    found = []
+    log_probs = []
     for tokens, answer in zip(instances.tokens, instances.answers, strict=True):
         holes = (tokens == task.mask_id).nonzero().squeeze(1)
         bits = 2 ** torch.arange(len(holes), device=tokens.device)
@@ -64,9 +64,9 @@ def sequence_log_prob(process: Unmasking, policy: Policy, instances: Instances, 
             symbols, log_fill = fillings(seen.denoised, process.temperature)
             right = log_fill.masked_fill(symbols != answer.unsqueeze(-1), -INF).amax(-1)  # (C, L)
             flow.append(ask(policy, seen)[:, holes] + right[:, holes])
-        found.append(_subset_log_prob(filled, torch.cat(flow)))
+        log_probs.append(_subset_log_prob(filled, torch.cat(flow)))
     possible = ((instances.tokens == task.mask_id) | (instances.tokens == instances.answers)).all(1)
-    return torch.stack(found).masked_fill(~possible, -INF)
+    return torch.stack(log_probs).masked_fill(~possible, -INF)
 
 
 def _subset_log_prob(filled: Tensor, flow: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pretrain.backbone import Backbone
 from pretrain.train import AUDMConfig, MDMConfig, pretrain
 from tasks import IncompatibleDenoiserError, UnmaskError
 from tests.oracles import enumeration
-from tests.toys import observation, rollout
+from tests.toys import rollout
 from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import MaxConfidence, Threshold
@@ -235,16 +235,3 @@ def test_sampled_filling_of_a_large_vocabulary_draws_among_the_shown_symbols() -
     frequency = (drawn.unsqueeze(1) == shown).double().mean(0)
     assert float(frequency.sum()) == 1.0
     assert ((frequency - chance).abs() <= 5 * (chance * (1 - chance) / n).sqrt() + 1e-9).all()
-
-
-def test_observations_are_cut_and_joined_whatever_the_vocabulary() -> None:
-    for vocab_size in (5, 200):
-        log_probs = torch.randn(3, 4, vocab_size, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-        tokens = torch.full((3, 4), vocab_size)
-        seen = observation(tokens, tokens == vocab_size, Denoised.of(log_probs))
-        again = type(seen).join([seen[:1], seen[1:]], torch.cat)
-        assert torch.equal(again.top_symbols, seen.top_symbols)
-        assert torch.equal(again.entropy, seen.entropy)
-        picked = seen[torch.tensor([2, 0])]
-        assert torch.equal(picked.top_log_probs, seen.top_log_probs[[2, 0]])
-        assert picked.denoised.vocab_size == vocab_size

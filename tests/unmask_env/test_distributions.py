@@ -53,11 +53,10 @@ def test_probabilities_sum_to_one_over_the_allowed_sets() -> None:
         assert (each[outside] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("law", ["stopping", "independent"])
-def test_samples_follow_the_law(law: str) -> None:
+@pytest.mark.parametrize("kind", [PlackettLuce, bernoulli])
+def test_samples_of_sets_follow_their_distribution(kind) -> None:
     log_odds = torch.tensor([0.5, -1.0, 2.0])
     allowed = torch.ones(20_000, 3, dtype=torch.bool)
-    kind = PlackettLuce if law == "stopping" else bernoulli
     drawn = kind(log_odds.expand(20_000, 3), allowed).sample(torch.Generator().manual_seed(1))
     one = kind(log_odds[None], allowed[:1])
     torch.testing.assert_close(
@@ -68,7 +67,7 @@ def test_samples_follow_the_law(law: str) -> None:
         assert float((drawn == s).all(1).float().mean()) == pytest.approx(wanted, abs=4 * (0.25 / 20_000) ** 0.5)
 
 
-def test_divergence_of_independent_laws_is_the_sum_over_sets() -> None:
+def test_the_kl_and_entropy_of_independent_entries_are_sums_over_sets() -> None:
     g = torch.Generator().manual_seed(2)
     allowed = torch.tensor([[True, True, False, True], [True] * 4])
     p, q = (bernoulli(2 * torch.randn(2, 4, generator=g), allowed) for _ in range(2))
@@ -82,6 +81,37 @@ def test_divergence_of_independent_laws_is_the_sum_over_sets() -> None:
     certain = Bernoulli(torch.tensor([[0.0, -torch.inf, -torch.inf, 0.0]]), allowed[:1])
     assert certain.kl(certain).tolist() == [0.0]
     assert certain.entropy().tolist() == [0.0]
+
+
+def test_the_mode_of_independent_entries_is_the_likeliest_set() -> None:
+    g = torch.Generator().manual_seed(3)
+    allowed = torch.rand(20, 4, generator=g) < 0.8
+    p = bernoulli(2 * torch.randn(20, 4, generator=g), allowed)
+    best = torch.stack([p.log_prob(s.expand(20, -1)) for s in every_set(4)]).argmax(0)
+    assert torch.equal(p.mode(), every_set(4)[best])
+
+
+@pytest.mark.parametrize("kind", [PlackettLuce, bernoulli])
+def test_the_cross_entropy_to_a_deterministic_target_is_the_sum_over_sets(kind) -> None:
+    p = kind(torch.tensor([[0.5, -1.0, 2.0], [-3.0, 0.2, 0.1]]), torch.ones(2, 3, dtype=torch.bool))
+    chosen = torch.tensor([[True, False, True], [False, False, False]])
+    target = Bernoulli(torch.zeros(2, 3).masked_fill(~chosen, -torch.inf), torch.ones(2, 3, dtype=torch.bool))
+    total = torch.zeros(2)
+    for s in every_set(3):
+        mass = target.log_prob(s.expand(2, -1)).exp()
+        total -= torch.where(mass > 0, mass * p.log_prob(s.expand(2, -1)), 0.0)
+    assert (total > 0.1).all()
+    torch.testing.assert_close(p.cross_entropy(target), total)
+
+
+def test_a_kl_to_what_excludes_an_allowed_entry_is_infinite() -> None:
+    allowed = torch.ones(4, 2, dtype=torch.bool)
+    p = bernoulli(torch.zeros(4, 2), allowed)
+    others = torch.tensor([[-0.7, -0.7], [-torch.inf, -0.7], [-0.7, 0.0], [-torch.inf, 0.0]])  # even, never, always
+    assert p.kl(Bernoulli(others, allowed)).isinf().tolist() == [False, True, True, True]
+    certain = Bernoulli(torch.tensor([[-torch.inf, 0.0]]), allowed[:1])
+    torch.testing.assert_close(certain.kl(bernoulli(torch.zeros(1, 2), allowed[:1])), torch.tensor([2 * math.log(2)]))
+    assert certain.kl(Bernoulli(others[3:], allowed[:1])).tolist() == [0.0]
 
 
 def test_gradients_are_finite_and_right() -> None:
@@ -104,6 +134,24 @@ def test_gradients_are_finite_however_sure_an_entry_is() -> None:
         torch.testing.assert_close(gradient, expected.detach(), atol=1e-5, rtol=1e-3)
     kl = bernoulli(odds, allowed).kl(Bernoulli(torch.full_like(odds, -0.7).detach(), allowed)).sum()
     assert torch.autograd.grad(kl, odds)[0].isfinite().all()
+
+
+def test_gradients_are_finite_at_certainty() -> None:
+    """Entries of probability exactly 1 and 0, of actions that agree with them."""
+    log_p = torch.tensor([[0.0, -torch.inf, -0.5, -1.0]], requires_grad=True)
+    action = torch.tensor([[True, False, True, False]])
+    p = Bernoulli(log_p, torch.ones_like(action))
+    (gradient,) = torch.autograd.grad(p.log_prob(action).sum(), log_p)
+    outside = -math.exp(-1) / (1 - math.exp(-1))  # d log(1 - e^l) / dl
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 0.0, 1.0, outside]]))
+    for value in (p.entropy(), p.kl(Bernoulli(torch.full((1, 4), -0.7), torch.ones_like(action)))):
+        assert torch.autograd.grad(value.sum(), log_p, retain_graph=True)[0].isfinite().all()
+    allowed = torch.tensor([[True, True, True, False]])
+    scores = torch.tensor([[200.0, 0.0, -200.0, 0.0]], requires_grad=True)  # softmax: exactly 1 and 0 in float32
+    one, even = Categorical.of(scores, allowed), Categorical.of(torch.zeros(1, 4), allowed)
+    for value in (one.kl(even), even.kl(one), one.entropy(), one.log_prob(torch.tensor([[True, False, False, False]]))):
+        assert value.isfinite().all()
+        assert torch.autograd.grad(value.sum(), scores, retain_graph=True)[0].isfinite().all()
 
 
 # ---------------------------------------------------------------------- one position
@@ -129,6 +177,29 @@ def test_a_categorical_by_enumeration() -> None:
     assert p.mode()[2].any() == False  # noqa: E712 - a row without an allowed position gives the empty action
     best = log_p[:2].argmax(1)
     assert torch.equal(p.mode()[:2], every_set(4)[best])
+
+
+def test_the_kl_of_categoricals_by_hand() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], requires_grad=True)
+    q = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.3, 0.5], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    kl = Categorical(p.log()).kl(Categorical(q.log()))
+    expected = [0.5 * math.log(2) - 0.25 * math.log(2), math.log(5), 0.0, math.inf]
+    torch.testing.assert_close(kl, torch.tensor(expected))
+    log_p = p[:3].detach().log().requires_grad_()
+    Categorical(log_p).kl(Categorical(q[:3].log())).sum().backward()
+    assert log_p.grad.isfinite().all()
+    # d/dl of e^l (l - m) is e^l (1 + l - m)
+    torch.testing.assert_close(log_p.grad[0], torch.tensor([0.5 * (1 + math.log(2)), 0.25, 0.25 * (1 - math.log(2))]))
+
+
+def test_the_cross_entropy_of_categoricals_by_hand() -> None:
+    """One best position, a tie split evenly; positions outside the target's support do not count, even at -inf."""
+    target = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
+    log_pi = torch.tensor([[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [0.0, 1.0, 0.0]]).log().requires_grad_()
+    value = Categorical(log_pi).cross_entropy(Categorical(target.log()))
+    torch.testing.assert_close(value, torch.tensor([-math.log(0.3), 1.5 * math.log(2), 0.0]))
+    value.sum().backward()
+    assert torch.equal(log_pi.grad, -target)
 
 
 def test_samples_of_a_categorical_follow_it() -> None:

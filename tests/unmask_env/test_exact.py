@@ -80,12 +80,12 @@ class Toy:
 
         def walk(board: tuple[int, ...], mass: float) -> None:
             tokens = torch.tensor([board])
-            is_open = tokens == self.task.mask_id
-            if not is_open.any():
+            masked = tokens == self.task.mask_id
+            if not masked.any():
                 out[board] = out.get(board, 0.0) + mass
                 return
-            where = order(observation_of(tokens, is_open, self.denoiser(tokens))).log_probs[0].exp()
-            for position in is_open[0].nonzero().flatten().tolist():
+            where = order(observation_of(tokens, masked, self.denoiser(tokens))).log_probs[0].exp()
+            for position in masked[0].nonzero().flatten().tolist():
                 for after, p in self.fills(board, position):
                     walk(after, mass * float(where[position]) * p)
 
@@ -475,8 +475,8 @@ def test_too_many_boards_are_refused() -> None:
         Unmasking(Bits(4), Product(), temperature=-1.0)
 
 
-# ---------------------------------------------------------------------- tables as orders
-def test_a_table_as_an_order() -> None:
+# ---------------------------------------------------------------------- tables as policies
+def test_a_table_as_a_policy() -> None:
     case = toy(3, 4, 1, 0.0)
     order = TablePolicy(case.graph, exact.tabulate(case.graph, MaxConfidence()))
     for one, other in zip(exact.tabulate(case.graph, order), exact.tabulate(case.graph, MaxConfidence()), strict=True):

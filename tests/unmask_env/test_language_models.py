@@ -80,8 +80,9 @@ class DiffusionModel(PreTrainedModel):
 """
 
 
-def tokenizer(path=None):
-    words = {word: i for i, word in enumerate([*SPECIAL, "a", "b", "c", "d", "e"])}
+def tokenizer(path=None, more=0):
+    """Of ten tokens, and ``more`` that no text holds."""
+    words = {word: i for i, word in enumerate([*SPECIAL, *"abcde", *(f"w{i}" for i in range(more))])}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     plain.post_processor = tokenizers.processors.TemplateProcessing(
@@ -94,7 +95,7 @@ def tokenizer(path=None):
     return made
 
 
-def build(name, path):
+def build(name, path, vocab_size=10):
     """A small random model of an architecture, saved at ``path``."""
     torch.manual_seed(0)
     path.mkdir(exist_ok=True)
@@ -104,7 +105,7 @@ def build(name, path):
         try:
             import modeling_own
 
-            model = modeling_own.DiffusionModel(modeling_own.DiffusionConfig())
+            model = modeling_own.DiffusionModel(modeling_own.DiffusionConfig(vocab_size))
         finally:
             sys.path.remove(str(path))
             del sys.modules["modeling_own"]
@@ -129,7 +130,7 @@ def build(name, path):
         ),
     }
     config, model, more = made[name]
-    model(config(**{**SMALL, **more})).save_pretrained(path)
+    model(config(**{**SMALL, "vocab_size": vocab_size, **more})).save_pretrained(path)
     return str(path)
 
 
@@ -166,6 +167,35 @@ def test_a_row_is_what_it_is_alone_whatever_is_beside_it(model, side):
     assert together.hidden.shape == (16, 12, 16)
     spread = together.log_probs[:, :, 5:].std()
     assert spread > 0.1, "the random model says something"
+
+
+@pytest.mark.parametrize("name", ["bert", "llada", "dream"])
+def test_of_a_large_vocabulary_only_what_is_asked_for_is_made(name, tmp_path):
+    """The shown symbols and the entropy are those of each row alone; elsewhere nothing is known."""
+    task = Lines(LINES, tokenizer(more=190), length=12, side="left")
+    assert task.vocab_size == 200
+    denoiser = HFDenoiser(build(name, tmp_path, vocab_size=200), task, hidden=True, **options(name))
+    tokens = task.sample(8, torch.Generator().manual_seed(0)).tokens
+    where = tokens == task.mask_id
+    assert where.any(1).all()
+    denoised = denoiser(tokens, where)
+    assert denoised.log_probs is None
+    assert denoised.hidden.shape == (8, 12, 16)
+    for row, board in enumerate(tokens):
+        real = board != task.pad_id
+        alone = denoiser._forward(torch.where(board[real] == task.mask_id, 3, board[real]).unsqueeze(0), None)[0][0]
+        alone[:, 3] = -torch.inf
+        log_probs = alone.log_softmax(-1)[where[row][real]]
+        values, symbols = log_probs.topk(16, -1)
+        torch.testing.assert_close(denoised.top_log_probs[row, where[row]], values, rtol=0, atol=1e-5)
+        assert torch.equal(denoised.top_symbols[row, where[row]][:, 0], symbols[:, 0])
+        entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+        torch.testing.assert_close(denoised.entropy[row, where[row]], entropy, rtol=0, atol=1e-4)
+    assert (denoised.entropy[~where] == 0).all()
+    everywhere = denoiser(tokens)
+    torch.testing.assert_close(everywhere.top_log_probs[where], denoised.top_log_probs[where])
+    real = tokens != task.pad_id
+    assert (everywhere.entropy[real] > 0).all(), "without positions, of all of them"
 
 
 def test_an_answer_may_hold_the_token_of_padding(tmp_path):

@@ -50,11 +50,11 @@ def str_of(value: object) -> str | None:
     return type(value).__name__ + " ".join(f"-{k}={v}" for k, v in vars(value).items())
 
 
-def observe(probabilities: Tensor | list, is_open: list[list[bool]] | Tensor | None = None) -> Observation:
-    """An observation of the given (N, L, V) probabilities; the tokens are holes where open, else 0."""
+def observe(probabilities: Tensor | list, fillable: list[list[bool]] | Tensor | None = None) -> Observation:
+    """An observation of the given (N, L, V) probabilities; the tokens are masks where fillable, else 0."""
     p = torch.as_tensor(probabilities, dtype=torch.float32)
-    opened = torch.ones(p.shape[:2], dtype=torch.bool) if is_open is None else torch.as_tensor(is_open)
-    return observation_of(torch.where(opened, p.shape[2], 0), opened, Denoised.of(p.log()))
+    masked = torch.ones(p.shape[:2], dtype=torch.bool) if fillable is None else torch.as_tensor(fillable)
+    return observation_of(torch.where(masked, p.shape[2], 0), masked, Denoised.of(p.log()))
 
 
 def probabilities_of(order: Reference, observation: Observation) -> Tensor:
@@ -63,18 +63,18 @@ def probabilities_of(order: Reference, observation: Observation) -> Tensor:
 
 @st.composite
 def observations(draw) -> Observation:
-    """Random open masks, and integer weights so that zeros, one-hot rows and exact ties are common."""
+    """Random fillable positions, and integer weights so that zeros, one-hot rows and exact ties are common."""
     n, length, vocab = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(2, 5))
     weights = torch.tensor(draw(st.lists(st.integers(0, 3), min_size=n * length * vocab, max_size=n * length * vocab)))
     weights = weights.view(n, length, vocab).float()
     weights[..., 0] += weights.sum(-1) == 0
-    is_open = torch.tensor(draw(st.lists(st.booleans(), min_size=n * length, max_size=n * length))).view(n, length)
-    return observe(weights / weights.sum(-1, keepdim=True), is_open)
+    fillable = torch.tensor(draw(st.lists(st.booleans(), min_size=n * length, max_size=n * length))).view(n, length)
+    return observe(weights / weights.sum(-1, keepdim=True), fillable)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str_of)
 @given(observation=observations())
-def test_log_probs_are_a_distribution_over_the_open_positions(order, observation: Observation) -> None:
+def test_log_probs_are_a_distribution_over_the_fillable_positions(order, observation: Observation) -> None:
     log_prob = order(observation).log_probs
     assert log_prob.shape == observation.fillable.shape
     assert not log_prob.isnan().any()
@@ -93,7 +93,7 @@ def test_entropy_is_finite_and_zero_for_certain_positions(observation: Observati
 
 
 @given(observation=observations(), seed=st.integers(0, 2**20))
-def test_oracle_never_picks_a_wrong_cell_while_a_right_one_is_open(observation: Observation, seed: int) -> None:
+def test_oracle_never_picks_a_wrong_cell_while_a_right_one_is_fillable(observation: Observation, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n, length = observation.fillable.shape
     answers = torch.randint(observation.denoised.vocab_size, (n, length), generator=generator)
@@ -112,7 +112,7 @@ def test_oracle_needs_the_answers() -> None:
         Oracle()(observe([[[0.5, 0.5]]]))
 
 
-# Five positions; the last is the best by every measure, but closed.
+# Five positions; the last is the best by every measure, but may not be filled.
 BOARD = [
     [0.50, 0.50, 0.00],  # confidence .50, margin .00, entropy .693
     [0.55, 0.25, 0.20],  # confidence .55, margin .30, entropy .997
@@ -120,7 +120,7 @@ BOARD = [
     [0.40, 0.30, 0.30],
     [1.00, 0.00, 0.00],
 ]
-OPEN = [True, True, True, True, False]
+FILLABLE = [True, True, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ OPEN = [True, True, True, True, False]
     ids=str_of,
 )
 def test_deterministic_choices_by_hand(order: Reference, position: int) -> None:
-    p = probabilities_of(order, observe([BOARD], [OPEN]))[0]
+    p = probabilities_of(order, observe([BOARD], [FILLABLE]))[0]
     assert p.tolist() == [float(i == position) for i in range(5)]
 
 
@@ -147,9 +147,9 @@ def test_scores_by_hand() -> None:
     torch.testing.assert_close(observation.entropy[0], torch.tensor(expected))
 
 
-def test_left_to_right_skips_closed_positions_and_rows_without_any() -> None:
-    is_open = [[False, True, True], [False, False, False], [False, False, True]]
-    p = probabilities_of(LeftToRight(), observe(torch.full((3, 3, 2), 0.5), is_open))
+def test_left_to_right_skips_filled_positions_and_rows_without_any() -> None:
+    fillable = [[False, True, True], [False, False, False], [False, False, True]]
+    p = probabilities_of(LeftToRight(), observe(torch.full((3, 3, 2), 0.5), fillable))
     assert p.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
 
 
@@ -194,8 +194,8 @@ def test_softmax_confidence_by_hand(vocab: int, literal: bool, expected: list[fl
 
 
 def test_softmax_temperatures_reach_both_limits() -> None:
-    observation = observe([BOARD], [OPEN])
-    even = torch.tensor(OPEN).float() / 4
+    observation = observe([BOARD], [FILLABLE])
+    even = torch.tensor(FILLABLE).float() / 4
     for kind, greedy in (
         (SoftmaxConfidence, MaxConfidence),
         (SoftmaxMargin, Margin),
@@ -206,16 +206,16 @@ def test_softmax_temperatures_reach_both_limits() -> None:
 
 
 def test_softmax_margin_by_hand() -> None:
-    p = probabilities_of(SoftmaxMargin(tau=0.1), observe([BOARD], [OPEN]))[0]
+    p = probabilities_of(SoftmaxMargin(tau=0.1), observe([BOARD], [FILLABLE]))[0]
     weights = [math.exp(0), math.exp(3), math.exp(2), math.exp(1), 0.0]
     torch.testing.assert_close(p, torch.tensor([w / sum(weights) for w in weights]))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 9])
-@pytest.mark.parametrize("is_open", [[1, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]])
-def test_top_k_is_uniform_over_the_k_most_confident_open_positions(k: int, is_open: list[int]) -> None:
-    p = probabilities_of(TopK(k), observe([BOARD], torch.tensor([is_open]).bool()))[0]
-    by_confidence = [i for i in (4, 2, 1, 0, 3) if is_open[i]][:k]
+@pytest.mark.parametrize("fillable", [[1, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]])
+def test_top_k_is_uniform_over_the_k_most_confident_fillable_positions(k: int, fillable: list[int]) -> None:
+    p = probabilities_of(TopK(k), observe([BOARD], torch.tensor([fillable]).bool()))[0]
+    by_confidence = [i for i in (4, 2, 1, 0, 3) if fillable[i]][:k]
     expected = [1 / len(by_confidence) if i in by_confidence else 0.0 for i in range(5)]
     torch.testing.assert_close(p, torch.tensor(expected))
 
@@ -229,7 +229,7 @@ def test_top_k_ties_for_the_last_place_go_to_the_lowest_index() -> None:
 def test_sample_respects_the_distribution(order: Reference) -> None:
     n = 20_000
     board = torch.tensor([BOARD]).expand(n, -1, -1)
-    observation = observe(board, torch.tensor([OPEN]).expand(n, -1))
+    observation = observe(board, torch.tensor([FILLABLE]).expand(n, -1))
     drawn = order(observation).act(torch.Generator().manual_seed(0))
     p = order(observation).log_probs[0].double().exp()
     frequency = drawn.double().mean(0)

@@ -1,4 +1,4 @@
-"""References over sets: laws by enumeration, rules by hand, and what they have in common with single orders."""
+"""References over sets: distributions by enumeration, rules by hand, and what they share with single positions."""
 
 import itertools
 import math
@@ -42,14 +42,14 @@ L, V = 5, 3
 
 def observation(n: int = 6, remask: bool = False, seed: int = 0) -> Observation:
     g = torch.Generator().manual_seed(seed)
-    is_open = torch.rand(n, L, generator=g) < 0.6
-    is_open[0] = True
-    tokens = torch.randint(V, (n, L), generator=g).masked_fill(is_open, V)
+    masked = torch.rand(n, L, generator=g) < 0.6
+    masked[0] = True
+    tokens = torch.randint(V, (n, L), generator=g).masked_fill(masked, V)
     log_probs = (2 * torch.randn(n, L, V, generator=g)).log_softmax(-1)
-    remaskable = ~is_open & (torch.rand(n, L, generator=g) < 0.8) if remask else None
+    remaskable = ~masked & (torch.rand(n, L, generator=g) < 0.8) if remask else None
     previous = (log_probs + 0.05 * torch.randn(n, L, V, generator=g)).log_softmax(-1)
     history = History(torch.arange(n) + 1, torch.rand(n, L, generator=g), Denoised.of(previous))
-    return observation_of(tokens, is_open, Denoised.of(log_probs), remaskable, history=history)
+    return observation_of(tokens, masked, Denoised.of(log_probs), remaskable, history=history)
 
 
 def every_set(entries: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_probabilities_with_remasking_sum_to_one(order) -> None:
 
 
 @pytest.mark.parametrize("order", STOCHASTIC + REMASKING[:4], ids=repr)
-def test_samples_follow_the_law(order) -> None:
+def test_samples_follow_the_distribution(order) -> None:
     seen = observation(remask=True)[torch.zeros(4000, dtype=torch.long)]
     drawn = order(seen).act(torch.Generator().manual_seed(0))
     assert not (drawn & ~seen.action_mask).any()
@@ -117,20 +117,20 @@ def test_soft_threshold_by_hand() -> None:
 def test_fixed_k_and_threshold_by_hand() -> None:
     top = torch.tensor([[0.95, 0.7, 0.9, 0.99], [0.6, 0.7, 0.65, 0.8]])
     log_probs = torch.stack([top, 1 - top], -1).log()
-    is_open = torch.tensor([[True, True, True, False], [True, True, True, False]])
-    seen = observation_of(torch.where(is_open, 2, 0), is_open, Denoised.of(log_probs))
+    masked = torch.tensor([[True, True, True, False], [True, True, True, False]])
+    seen = observation_of(torch.where(masked, 2, 0), masked, Denoised.of(log_probs))
 
     def chosen(order) -> list[list[int]]:
         return [row.nonzero().flatten().tolist() for row in order(seen).mode()]
 
     assert chosen(FixedK(2, "confidence")) == [[0, 2], [1, 2]]
-    assert chosen(Threshold(0.9)) == [[0, 2], [1]]  # below the threshold the best one, closed ones never
+    assert chosen(Threshold(0.9)) == [[0, 2], [1]]  # below the threshold the best one, filled ones never
     assert chosen(Threshold(0.65)) == [[0, 1, 2], [1, 2]]
     assert chosen(Threshold(0.35, "margin")) == [[0, 1, 2], [1]]
 
 
 def filled_by(order, top: list[list[float]], history: History | None = None) -> list[list[int]]:
-    """Which of all-open positions of two symbols are closed; ``top`` are the confidences."""
+    """Which of the positions of two symbols, all of them masked, are filled; ``top`` are the confidences."""
     p = torch.tensor(top)
     seen = observation_of(
         torch.full(p.shape, 2), torch.ones_like(p, dtype=torch.bool), Denoised.of(torch.stack([p, 1 - p], -1).log()),
@@ -147,15 +147,15 @@ def test_factor_by_hand() -> None:
 
 def test_entropy_bound_by_hand() -> None:
     # Entropies: .6109 (.7), .3251 (.9), .5004 (.8). Without the largest: 0, .3251, .8255.
-    for gamma, closed in ((0.0, [1]), (0.32, [1]), (0.33, [1, 2]), (0.82, [1, 2]), (0.83, [0, 1, 2])):
-        assert filled_by(EntropyBounded(gamma), [[0.7, 0.9, 0.8]]) == [closed]
+    for gamma, filled in ((0.0, [1]), (0.32, [1]), (0.33, [1, 2]), (0.82, [1, 2]), (0.83, [0, 1, 2])):
+        assert filled_by(EntropyBounded(gamma), [[0.7, 0.9, 0.8]]) == [filled]
 
 
 def test_stability_by_hand() -> None:
     before = torch.tensor([[0.7, 0.5, 0.8]])
     log_before = torch.stack([before, 1 - before], -1).log()
     history = History(torch.ones(1).long(), torch.ones(1, 3), Denoised.of(log_before))
-    # KL(.9 || .5) = .368; the others have not moved. The most confident one is closed in any case.
+    # KL(.9 || .5) = .368; the others have not moved. The most confident one is filled in any case.
     assert filled_by(KLStability(0.75, 0.01), [[0.7, 0.9, 0.8]], history) == [[1, 2]]
     assert filled_by(KLStability(0.65, 0.01), [[0.7, 0.9, 0.8]], history) == [[0, 1, 2]]
     assert filled_by(KLStability(0.65, 0.01), [[0.7, 0.9, 0.8]], replace(history, previous=None)) == [[1]]
@@ -171,13 +171,13 @@ def test_schedules_leave_masked_what_they_say() -> None:
         assert (played.nfe <= 4).all()
         for s, step in enumerate(played.steps):
             left = step.observation.fillable.sum(1)
-            # Every forward rounds down what it leaves; it closes one position at least.
+            # Every forward rounds down what it leaves; it fills one position at least.
             assert ((left - (share(s) * holes).floor()) <= 0).all()
             assert ((share(s) * holes - left) <= s + 1e-6).all() or shape == "cosine"
 
 
 def test_self_planning_masks_again_what_has_become_unlikely() -> None:
-    # Position 0 is closed with a symbol that now has probability .2; 1 and 2 are open.
+    # Position 0 is filled with a symbol that now has probability .2; 1 and 2 are masked.
     p = torch.tensor([[0.2, 0.9, 0.6, 0.95]])
     seen = observation_of(
         torch.tensor([[0, 2, 2, 0]]),
@@ -186,7 +186,7 @@ def test_self_planning_masks_again_what_has_become_unlikely() -> None:
         torch.tensor([[True, False, False, False]]),  # position 3 is given
         history=History(torch.tensor([1]), torch.ones(1, 4)),
     )
-    chosen = SelfPlanning(3)(seen).mode()  # after two of three forwards two of the three are closed
+    chosen = SelfPlanning(3)(seen).mode()  # after two of three forwards two of the three are filled
     assert chosen.tolist() == [[False, True, True, False, True, False, False, False]]
     never = SelfPlanning(3, eta=0.0)(seen).mode()
     assert never.tolist() == [[False, True, False, False, False, False, False, False]]
@@ -209,7 +209,7 @@ def test_references_mask_no_more_again_than_a_budget_leaves(order, budget: int) 
 
 
 def test_self_planning_spends_a_budget_on_the_least_likely_symbols() -> None:
-    p = torch.tensor([[0.4, 0.2, 0.3, 0.9]])  # positions 0 to 2 are closed with symbols of these probabilities
+    p = torch.tensor([[0.4, 0.2, 0.3, 0.9]])  # positions 0 to 2 are filled with symbols of these probabilities
     seen = observation_of(
         torch.tensor([[0, 0, 0, 2]]),
         torch.tensor([[False, False, False, True]]),
@@ -299,7 +299,7 @@ def test_a_rollout_out_of_budget_keeps_its_holes() -> None:
 
 
 def test_remasking_goes_on_until_the_budget_of_forwards() -> None:
-    """Every position is opened again whenever it can be: only the budget ends that."""
+    """Every position is masked again whenever it can be: only the budget ends that."""
     task = TableTask(random_joint(2, 4, seed=1))
     instances = task.sample(8, torch.Generator().manual_seed(0))
 
@@ -331,7 +331,7 @@ def test_errors_in_one_line() -> None:
 
 
 def test_positions_are_masked_again_on_uniform_diffusion_too() -> None:
-    """An absorbing denoiser of uniform diffusion: what is opened again holds noise, and is decided anew."""
+    """An absorbing denoiser of uniform diffusion: what is masked again holds noise, and is decided anew."""
     task = tasks.get("sudoku4")
     denoiser, instances = load_denoiser("sudoku4-audm", task), task.heldout(16)
     order, rules = SoftThreshold(0.8, 0.1, remask=0.3), Rules("set+remask", remask_budget=4)
@@ -347,14 +347,14 @@ def test_oracle_fills_what_is_right_and_masks_what_is_wrong() -> None:
     top = seen.denoised.best
     answers = torch.where(torch.rand(top.shape, generator=torch.Generator().manual_seed(3)) < 0.5, top, (top + 1) % V)
     chosen = OracleSets(Oracle(answers))(seen).mode()
-    close, remask = chosen.split(L, 1)
+    fill, remask = chosen.split(L, 1)
     right = seen.fillable & (top == answers)
     some = right.any(1)
     assert some.any()
-    assert torch.equal(close[some], right[some])
+    assert torch.equal(fill[some], right[some])
     best = seen.confidence.masked_fill(~seen.fillable, -1.0).argmax(1)
-    assert close[~some].sum(1).eq(seen.fillable[~some].any(1)).all()
-    assert all(close[row, best[row]] for row in (~some & seen.fillable.any(1)).nonzero().squeeze(1).tolist())
+    assert fill[~some].sum(1).eq(seen.fillable[~some].any(1)).all()
+    assert all(fill[row, best[row]] for row in (~some & seen.fillable.any(1)).nonzero().squeeze(1).tolist())
     assert torch.equal(remask, seen.remaskable & (seen.tokens != answers))
     with pytest.raises(tasks.UnmaskError, match="sees the answers"):
         OracleSets()(seen)
