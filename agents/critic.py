@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from agents.policy import FEATURES, features, remask_count
+from agents.policy import FEATURES, features, remask_count, zeroed
 from pretrain.backbone import Block, CoordinateEmbedding, init_weights
 from tasks import Task
 from unmask_env.state import SHOWN, WHOLE, Observation
@@ -37,8 +37,7 @@ class Critic(nn.Module):
         self.value = nn.Linear(dim, 1)
         self.remask_count_embedding = nn.Parameter(torch.zeros(dim))  # marks, as often, what was masked again
         init_weights(self, layers)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+        zeroed(self.value)
 
     def forward(self, seen: Observation) -> Tensor:
         """(N,) values."""

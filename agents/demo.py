@@ -78,10 +78,9 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     validate(config)
     device = resolve_device(config.device, config.threads)
     process = make_process(config.env, config.denoiser, device=device, actions=config.actions)
-    task = process.task
-    instances = task.heldout(config.limit)
+    instances = process.task.heldout(config.limit)
     policy = train_stages(config)
-    title = f"{task.name}, denoiser {config.denoiser}, {len(instances)} held-out puzzles"
+    title = f"{process.task.name}, denoiser {config.denoiser}, {len(instances)} held-out puzzles"
     if config.actions == "single":
         policies: dict[str, Policy] = {name: reference(name) for name in customary("single")}
         policies["learned (UPO)"] = policy

@@ -158,9 +158,8 @@ def require_suited(name: str, policy: Policy, actions: Actions | None) -> None:
 
 def played_by(process: Unmasking, policy: Policy) -> Unmasking:
     """``process`` under the rules that ``policy`` is made for, where its own are those of single positions."""
-    if process.rules.actions != "single" or policy.actions == "single":
-        return process
-    return replace(process, rules=replace(process.rules, actions=policy.actions))
+    own = process.rules.actions != "single" or policy.actions == "single"
+    return process if own else replace(process, rules=replace(process.rules, actions=policy.actions))
 
 
 def generators(process: Unmasking, policy: Policy, seed: int) -> list[torch.Generator | None]:
@@ -196,8 +195,7 @@ def compare(
         for name, policy in policies.items():
             bar.update(work, description=name)
             started = time.perf_counter()
-            playing, parts = played_by(process, policy), []
-            draws = generators(process, policy, seed)
+            playing, draws, parts = played_by(process, policy), generators(process, policy, seed), []
             for rows in by_length.split(batch):
                 part = instances[rows].to(device)
                 played = playing.rollout(policy, part, *draws)
@@ -239,10 +237,9 @@ def add_exact(
             graph = exact.enumerate_boards(process, instances[rows], max_states=3_000_000, hidden=hidden)
             best, log_reference = exact.best_reward(graph), exact.tabulate(graph, reference_policy)
             for name, policy in known.items():
-                values = exact.evaluate(graph, policy, log_reference)
-                # A divergence of 0 may come out a rounding error below it.
-                kls = (values.trajectory_kl.clamp(min=0), values.terminal_kl.clamp(min=0))
-                columns = (values.reward, best.maximum(values.reward), *kls)
+                found = exact.evaluate(graph, policy, log_reference)
+                kls = (found.trajectory_kl.clamp(min=0), found.terminal_kl.clamp(min=0))  # 0 may round to below it
+                columns = (found.reward, best.maximum(found.reward), *kls)
                 parts[name].append(Exact(*(column[graph.start_of].cpu() for column in columns)))
             bar.advance(work, len(rows))
     back = torch.cat(batches).argsort().cpu()
@@ -250,7 +247,6 @@ def add_exact(
     return [replace(result, exact=joined.get(result.order)) for result in results]
 
 
-# ---------------------------------------------------------------------- tables
 def _view(title: str, caption: str, columns: Sequence[str]) -> Table:
     """An empty table of orders, whose ``columns`` hold numbers."""
     view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

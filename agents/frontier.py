@@ -128,13 +128,11 @@ def table(points: Sequence[Point], title: str) -> Table:
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("NFE", f"{metric} %", "95 %", "method", "setting"):
         view.add_column(column, justify="left" if column in ("method", "setting") else "right")
-    best = sorted([*best_of(points, False), *best_of(points, True)], key=lambda p: p.result.nfe)
-    for point in best:
+    for point in sorted([*best_of(points, False), *best_of(points, True)], key=lambda p: p.result.nfe):
         low, high = interval(point.result.solved)
-        setting = ", ".join(f"{name} {value}" for name, value in point.setting.items())
-        style = "bold" if point.learned else ""
         cells = (f"{point.result.nfe:.2f}", f"{100 * _mean(point):.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
-        view.add_row(*cells, point.method, setting, style=style)
+        setting = ", ".join(f"{name} {value}" for name, value in point.setting.items())
+        view.add_row(*cells, point.method, setting, style="bold" if point.learned else "")
     return view
 
 

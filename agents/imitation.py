@@ -125,21 +125,21 @@ def set_imitation_loss(
     the policy ``fills`` (the remasking half of a policy does not), of every position that may be masked again holding a
     wrong one, and of each pass's belief at both; each a mean over positions."""
     beliefs, states = policy.read(seen)
-    log_odds = policy.head.log_odds(seen, beliefs[-1], states)
-    wanted, among, believed = [seen.denoised.best == answers], [seen.fillable], seen.fillable
-    if seen.remaskable is not None:
-        wrong = seen.remaskable & (seen.tokens != answers)
-        wanted.append(wrong)
-        # With a mistake on the board nothing is certain, and a policy that doubts every board would hardly fill. What
-        # to do about mistakes is the other half's part.
-        among = [seen.fillable & fills & ~wrong.any(1, keepdim=True), seen.remaskable]
-        believed = seen.fillable | seen.remaskable
+    fill, *remask = policy.head.log_odds(seen, beliefs[-1], states).split(policy.length, 1)
     # Odds of filling are those of being right over the error cost, of masking again those of being wrong: a wrong
     # symbol costs the board, but a right one masked again leads back to where play was, and round in circles.
-    shifts = [math.log(error_cost), 0.0]
-    loss = log_odds.new_zeros(())
-    for odds, label, shift, mask in zip(log_odds.split(policy.length, 1), wanted, shifts, among, strict=False):
-        part = F.binary_cross_entropy_with_logits(odds + shift, label.to(odds), reduction="none")
+    shift, right = math.log(error_cost), seen.denoised.best == answers
+    terms, believed = [(fill, shift, right, seen.fillable)], seen.fillable
+    if seen.remaskable is not None:
+        wrong = seen.remaskable & (seen.tokens != answers)
+        # With a mistake on the board nothing is certain, and a policy that doubts every board would hardly fill. What
+        # to do about mistakes is the other half's part.
+        among = seen.fillable & fills & ~wrong.any(1, keepdim=True)
+        terms = [(fill, shift, right, among), (remask[0], 0.0, wrong, seen.remaskable)]
+        believed = seen.fillable | seen.remaskable
+    loss = fill.new_zeros(())
+    for odds, added, label, mask in terms:
+        part = F.binary_cross_entropy_with_logits(odds + added, label.to(odds), reduction="none")
         loss = loss + (part * mask).sum() / mask.sum().clamp(min=1)
     for belief in beliefs:
         reading = belief_loss(seen, belief, answers) * believed

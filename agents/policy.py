@@ -71,8 +71,7 @@ class PolicyConfig:
 # ---------------------------------------------------------------------- heads: from what was read to a distribution
 def features(seen: Observation, k: int) -> Tensor:
     """(N, L, 2 k + 4): top k probabilities, their logs / 8, entropy, margin, fillable flag, fraction fillable."""
-    top = seen.denoised.top_k_log_probs(k).clamp(min=-16.0)  # (N, L, k)
-    fillable = seen.fillable.float()
+    top, fillable = seen.denoised.top_k_log_probs(k).clamp(min=-16.0), seen.fillable.float()
     left = fillable.mean(1, keepdim=True).expand_as(fillable)
     return torch.cat([top.exp(), top / 8, torch.stack([seen.entropy, seen.margin, fillable, left], -1)], -1)
 

@@ -33,9 +33,9 @@ class Replay:
         if replayed == 0:
             return fresh, n
         rows = torch.randperm(len(self), generator=generator, device=generator.device)[:replayed].cpu()
-        tokens = torch.cat([fresh.tokens, self.tokens[rows].to(fresh.tokens.device)])
-        answers = torch.cat([fresh.answers, self.answers[rows].to(fresh.tokens.device)])
-        return Instances(tokens, answers), n - replayed
+        again = Instances(self.tokens[rows], self.answers[rows]).to(fresh.tokens.device)
+        joined = (torch.cat([fresh.tokens, again.tokens]), torch.cat([fresh.answers, again.answers]))
+        return Instances(*joined), n - replayed
 
     def add(self, instances: Instances, failed: Tensor) -> None:
         """Keep the instances where ``failed`` (N,) bool."""

@@ -144,7 +144,7 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
 
     ``process`` and what is raised are as in :func:`agents.upo.train`.
     """
-    ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
+    ready, steps = setup_on_policy(config, process)
     config, process, _, policy = ready
     vec = SB3VecEnv(UnmaskVectorEnv(config.num_envs, **ready.environment))
     critic = new_critic(process.task, config.seed).to(ready.device)

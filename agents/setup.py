@@ -110,23 +110,18 @@ class Setup(NamedTuple):
         return self.process.device
 
     @property
-    def shown(self) -> tuple[str, ...]:
-        """The optional parts of observations that the policy reads."""
-        base = getattr(self.policy.head, "base", None) if isinstance(self.policy, OrderPolicy) else None
-        return ("hidden",) * self.policy.reads_hidden + ("order_weights",) * isinstance(base, Learned)
-
-    @property
     def environment(self) -> dict[str, Any]:
-        """The arguments that the environments of all libraries share."""
-        process, config = self.process, self.config
+        """The arguments that the environments of all libraries share; they show what the policy reads."""
+        process, policy = self.process, self.policy
+        base = getattr(policy.head, "base", None) if isinstance(policy, OrderPolicy) else None
         return {
             "task": process.task,
             "denoiser": process.denoiser,
             "reference": self.reference,
-            "temperature": config.fill_temperature,
+            "temperature": self.config.fill_temperature,
             "device": str(self.device),
-            "show": self.shown,
-        } | vars(config.rules)
+            "show": ("hidden",) * policy.reads_hidden + ("order_weights",) * isinstance(base, Learned),
+        } | vars(self.config.rules)
 
 
 def process_of(config: TrainConfig, process: Unmasking | None, temperature: float = 0.0) -> Unmasking:
@@ -176,20 +171,14 @@ def _start(config: RLConfig, g: Reference, process: Unmasking) -> OrderPolicy | 
     arguments = (process.task, process.denoiser, config.seed)
     if config.rules.actions != "single":
         return new_policy(config.policy, *arguments, base="soft_threshold", sets=True)
-    bases: dict[str, Base] = {
-        "max_confidence": "softmax_confidence",
-        "softmax_confidence": "softmax_confidence",
-        "margin": "softmax_margin",
-        "softmax_margin": "softmax_margin",
-        "learned": "learned",
-    }
-    base = bases.get(g.name, "none")
+    softmax = {"max_confidence": "softmax_confidence", "margin": "softmax_margin"}.get(g.name, g.name)
+    base: Base = softmax if softmax in ("softmax_confidence", "softmax_margin", "learned") else "none"
     # Some references do not prefer confident positions, so a policy that starts as one of them reads every board.
     shape = replace(config.policy, defer_above=2.0) if base in ("none", "learned") else config.policy
     return new_policy(shape, *arguments, base, getattr(g, "tau", 0.05), getattr(g, "k", None))
 
 
-def setup_on_policy(config: RLConfig, num_envs: int, steps: int | None, process: Unmasking | None) -> tuple[Setup, int]:
+def setup_on_policy(config: RLConfig, process: Unmasking | None) -> tuple[Setup, int]:
     """:func:`setup` for learners that play in an environment, and the number of steps per iteration.
 
     Raises:
@@ -197,8 +186,8 @@ def setup_on_policy(config: RLConfig, num_envs: int, steps: int | None, process:
             equal parts.
     """
     ready = setup(config, process)
-    policy = ready.policy
-    steps = ready.process.task.length if steps is None else steps
+    policy, num_envs = ready.policy, config.num_envs
+    steps = ready.process.task.length if config.steps is None else config.steps
     if config.beta > 0:
         require_full_support(ready.reference)
     if isinstance(policy, OrderPolicy) and policy.config.distribution == "plackett_luce":

@@ -65,7 +65,7 @@ def run(command: ShowCommand) -> None:
     played = played_by(process, policy).rollout(policy, instance, *draws, record=True)
     boards = boards_of(played)
     captions = ["the puzzle"]
-    captions += [describe(task, instance, step, boards[k - 1], boards[k], k) for k, step in enumerate(played.steps, 1)]
+    captions += [describe(task, instance, step, *boards[k - 1 : k + 1], k) for k, step in enumerate(played.steps, 1)]
     console = Console(highlight=False)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:

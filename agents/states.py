@@ -87,7 +87,13 @@ class States:
         kept: list[tuple[Tensor, ...]] = []
         for rows in torch.arange(len(instances)).split(200):
             part = instances[rows].to(process.device)
-            policy, draws = self._player(rules, player, generator)
+            height = float(torch.rand((), generator=generator, device=generator.device))
+            if player is None:
+                policy: Policy = SoftThreshold(0.3 + 0.69 * height, tau=0.02)
+            else:
+                low, high = THRESHOLD_LOG_ODDS[rules.actions]
+                policy = player.at(1 / (1 + math.exp(-low - (high - low) * height)))
+            draws = generator if policy.sampled else None
             oracle = Oracle(process.task.all_answers(part))
             rates = None
             if remasks:
@@ -109,17 +115,6 @@ class States:
         columns = map(torch.cat, zip(*kept, strict=True))
         self.tokens, self.answers, self.given, self.remask_count, self.uncertain = columns
 
-    @staticmethod
-    def _player(
-        rules: Rules, player: OrderPolicy | RemaskPolicy | None, generator: torch.Generator
-    ) -> tuple[Policy, torch.Generator | None]:
-        """Who plays, at a threshold of its own height, and what it is sampled with."""
-        height = float(torch.rand((), generator=generator, device=generator.device))
-        if player is None:
-            return SoftThreshold(0.3 + 0.69 * height, tau=0.02), generator
-        low, high = THRESHOLD_LOG_ODDS[rules.actions]
-        return player.at(1 / (1 + math.exp(-low - (high - low) * height))), None
-
     # ------------------------------------------------------------------ batches
     def sample(
         self, task: Task, n: int, certain_fraction: float, generator: torch.Generator
@@ -129,12 +124,10 @@ class States:
         empty)."""
         uncertain, certain = self.uncertain.nonzero().squeeze(1), (~self.uncertain).nonzero().squeeze(1)
         few = n if not len(uncertain) else 0 if not len(certain) else int(n * certain_fraction)
-        parts = []
-        for pool, count in ((uncertain, n - few), (certain, few)):
-            if count:
-                pick = torch.randint(len(pool), (count,), generator=generator, device=generator.device).cpu()
-                parts.append(pool[pick])
-        rows, before = torch.cat(parts), generator.get_state()
+        where = {"generator": generator, "device": generator.device}
+        pools = ((uncertain, n - few), (certain, few))
+        picked = [pool[torch.randint(len(pool), (count,), **where).cpu()] for pool, count in pools if count]
+        rows, before = torch.cat(picked), generator.get_state()
         answers, counts = self.answers[rows], self.remask_count[rows]
 
         def augmented(tokens: Tensor) -> Instances:

@@ -147,17 +147,17 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
     """Train an order policy with TorchRL's ``ClipPPOLoss`` and save it in ``config.out``.
 
     With a :class:`TorchRLPPOConfig`, advantages are generalised ones from a critic; with a :class:`TorchRLGRPOConfig`
-    they are group-relative.
-    ``process`` and what is raised are as in :func:`agents.upo.train`.
+    they are group-relative. ``process`` and what is raised are as in :func:`agents.upo.train`.
     """
     grouped = isinstance(config, TorchRLGRPOConfig)
-    ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
+    ready, steps = setup_on_policy(config, process)
     config, process, policy = ready.config, ready.process, ready.policy
     if grouped:
         least = int((look_ahead(process.task).tokens == process.task.mask_id).sum(1).min())
         if steps < least:
-            wanted = f"the task has {least} masks and more; raise --steps"
-            raise UnmaskError(f"no episode ends within {steps} steps, as {wanted}")
+            raise UnmaskError(
+                f"no episode ends within {steps} steps, as the task has {least} masks and more; raise --steps"
+            )
     group = getattr(config, "group", 1)
     env = UnmaskTorchEnv(num_envs=config.num_envs, group=group, seed=config.seed, **ready.environment)
     keys = observation_keys(env)

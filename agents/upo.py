@@ -1,6 +1,6 @@
 """UPO: an order policy trained against a reference policy (Hong et al. 2025, arXiv 2510.05725).
 
-Read from top to bottom: settings, regularisers, the loss, the loop. For each instance a group of G trajectories is
+For each instance a group of G trajectories is
 sampled from the policy; a trajectory's advantage is its reward minus the group's mean; clipped ratios raise the
 probability of the actions of better trajectories; and a divergence holds the policy near the reference g:
 
@@ -11,7 +11,7 @@ Denoiser outputs are cached in the rollout (the paper's Algorithm 2), so an upda
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -110,24 +110,16 @@ def flatten(played: Rollout, advantage: Tensor, looks_back: bool = False) -> Bat
     alive = torch.stack([step.alive for step in steps])  # (steps, T)
     time, trajectory = alive.nonzero(as_tuple=True)
 
-    def live(parts: list[Tensor]) -> Tensor:
+    def live(parts: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(parts))[alive]
 
-    observations = [_with_previous(step.observation, looks_back) for step in steps]
-    return Batch(
-        Observation.join(observations, live),
-        live([step.action for step in steps]),
-        live([step.log_prob for step in steps]),
-        trajectory,
-        time,
-        advantage[trajectory],
-    )
-
-
-def _with_previous(seen: Observation, looks_back: bool) -> Observation:
-    """Every step has a forward before it, or none has; that of a first step is never looked at."""
-    previous = (seen.history.previous or seen.denoised.without_hidden()) if looks_back else None
-    return replace(seen, history=replace(seen.history, previous=previous))
+    observations = []
+    for seen in (step.observation for step in steps):
+        # Every step has a forward before it, or none has; that of a first step is never looked at.
+        previous = (seen.history.previous or seen.denoised.without_hidden()) if looks_back else None
+        observations.append(replace(seen, history=replace(seen.history, previous=previous)))
+    action, log_prob = live(step.action for step in steps), live(step.log_prob for step in steps)
+    return Batch(Observation.join(observations, live), action, log_prob, trajectory, time, advantage[trajectory])
 
 
 # ---------------------------------------------------------------------- regularisers
@@ -254,8 +246,7 @@ def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> 
     """
     trajectories, steps = (int(batch.trajectory.max()) // group + 1) * group, int(batch.time.max()) + 1
     table = torch.zeros(trajectories, steps, device=kl.device).index_put((batch.trajectory, batch.time), kl)
-    future = table.flip(1).cumsum(1).flip(1) - table
-    grouped = future.view(-1, group, steps)
+    grouped = (table.flip(1).cumsum(1).flip(1) - table).view(-1, group, steps)
     centred = (grouped - grouped.mean(1, keepdim=True)).view(trajectories, steps)
     return batch.advantage - beta * centred[batch.trajectory, batch.time]
 
@@ -310,14 +301,18 @@ def collect(
     fill_generator = generator if config.fill_temperature > 0 else None
     played = process.rollout(behaviour, repeated, generator, fill_generator, record=True)
     reward = played.reward.view(config.puzzles, config.group)
-    solved = reward  # what the task gives, without the count of forwards
-    if config.rules.speed > 0:
+    solved = reward
+    if config.rules.speed > 0:  # what the task gives, without the count of forwards
         solved = process.task.reward(played.tokens, repeated.to(process.device)).view_as(reward)
     replay.add(instances, (solved.mean(1) < 1).cpu())
-    looks_back = reference.looks_back
-    batch = flatten(played, group_advantage(played.reward, config.group, config.normalise), looks_back)
+    batch = flatten(played, group_advantage(played.reward, config.group, config.normalise), reference.looks_back)
     if regulariser.endswith("_kl"):
-        kl = _step_kl(behaviour, reference, batch)
+        with torch.no_grad():
+            pi, g = behaviour(batch.observation), reference(batch.observation)
+            try:
+                kl = pi.kl(g)
+            except NoClosedFormError:  # estimated by the action that was drawn
+                kl = batch.old_log_prob - g.log_prob(batch.action)
         if not bool(kl.isfinite().all()):
             raise UnmaskError(
                 f"the policy {config.init} chooses positions that the reference {config.reference} never does, "
@@ -338,16 +333,6 @@ def collect(
     if fresh < config.puzzles:
         scalars["reward/replayed"] = reward[fresh:].mean().item()
     return batch, instances, scalars
-
-
-@torch.no_grad()
-def _step_kl(policy: Policy, reference: Reference, batch: Batch) -> Tensor:
-    """(S,) KL of each step, exact or, where it has no closed form, estimated by the action that was drawn."""
-    pi, g = policy(batch.observation), reference(batch.observation)
-    try:
-        return pi.kl(g)
-    except NoClosedFormError:
-        return batch.old_log_prob - g.log_prob(batch.action)
 
 
 def update(

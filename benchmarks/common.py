@@ -1,4 +1,4 @@
-"""What benchmarks share: the report that they write, and runs of many denoisers, single-threaded and resumable."""
+"""What benchmarks share: the report that they write, timing, and runs of many denoisers, single-threaded, resumable."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import json
 import multiprocessing
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from agents.evaluate import paired_difference
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import write_json
 from pretrain.train import PretrainConfig, pretrain
@@ -30,6 +33,23 @@ def report(out: Path | None, **content: Any) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     made = {"command": " ".join(["python", *sys.argv]), "commit": commit, "date": datetime.date.today().isoformat()}
     write_json(out, made | content)
+
+
+def interleaved(paths: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every path in each of ``repeats`` rounds; one more, before them, warms up."""
+    spent: dict[str, list[float]] = {name: [] for name in paths}
+    for repeat in range(repeats + 1):
+        for name, path in paths.items():
+            started = time.perf_counter()
+            path()
+            if repeat:
+                spent[name].append(time.perf_counter() - started)
+    return spent
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Of the rounds."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], **how: Any) -> dict[str, Any]:
@@ -58,13 +78,8 @@ def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], 
         started = time.process_time()
         model = pretrain(config)
         seconds = time.process_time() - started
-    result = {
-        "settings": settings,
-        "steps": config.steps,
-        "seed": config.seed,
-        "cpu_seconds": None if resumed else round(seconds, 1),
-    }
-    result |= measure(model)
+    result = {"settings": settings, "steps": config.steps, "seed": config.seed}
+    result |= {"cpu_seconds": None if resumed else round(seconds, 1)} | measure(model)
     write_json(finished, result)
     return result
 
@@ -79,3 +94,19 @@ def half_interval(values: Sequence[float]) -> float | None:
     """Half the 95 % interval of the mean over seeds (Student's t); None of one seed."""
     quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(len(values))
     return None if quantile is None else quantile * float(torch.tensor(values).std()) / len(values) ** 0.5
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """The mean with half of its interval, and each value."""
+    return {"mean": sum(values) / len(values), "half_interval": half_interval(values), "each": list(values)}
+
+
+def without_settings(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in result.items() if key != "settings"} for result in results]
+
+
+def in_pairs(ours: Tensor, other: Tensor) -> dict[str, Any]:
+    """Failures, their ratio, and the paired difference (mean, low, high) of what two orders (n,) solve."""
+    failures = [float((1 - solved).sum()) for solved in (ours, other)]
+    ratio = failures[0] / failures[1] if failures[1] else None
+    return {"failures": failures, "failure_ratio": ratio, "difference": paired_difference(ours, other)}

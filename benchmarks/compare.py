@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from common import report
+from common import in_pairs, report
 from rich.console import Console
 
 from agents import evaluate, frontier
-from agents.evaluate import Result
 from unmask_env.reference import Reference
 
 
@@ -31,18 +30,6 @@ class Compare(evaluate.PlayCommand):
     """JSON"""
 
 
-def against(ours: Result, other: Result) -> dict[str, object]:
-    """Failures, their ratio, and the paired difference (mean, low, high) of the first metric."""
-    failures = [float((1 - result.solved).sum()) for result in (ours, other)]
-    return {
-        "order": ours.order,
-        "against": other.order,
-        "failures": failures,
-        "failure_ratio": failures[0] / failures[1] if failures[1] else None,
-        "difference": evaluate.paired_difference(ours.solved, other.solved),
-    }
-
-
 def main(command: Compare) -> None:
     process, instances, title = evaluate.prepare(command, "single")
     orders = {name: evaluate.load_order(name, process.task, process.denoiser) for name in command.orders or ()}
@@ -54,7 +41,8 @@ def main(command: Compare) -> None:
     results = evaluate.compare(process, played, instances, command.seed, command.batch, progress=True)
     rivals = [result for result in results if result.order in rules and not orders[result.order].sees_answers]
     best = max(rivals, key=lambda result: float(result.solved.mean()), default=results[0])
-    pairs = [against(result, best) for result in results if result.order not in rules]
+    learned = [result for result in results if result.order not in rules]
+    pairs = [{"order": r.order, "against": best.order} | in_pairs(r.solved, best.solved) for r in learned]
     first = [result for result in results if command.thresholds and result.order.startswith(f"{command.orders[0]} at ")]
     level = {r.order: frontier.at_equal_forwards(first, r) for r in results if r not in first} if first else {}
     report(

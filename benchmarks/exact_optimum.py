@@ -11,16 +11,16 @@ value and its divergences are exact (unmask_env/exact.py). Runs that are already
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import tyro
 from common import report
 from rich.console import Console
 from torch import Tensor
@@ -102,9 +102,6 @@ class Problem(NamedTuple):
     tau: float
     steps: int
 
-    def graph(self) -> exact.Graph:
-        return exact.enumerate_boards(self.process, self.process.task.sample(1, torch.Generator().manual_seed(0)))
-
 
 def correlated(vocab_size: int, length: int, seed: int) -> Tensor:
     """(V,) * L probabilities far from independent."""
@@ -139,12 +136,7 @@ def misled(runs: Path) -> Problem:
     return Problem(Unmasking(task, Neighbours(correlated(3, 5, seed=27), task)), 0.1, 10)
 
 
-PROBLEMS: dict[str, Callable[[Path], Problem]] = {
-    "sudoku": sudoku,
-    "letters": letters,
-    "misled": misled,
-    "sampled": sampled,
-}
+PROBLEMS = {"sudoku": sudoku, "letters": letters, "misled": misled, "sampled": sampled}
 
 
 # ---------------------------------------------------------------------- learners
@@ -163,24 +155,20 @@ def entropy_bonus(config: SB3PPOConfig, process: Unmasking) -> OrderPolicy:
     return policy
 
 
-def learners(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
+def recipes(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
     """Per learner its function and settings."""
-    ppo = common | {
-        "num_envs": 64 if steps > 10 else 128,
-        "steps": steps,
-        "epochs": 4,
-        "iterations": 120,
-        "gae_lambda": 1.0,
-    }
+    ppo = common | {"num_envs": 64 if steps > 10 else 128, "steps": steps, "epochs": 4, "iterations": 120}
+    ppo |= {"gae_lambda": 1.0}
     grouped = common | {"puzzles": groups, "group": 16, "epochs": 2, "iterations": 80}
+    upos = grouped | {"replay_fraction": 0.0}
     uniform = ppo | {"reference": "random"}
     return {
-        "UPO, step_kl": (upo.train, UPOConfig(**grouped, regulariser="step_kl", replay_fraction=0.0)),
+        "UPO, step_kl": (upo.train, UPOConfig(**upos, regulariser="step_kl")),
         "MaskablePPO": (sb3_ppo.train, SB3PPOConfig(**ppo)),
         "TorchRL PPO": (torchrl_ppo.train, TorchRLPPOConfig(**ppo)),
         "TorchRL, group-relative": (torchrl_ppo.train, TorchRLGRPOConfig(**grouped, steps=steps)),
-        "UPO, trajectory_kl": (upo.train, UPOConfig(**grouped, regulariser="trajectory_kl", replay_fraction=0.0)),
-        "UPO, terminal_kl": (upo.train, UPOConfig(**grouped, regulariser="terminal_kl", replay_fraction=0.0)),
+        "UPO, trajectory_kl": (upo.train, UPOConfig(**upos, regulariser="trajectory_kl")),
+        "UPO, terminal_kl": (upo.train, UPOConfig(**upos, regulariser="terminal_kl")),
         "MaskablePPO, uniform reference": (sb3_ppo.train, SB3PPOConfig(**uniform)),
         "MaskablePPO, entropy bonus": (entropy_bonus, SB3PPOConfig(**uniform)),
     }
@@ -212,54 +200,46 @@ def measure(graph: exact.Graph, policy: OrderPolicy, g: Reference, beta: float) 
     return {name: float((graph.weight * value).sum()) for name, value in mean.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices=list(PROBLEMS), required=True)
-    parser.add_argument("--learners", nargs="+", help="names of learners; the default is all of them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs/exact"))
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def main(
+    problem: Literal["sudoku", "letters", "misled", "sampled"],
+    out: Path,
+    learners: tuple[str, ...] = (),
+    seed: int = 0,
+    runs: Path = Path("runs/exact"),
+    threads: int | None = None,
+) -> None:
+    """Args: learners: names of learners; the default is all of them."""
+    torch.set_num_threads(threads or torch.get_num_threads())
     console = Console(width=140)
-    problem = PROBLEMS[args.problem](args.runs)
-    graph = problem.graph()
-    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    posed = PROBLEMS[problem](runs)
+    graph = exact.enumerate_boards(posed.process, posed.process.task.sample(1, torch.Generator().manual_seed(0)))
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
     known = {(row["learner"], row["beta"], row["seed"]) for row in rows}
     for beta in BETAS:
-        common = {
-            "reference": f"softmax_confidence:tau={problem.tau}",
-            "beta": beta,
-            "fill_temperature": problem.process.temperature,
-            "lr": 3e-3,
-            "anneal": True,
-            "policy": PolicyConfig(copy=False, dim=32, layers=2, defer_above=2.0, num_passes=1),
-            "seed": args.seed,
-            "threads": args.threads,
-        }
+        common = {"beta": beta, "lr": 3e-3, "anneal": True, "seed": seed, "threads": threads}
+        common |= {"fill_temperature": posed.process.temperature, "reference": f"softmax_confidence:tau={posed.tau}"}
+        common |= {"policy": PolicyConfig(copy=False, dim=32, layers=2, defer_above=2.0, num_passes=1)}
         # A sampled reward of 0 or 1 is noisy, and a small beta makes small differences count.
-        groups = 64 if problem.process.temperature else 16
-        for name in learners({"out": "", **common}, problem.steps):
-            if (name, beta, args.seed) in known or (args.learners and name not in args.learners):
+        groups = 64 if posed.process.temperature else 16
+        for name in recipes({"out": "", **common}, posed.steps):
+            if (name, beta, seed) in known or (learners and name not in learners):
                 continue
-            out = args.runs / args.problem / f"{name} {beta} {args.seed}".replace(", ", "-").replace(" ", "-")
-            shutil.rmtree(out, ignore_errors=True)
-            train, config = learners({"out": str(out), **common}, problem.steps, groups)[name]
+            folder = runs / problem / f"{name} {beta} {seed}".replace(", ", "-").replace(" ", "-")
+            shutil.rmtree(folder, ignore_errors=True)
+            train, config = recipes({"out": str(folder), **common}, posed.steps, groups)[name]
             started = time.perf_counter()
-            policy = train(config, problem.process).eval()
+            policy = train(config, posed.process).eval()
             seconds = time.perf_counter() - started
-            row = {"learner": name, "beta": beta, "seed": args.seed, "seconds": round(seconds, 1)}
+            row = {"learner": name, "beta": beta, "seed": seed, "seconds": round(seconds, 1)}
             rows.append(row | measure(graph, policy, reference(config.reference), beta))
-            report(args.out, problem=args.problem, boards=graph.boards, rows=rows)
+            report(out, problem=problem, boards=graph.boards, rows=rows)
             last = rows[-1]
             gap = 1 - last["value"] / last["optimal_value"]
             console.print(
-                f"{args.problem} beta {beta} {name}: J {last['value']:.4f} of {last['optimal_value']:.4f} "
+                f"{problem} beta {beta} {name}: J {last['value']:.4f} of {last['optimal_value']:.4f} "
                 f"({gap:.2%} short), KL to the optimum {last['kl_to_optimum']:.4f}, {seconds:.0f} s"
             )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from common import report
+from common import in_pairs, report
 from rich.console import Console
 from torch import Tensor
 
@@ -37,15 +37,8 @@ def against(point: Point, heuristics: list[Point], until: float) -> dict[str, An
     if not rivals:
         return None
     best = max(rivals, key=lambda p: float(p.result.solved.mean()))
-    ours, other = (float((1 - p.result.solved).sum()) for p in (point, best))
-    return {
-        "rival": best.method,
-        "setting": best.setting,
-        "nfe": best.result.nfe,
-        "failures": [ours, other],
-        "failure_ratio": ours / other if other else None,
-        "difference": evaluate.paired_difference(point.result.solved, best.result.solved),
-    }
+    named = {"rival": best.method, "setting": best.setting, "nfe": best.result.nfe}
+    return named | in_pairs(point.result.solved, best.result.solved)
 
 
 def bound(fewest: Tensor) -> list[dict[str, float]]:

@@ -9,7 +9,6 @@ fresh boards for the finished ones, arrays for the host. Repeats are interleaved
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from tasks import Instances, Task
@@ -163,22 +163,17 @@ def measure(n: int = 64, repeats: int = 7) -> tuple[dict[str, float], dict[str, 
     return {name: statistics.median(values) for name, values in spent.items()}, ratios
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--boards", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def main(boards: int = 64, repeats: int = 7, out: Path | None = None) -> None:
     from common import report
 
     torch.set_num_threads(1)
-    microseconds, ratios = measure(args.boards, args.repeats)
+    microseconds, ratios = measure(boards, repeats)
     for name, value in microseconds.items():
-        print(f"{name:28s}{value:10.0f} us of CPU per step of {args.boards} boards")
+        print(f"{name:28s}{value:10.0f} us of CPU per step of {boards} boards")
     for name, value in ratios.items():
         print(f"{name:28s}{value:10.2f} (at most {TARGETS[name]})")
-    report(args.out, microseconds=microseconds, ratios=ratios)
+    report(out, microseconds=microseconds, ratios=ratios)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

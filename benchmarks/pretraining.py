@@ -7,15 +7,13 @@
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import report
+import tyro
+from common import interleaved, median_ratio, report
 
 from pretrain.backbone import Backbone
 from pretrain.train import OBJECTIVES, Objective
@@ -42,34 +40,26 @@ def measure(batch: int, length: int, vocab_size: int, dim: int, layers: int, rep
         settings = config(task="", out="")
         objective = Objective(backbone(**settings.architecture()), settings)
         steps[name] = lambda objective=objective: objective(clean, generator)[0].backward()
-    spent: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if repeat:  # the first round warms up
-                spent[name].append(time.perf_counter() - started)
-    pairs = {name: zip(spent[name], spent["plain"], strict=True) for name in OBJECTIVES}
-    return {name: statistics.median(a / b for a, b in pair) for name, pair in pairs.items()}
+    spent = interleaved(steps, repeats)
+    return {name: median_ratio(spent[name], spent["plain"]) for name in OBJECTIVES}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--vocab-size", type=int, default=84)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    ratios = measure(args.batch, args.length, args.vocab_size, args.dim, args.layers, args.repeats)
+def main(
+    batch: int = 32,
+    length: int = 128,
+    vocab_size: int = 84,
+    dim: int = 128,
+    layers: int = 5,
+    repeats: int = 9,
+    threads: int | None = None,
+    out: Path | None = None,
+) -> None:
+    torch.set_num_threads(threads or torch.get_num_threads())
+    ratios = measure(batch, length, vocab_size, dim, layers, repeats)
     for name, ratio in ratios.items():
         print(f"{name:20s}{ratio:8.2f} of a plain step" + (f" (at most {TARGETS[name]})" if name in TARGETS else ""))
-    report(args.out, ratios=ratios)
+    report(out, ratios=ratios)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

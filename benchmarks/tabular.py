@@ -9,13 +9,14 @@ row; Shape and Trend are of as many generated rows as there are test rows, colum
 
 from __future__ import annotations
 
-import argparse
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import half_interval, in_parallel, once, report
+import tyro
+from common import in_parallel, once, over_seeds, report, without_settings
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,7 @@ from pretrain.train import OBJECTIVES
 from tasks import Tabular
 
 SETTINGS = {"batch": 256, "dim": 48, "layers": 2, "lr": 3e-3, "ema": 0.998, "weight_decay": 0.03}
+KINDS = ("mdm", "learned-schedule")
 MEASURES = ("validation", "test", "shape", "trend")
 
 
@@ -58,47 +60,36 @@ def run(job: Job) -> dict[str, Any]:
     return once(config, measure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", nargs="+", default=["magic", "letter"])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/tabular"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    jobs = [
-        Job(source, kind, seed, args.steps, args.runs / f"{source}-{kind}-{seed}")
-        for source in args.sources
-        for seed in args.seeds
-        for kind in ("mdm", "learned-schedule")
+def main(
+    out: Path,
+    sources: tuple[str, ...] = ("magic", "letter"),
+    steps: int = 1500,
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    jobs: int = 1,
+    runs: Path = Path("runs/tabular"),
+) -> None:
+    """Args: jobs: runs at a time."""
+    every = [
+        Job(source, kind, seed, steps, runs / f"{source}-{kind}-{seed}")
+        for source, seed, kind in itertools.product(sources, seeds, KINDS)
     ]
-    results = in_parallel(run, jobs, args.jobs)
-    rows = []
+    results = dict(zip(every, in_parallel(run, every, jobs), strict=True))
+    rows: list[dict[str, Any]] = []
     table = Table("", "", *MEASURES, title="mean over seeds, half of the 95 % interval")
-    for source in args.sources:
-        by_kind = {
-            kind: [result for result in results if (result["source"], result["kind"]) == (source, kind)]
-            for kind in ("mdm", "learned-schedule")
-        }
-        for kind, own in by_kind.items():
-            columns = {name: [result[name] for result in own] for name in MEASURES}
-            row = {"source": source, "kind": kind}
-            row |= {name: [sum(v) / len(v), half_interval(v)] for name, v in columns.items()}
-            rows.append(row)
-            table.add_row(source, kind, *(f"{m:.4f}" + (f" ± {h:.4f}" if h else "") for m, h in list(row.values())[2:]))
+    for source in sources:
+        own = {kind: [r for job, r in results.items() if (job.source, job.kind) == (source, kind)] for kind in KINDS}
+        for kind in KINDS:
+            found = {name: over_seeds([result[name] for result in own[kind]]) for name in MEASURES}
+            rows.append({"source": source, "kind": kind})
+            rows[-1] |= {name: [v["mean"], v["half_interval"]] for name, v in found.items()}
+            cells = ((v["mean"], v["half_interval"]) for v in found.values())
+            table.add_row(source, kind, *(f"{m:.4f}" + (f" ± {h:.4f}" if h else "") for m, h in cells))
         for name in MEASURES:  # the same seeds, so in pairs
-            paired = [b[name] - a[name] for a, b in zip(*by_kind.values(), strict=True)]
-            rows.append({"source": source, "learned minus fixed": name, "mean": sum(paired) / len(paired)})
-            rows[-1] |= {"half_interval": half_interval(paired), "each": [round(x, 4) for x in paired]}
+            paired = [round(b[name] - a[name], 4) for a, b in zip(*own.values(), strict=True)]
+            rows.append({"source": source, "learned minus fixed": name, **over_seeds(paired)})
     Console().print(table)
-    report(
-        args.out,
-        settings=SETTINGS,
-        rows=rows,
-        runs=[{key: value for key, value in result.items() if key != "settings"} for result in results],
-    )
+    report(out, settings=SETTINGS, rows=rows, runs=without_settings(list(results.values())))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

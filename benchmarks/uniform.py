@@ -3,14 +3,13 @@
     python benchmarks/uniform.py --jobs 2 --out benchmarks/results/uniform-sudoku6.json
 
 One network and one training recipe for every model, and samplers that follow no order but chance: the masked model
-reveals one random position per forward where there are forwards enough. A corrector's settings (10 for mdm, 8 for
-udm, 6 for audm and reaudm) and the temperature are chosen on validation puzzles by the first
-seed's model, by cell accuracy; test puzzles are then completed by every seed's.
+reveals one random position per forward where there are forwards enough. A corrector's settings (10 for mdm, 8 for udm,
+6 for audm and reaudm) and the temperature are chosen on validation puzzles by the first seed's model, by cell accuracy;
+test puzzles are then completed by every seed's.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import half_interval, in_parallel, once, report
+import tyro
+from common import in_parallel, once, over_seeds, report, without_settings
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -43,6 +43,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # puzzles give cells, so all 
 ROWS = {model: model for model in MODELS} | {"reaudm": "audm"}
 PAIRS = [("udm-loo", "udm-denoiser"), ("udm-loo-ce", "udm-denoiser-ce"), ("audm", "mdm"), ("reaudm", "mdm")]
 TEMPERATURES = (1.0, 0.0)
+WAYS = ("temperature 1", "temperature 1, corrected", "tuned", "tuned, corrected")
+METRICS = ("solved", "cell_accuracy")
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,10 @@ def complete(job: Completion) -> dict[str, Any]:
     puzzles = task.heldout(job.puzzles, job.split)
     generator = torch.Generator().manual_seed(1000 + job.seed)
     started = time.process_time()
-    found = _sample(model, puzzles.tokens, generator, job)
-    metrics = task.metrics(found.tokens, puzzles)
-    return {
-        "seconds": round(time.process_time() - started, 2),
-        "nfe": found.nfe,
-        "solved": round(float(metrics["solved"].mean()), 4),
-        "cell_accuracy": round(float(metrics["cell_accuracy"].mean()), 4),
-    }
+    samples = _sample(model, puzzles.tokens, generator, job)
+    metrics = task.metrics(samples.tokens, puzzles)
+    found = {"seconds": round(time.process_time() - started, 2), "nfe": samples.nfe}
+    return found | {name: round(float(metrics[name].mean()), 4) for name in METRICS}
 
 
 def _sample(model: Backbone, prompts: Tensor, generator: torch.Generator, job: Completion) -> Samples:
@@ -124,99 +122,89 @@ def _sample(model: Backbone, prompts: Tensor, generator: torch.Generator, job: C
     return sample_uniform(model, prompts, generator, job.nfe, method, **shaped)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--nfe", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--blanks", type=int, help="fill minimal puzzles up until so many are left")
-    parser.add_argument("--puzzles", type=int, default=1000, help="test puzzles")
-    parser.add_argument("--validation", type=int, default=200, help="puzzles to choose settings by")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--denoiser", help="complete with this absorbing model alone, instead of training any")
-    parser.add_argument("--runs", type=Path, default=Path("runs/uniform"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+def main(
+    out: Path,
+    steps: int = 4000,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    nfe: tuple[int, ...] = (8, 16, 32),
+    blanks: int | None = None,
+    puzzles: int = 1000,
+    validation: int = 200,
+    jobs: int = 1,
+    denoiser: str | None = None,
+    runs: Path = Path("runs/uniform"),
+) -> None:
+    """Args:
+    blanks: fill minimal puzzles up until so many are left. puzzles: of the test split. validation: puzzles to choose
+        settings by. jobs: runs at a time. denoiser: complete with this absorbing model alone, instead of training any.
+    """
 
     def folder(model: str, seed: int) -> str:
-        return args.denoiser or str(args.runs / f"{model}-{seed}")
+        return denoiser or str(runs / f"{model}-{seed}")
 
-    names = [row for row, model in ROWS.items() if model == "audm" or not args.denoiser]
-    training = [Training(m, seed, args.steps, folder(m, seed)) for seed in args.seeds for m in MODELS]
-    trained = [] if args.denoiser else in_parallel(train, training, args.jobs)
+    names = [row for row, model in ROWS.items() if model == "audm" or not denoiser]
+    training = [Training(m, seed, steps, folder(m, seed)) for seed in seeds for m in MODELS]
+    trained = [] if denoiser else in_parallel(train, training, jobs)
 
     # What to choose from: every temperature for itself, then every corrector at every temperature.
-    first = args.seeds[0]
     choices: dict[tuple[str, int, str], list[Completion]] = {}
-    for row, nfe in itertools.product(names, args.nfe):
-        plain = Completion(row, folder(ROWS[row], first), nfe, "validation", args.validation, blanks=args.blanks)
+    for row, n in itertools.product(names, nfe):
+        plain = Completion(row, folder(ROWS[row], seeds[0]), n, "validation", validation, blanks=blanks)
         corrected = [replace(plain, correction=each) for each in corrections(row)]
-        choices[row, nfe, "temperature 1"] = [plain]
-        choices[row, nfe, "temperature 1, corrected"] = corrected
-        choices[row, nfe, "tuned"] = [replace(plain, temperature=t) for t in TEMPERATURES]
-        choices[row, nfe, "tuned, corrected"] = [replace(job, temperature=t) for t in TEMPERATURES for job in corrected]
+        choices[row, n, WAYS[0]] = [plain]
+        choices[row, n, WAYS[1]] = corrected
+        choices[row, n, WAYS[2]] = [replace(plain, temperature=t) for t in TEMPERATURES]
+        choices[row, n, WAYS[3]] = [replace(job, temperature=t) for t in TEMPERATURES for job in corrected]
     every = list(dict.fromkeys(itertools.chain(*choices.values())))
-    validated = dict(zip(every, in_parallel(complete, every, args.jobs), strict=True))
+    validated = dict(zip(every, in_parallel(complete, every, jobs), strict=True))
+    chosen = {key: max(own, key=lambda job: validated[job]["cell_accuracy"]) for key, own in choices.items()}
 
-    def better(job: Completion) -> float:
-        return validated[job]["cell_accuracy"]
+    def test(job: Completion, seed: int) -> Completion:
+        return replace(job, denoiser=folder(ROWS[job.row], seed), split="test", puzzles=puzzles, seed=seed)
 
-    chosen = {key: max(jobs, key=better) for key, jobs in choices.items()}
-    tests = [
-        replace(job, denoiser=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
-        for job in dict.fromkeys(chosen.values())
-        for seed in args.seeds
-    ]
-    results = dict(zip(tests, in_parallel(complete, tests, args.jobs), strict=True))
+    tests = [test(job, seed) for job in dict.fromkeys(chosen.values()) for seed in seeds]
+    results = dict(zip(tests, in_parallel(complete, tests, jobs), strict=True))
 
-    def tested(key: tuple[str, int, str], seed: int) -> dict[str, Any]:
-        job = chosen[key]
-        found = replace(job, denoiser=folder(ROWS[job.row], seed), split="test", puzzles=args.puzzles, seed=seed)
-        return results[found]
+    def tested(row: str, n: int, way: str, metric: str) -> list[Any]:
+        return [results[test(chosen[row, n, way], seed)][metric] for seed in seeds]
 
-    rows = []
+    rows, differences = [], []
     title = "solved % (cell accuracy %), half of the 95 % interval"
-    table = Table("", "", *(f"{nfe} forwards" for nfe in args.nfe), title=title)
-    for row, way in itertools.product(names, dict.fromkeys(key[2] for key in choices)):
+    table = Table("", "", *(f"{n} forwards" for n in nfe), title=title)
+    for row, way in itertools.product(names, WAYS):
         cells = []
-        for nfe in args.nfe:
-            own = [tested((row, nfe, way), seed) for seed in args.seeds]
-            solved, cell = ([result[name] for result in own] for name in ("solved", "cell_accuracy"))
-            job = chosen[row, nfe, way]
+        for n in nfe:
+            solved, cell = (over_seeds(tested(row, n, way, metric)) for metric in METRICS)
+            job = chosen[row, n, way]
             rows.append(
-                {"row": row, "way": way, "nfe": nfe, "made": own[0]["nfe"], "temperature": job.temperature}
-                | {"correction": job.label(), "solved": sum(solved) / len(solved), "each": solved}
-                | {"half_interval": half_interval(solved), "cell_accuracy": sum(cell) / len(cell)}
-                | {"cell_accuracy_half_interval": half_interval(cell)}
+                {"row": row, "way": way, "nfe": n, "made": tested(row, n, way, "nfe")[0]}
+                | {"temperature": job.temperature, "correction": job.label()}
+                | {"solved": solved["mean"], "each": solved["each"], "half_interval": solved["half_interval"]}
+                | {"cell_accuracy": cell["mean"], "cell_accuracy_half_interval": cell["half_interval"]}
             )
-            half = rows[-1]["half_interval"]
-            solved = f"{100 * rows[-1]['solved']:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
-            cells.append(f"{solved} ({100 * rows[-1]['cell_accuracy']:.1f})")
+            half = "" if solved["half_interval"] is None else f" ± {100 * solved['half_interval']:.1f}"
+            cells.append(f"{100 * solved['mean']:.1f}{half} ({100 * cell['mean']:.1f})")
         table.add_row(row, way, *cells)
-    differences = []
-    pairs = [] if args.denoiser else PAIRS
-    for (ours, theirs), nfe, way in itertools.product(pairs, args.nfe, dict.fromkeys(key[2] for key in choices)):
-        differences.append({"ours": ours, "theirs": theirs, "nfe": nfe, "way": way})
-        for metric in ("solved", "cell_accuracy"):
-            a, b = ([tested((row, nfe, way), seed)[metric] for seed in args.seeds] for row in (ours, theirs))
-            paired = [x - y for x, y in zip(a, b, strict=True)]
-            found = {"mean": sum(paired) / len(paired), "half_interval": half_interval(paired), "each": paired}
-            differences[-1][metric] = found
+    for (ours, theirs), n, way in itertools.product([] if denoiser else PAIRS, nfe, WAYS):
+        differences.append({"ours": ours, "theirs": theirs, "nfe": n, "way": way})
+        for metric in METRICS:
+            pairs = zip(tested(ours, n, way, metric), tested(theirs, n, way, metric), strict=True)
+            differences[-1][metric] = over_seeds([a - b for a, b in pairs])
     Console().print(table)
     report(
-        args.out,
+        out,
         settings=SETTINGS,
         metric="share of test puzzles solved, share of their blanks right; intervals over seeds (Student's t)",
         rows=rows,
         differences=differences,
         validation=[
             {"row": job.row, "nfe": job.nfe, "temperature": job.temperature, "correction": job.label()}
-            | {name: result[name] for name in ("solved", "cell_accuracy", "seconds")}
+            | {name: result[name] for name in (*METRICS, "seconds")}
             for job, result in validated.items()
         ],
-        runs=[{key: value for key, value in result.items() if key != "settings"} for result in trained],
+        runs=without_settings(trained),
     )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
