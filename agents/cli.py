@@ -37,6 +37,9 @@ COMMANDS: dict[str, Command] = {
         f"pretrain {name}": Command(f"pretrain.train:{name}", "pretrain", f"Train a denoiser. {text}")
         for name, text in PRETRAIN.items()
     },
+    "train policy-iteration": Command(
+        "agents.policy_iteration:PolicyIterationConfig", "train", "Train an order policy from rewards. The default."
+    ),
     "train imitation": Command("agents.imitation:ImitationConfig", "train", "Train an order policy by imitation."),
     "train upo": Command("agents.upo:UPOConfig", "train", "Train an order policy against a reference policy."),
     "train ppo-sb3": Command("agents.sb3_ppo:SB3PPOConfig", "train", "The same by stable-baselines3's MaskablePPO."),

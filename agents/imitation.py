@@ -22,7 +22,7 @@ from agents.setup import TrainConfig, descend, finish, load_init, make_optimizer
 from agents.states import States
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
-from tasks import Instances, Task, UnmaskError
+from tasks import Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, Positive, Share, validate
 from unmask_env.process import Unmasking
 from unmask_env.reference import Oracle, Reference, reference
@@ -238,9 +238,8 @@ def _batch(
 ) -> tuple[Observation, Tensor]:
     """States under new symmetries as a policy sees them, and their answers (N, L)."""
     task = process.task
-    boards, given, counts = states.sample(task, config.batch, config.certain_fraction, generator)
-    state = process.reset(Instances(given, boards.answers))
-    state = replace(state, tokens=boards.tokens, masked=boards.tokens == task.mask_id, remask_count=counts)
+    drawn = states.sample(task, config.batch, config.certain_fraction, generator)
+    state = drawn.state(process)
     # Which positions may be chosen does not depend on blocks here: a policy is to know all of them.
     seen = replace(process, rules=replace(process.rules, block_length=None)).observe(state)
-    return replace(seen, history=None), boards.answers
+    return replace(seen, history=None), drawn.answers

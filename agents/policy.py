@@ -125,16 +125,22 @@ def zeroed(linear: nn.Linear) -> nn.Linear:
 class PositionHead(Head):
     """One position: the softmax of the base's log-probabilities plus the scores.
 
+    With a ``beta`` the scores are log-odds of values, Q(s, a) between the two ends of ``value_range``, and the policy
+    is g(a | s) exp(Q(s, a) / beta), normalised: for this Q the exact optimum of E[Q] - beta KL(pi || g), g the base.
+
     Args:
         base: a reference, or None: nothing is added, and max-confidence is followed where the policy does not read.
         candidates: only the k most confident positions may be chosen (UPO's top-k realisation); None: all.
+        beta: 0: the scores are not values.
     """
 
     actions = "single"
 
-    def __init__(self, base: Reference | None, candidates: int | None, **scores: Any) -> None:
+    def __init__(self, base: Reference | None, candidates: int | None, beta: float = 0.0, **scores: Any) -> None:
         super().__init__(**scores)
-        self.base, self.candidates = base, candidates
+        self.base, self.candidates, self.beta = base, candidates, beta
+        if beta > 0:
+            self.register_buffer("value_range", torch.tensor([0.0, 1.0]))
 
     def allowed(self, seen: Observation) -> Tensor:
         """(N, L) bool."""
@@ -148,12 +154,17 @@ class PositionHead(Head):
         allowed = self.allowed(seen)
         return Categorical.of(base.log_probs.masked_fill(~allowed, 0.0), allowed)
 
+    def log_odds(self, seen: Observation, belief: Tensor, states: Tensor) -> Tensor:
+        """(N, L) scores without the base; with a ``beta`` the log-odds of values in their range."""
+        scores = self.scores(seen, belief)
+        return scores if self.state_head is None else scores + self.state_head(states)[..., 0]
+
     def forward(
         self, seen: Observation, belief: Tensor, states: Tensor, thresholds: Thresholds | None = None
     ) -> Categorical:
-        scores = self.scores(seen, belief)
-        if self.state_head is not None:
-            scores = scores + self.state_head(states)[..., 0]
+        scores = self.log_odds(seen, belief, states)
+        if self.beta > 0:
+            scores = torch.lerp(*self.value_range, scores.sigmoid()) / self.beta
         if self.base is not None:
             scores = scores + self.base(seen).log_probs.masked_fill(~seen.fillable, 0.0)
         return Categorical.of(scores, self.allowed(seen))
@@ -259,7 +270,8 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         distribution: ``categorical`` for single positions; the others are over sets.
         hidden_dim: channels of the denoiser's hidden states to read; 0: none.
         rotary: attention sees distances. by_rank: read symbols by rank, not by name.
-        belief_weight: at the start. settings: the other fields of :class:`PolicyConfig`.
+        belief_weight: at the start. beta: above 0, the scores are values (:class:`PositionHead`).
+        settings: the other fields of :class:`PolicyConfig`.
     """
 
     def __init__(
@@ -274,6 +286,7 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         rotary: bool = False,
         by_rank: bool = False,
         belief_weight: float = 0.0,
+        beta: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -288,7 +301,7 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         if distribution == "categorical":
             options = {"tau": base_tau} if base.startswith("softmax") else {}
             start = None if base == "none" else reference(base, **options)
-            self.head = PositionHead(start, candidates, state_outputs=int(self.config.state_head), **scores)
+            self.head = PositionHead(start, candidates, beta, state_outputs=int(self.config.state_head), **scores)
         else:
             start = SoftThreshold() if base == "soft_threshold" else None
             self.head = SetHead(start, distribution == "plackett_luce", **scores)
@@ -351,6 +364,7 @@ def new_policy(
     candidates: int | None = None,
     belief_weight: float = 0.0,
     sets: bool = False,
+    beta: float = 0.0,
 ) -> OrderPolicy:
     """A policy for ``task`` and ``denoiser``, over ``sets`` or not; ``seed`` draws what is not copied.
 
@@ -386,6 +400,7 @@ def new_policy(
             rotary=rotary,
             by_rank=task.vocab_size > WHOLE and backbone is None,
             belief_weight=belief_weight,
+            beta=beta,
             **sizes,
         )
     if backbone is not None:

@@ -132,10 +132,11 @@ def process_of(config: TrainConfig, process: Unmasking | None, temperature: floa
     return make_process(config.env, config.denoiser, temperature=temperature, device=device, **vars(config.rules))
 
 
-def setup(config: RLConfig, process: Unmasking | None = None) -> Setup:
+def setup(config: RLConfig, process: Unmasking | None = None, **start: Any) -> Setup:
     """Check ``config`` and make what it names.
 
     Args:
+        start: more arguments of :func:`agents.policy.new_policy`.
         process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
 
     Raises:
@@ -152,7 +153,7 @@ def setup(config: RLConfig, process: Unmasking | None = None) -> Setup:
         require_learned(process)
     lr = config.lr if config.lr is not None else 1e-3 if config.init is None else 3e-5
     config = replace(config, lr=lr, reference=name)
-    return Setup(config, process, g, _start(config, g, process).to(process.device))
+    return Setup(config, process, g, _start(config, g, process, **start).to(process.device))
 
 
 def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPolicy:
@@ -163,19 +164,19 @@ def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPo
     return policy
 
 
-def _start(config: RLConfig, g: Reference, process: Unmasking) -> OrderPolicy | RemaskPolicy:
+def _start(config: RLConfig, g: Reference, process: Unmasking, **start: Any) -> OrderPolicy | RemaskPolicy:
     """``config.init``, or a policy that equals the reference: its softmax for max_confidence and margin, the uniform
     order for entropy and left_to_right, which have no softmax form here; over sets the soft threshold."""
     if config.init is not None:
         return load_init(config, process)
     arguments = (process.task, process.denoiser, config.seed)
     if config.rules.actions != "single":
-        return new_policy(config.policy, *arguments, base="soft_threshold", sets=True)
+        return new_policy(config.policy, *arguments, base="soft_threshold", sets=True, **start)
     softmax = {"max_confidence": "softmax_confidence", "margin": "softmax_margin"}.get(g.name, g.name)
     base: Base = softmax if softmax in ("softmax_confidence", "softmax_margin", "learned") else "none"
     # Some references do not prefer confident positions, so a policy that starts as one of them reads every board.
     shape = replace(config.policy, defer_above=2.0) if base in ("none", "learned") else config.policy
-    return new_policy(shape, *arguments, base, getattr(g, "tau", 0.05), getattr(g, "k", None))
+    return new_policy(shape, *arguments, base, getattr(g, "tau", 0.05), getattr(g, "k", None), **start)
 
 
 def setup_on_policy(config: RLConfig, process: Unmasking | None) -> tuple[Setup, int]:

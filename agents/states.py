@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,21 +15,39 @@ from agents.remask_policy import RemaskPolicy
 from tasks import Instances, Task
 from unmask_env.process import Unmasking
 from unmask_env.reference import Oracle, Policy, SoftThreshold
-from unmask_env.state import Observation, Rules
+from unmask_env.state import Observation, Rules, State
 
 THRESHOLD_LOG_ODDS = {"set": (-4.0, 4.0), "set+remask": (-4.0, 0.5)}  # between which thresholds are drawn
 REMASK_RATES = (0.0, 0.3, 1.0)  # shares, by board, of the wrong symbols that are masked again for the player
 FALSE_REMASK_RATE = 0.36  # right symbols masked again for it in each forward, were the board full
 
 
+class Sample(NamedTuple):
+    """States under new symmetries, (n, L) each; see :class:`States`."""
+
+    tokens: Tensor
+    answers: Tensor
+    given: Tensor
+    remask_count: Tensor
+    values: Tensor | None
+
+    def state(self, process: Unmasking) -> State:
+        """They as states of ``process``, whose history is not known."""
+        state = process.reset(Instances(self.given, self.answers))
+        masked = self.tokens == process.task.mask_id
+        return replace(state, tokens=self.tokens, masked=masked, remask_count=self.remask_count)
+
+
 class States:
     """Boards in mid-play, (S, L) each: ``tokens``; ``answers``; ``given``, what they began with; ``remask_count``; and
     which of them are ``uncertain`` (S,) bool: of single positions no position is confident, of remasking some symbol is
-    wrong."""
+    wrong. Where ``values`` are kept, they are those of filling a position with its symbol in ``answers``, NaN where it
+    is not known."""
 
     def __init__(self, task: Task) -> None:
         empty = torch.zeros(0, task.length, dtype=torch.long)
         self.tokens, self.answers, self.given, self.remask_count = (empty.clone() for _ in range(4))
+        self.values = torch.zeros(0, task.length)
         self.uncertain = torch.zeros(0, dtype=torch.bool)
 
     def __len__(self) -> int:
@@ -116,29 +135,49 @@ class States:
         self.tokens, self.answers, self.given, self.remask_count, self.uncertain = columns
 
     # ------------------------------------------------------------------ batches
-    def sample(
-        self, task: Task, n: int, certain_fraction: float, generator: torch.Generator
-    ) -> tuple[Instances, Tensor, Tensor]:
-        """``n`` states under new symmetries, (n, L) what they began with, and (n, L) how often each position was masked
-        again (up to a maximum); a share ``certain_fraction`` of them not uncertain (all of one kind where the other is
-        empty)."""
+    def add(self, capacity: int, **columns: Tensor) -> None:
+        """Append to some columns, and keep the last ``capacity`` states."""
+        for name, column in columns.items():
+            setattr(self, name, torch.cat([getattr(self, name), column.cpu()])[-capacity:])
+
+    def sample(self, task: Task, n: int, certain_fraction: float, generator: torch.Generator) -> Sample:
+        """``n`` states under new symmetries; a share ``certain_fraction`` of them not uncertain (all of one kind where
+        the other is empty)."""
         uncertain, certain = self.uncertain.nonzero().squeeze(1), (~self.uncertain).nonzero().squeeze(1)
         few = n if not len(uncertain) else 0 if not len(certain) else int(n * certain_fraction)
         where = {"generator": generator, "device": generator.device}
         pools = ((uncertain, n - few), (certain, few))
         picked = [pool[torch.randint(len(pool), (count,), **where).cpu()] for pool, count in pools if count]
         rows, before = torch.cat(picked), generator.get_state()
-        answers, counts = self.answers[rows], self.remask_count[rows]
+        answers, counts = self.answers[rows], self.remask_count[rows].clamp(max=MAX_REMASK_COUNT)
 
         def augmented(tokens: Tensor) -> Instances:
             generator.set_state(before)  # the same symmetries each time
             return task.augment(Instances(tokens, answers).to(generator.device), generator)
 
-        # Symmetries move symbols about and leave masks masks, so counts travel as masks.
-        times = range(1, min(MAX_REMASK_COUNT, int(counts.max())) + 1)
-        marks = [augmented(answers.masked_fill(counts >= k, task.mask_id)).tokens == task.mask_id for k in times]
-        given, states = augmented(self.given[rows]).tokens, augmented(self.tokens[rows])
-        return states, given, torch.stack([torch.zeros_like(given), *(mark.long() for mark in marks)]).sum(0)
+        states, given = augmented(self.tokens[rows]), augmented(self.given[rows]).tokens
+        values = self.values[rows].to(generator.device) if len(self.values) else None
+        counts = counts.to(generator.device)
+        if type(task).augment is not Task.augment and (values is not None or bool(counts.any())):
+            whole = answers.masked_fill(answers == task.mask_id, 0)
+            came_from = self._sources(task, lambda marked: augmented(whole.masked_fill(marked, task.mask_id)).tokens)
+            counts = counts.gather(1, came_from)
+            values = None if values is None else values.gather(1, came_from)
+        return Sample(states.tokens, states.answers, given, counts, values)
+
+    @staticmethod
+    def _sources(task: Task, augmented: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, L) int64, where the symbol of each position stood before a symmetry.
+
+        Symmetries move symbols about and leave masks masks, so the bits of a position's number travel as masks. Prompts
+        stay whole, since a symmetry may look at them.
+        """
+        position = torch.arange(task.length)
+        source = torch.zeros((), dtype=torch.long)
+        for bit in range((task.length - 1).bit_length()):
+            marked = (position >> bit & 1).bool() & (position >= task.prompt_length)
+            source = source + ((augmented(marked) == task.mask_id).long() << bit)
+        return source
 
 
 def _intervene(action: Tensor, seen: Observation, answer: Tensor, rates: Tensor, generator: torch.Generator) -> Tensor:

@@ -168,6 +168,9 @@ def test_collecting_never_leaves_the_answer_path() -> None:
     check_states(states, task.mask_id, denoiser, 2.0)
 
 
+NONE = {"values": torch.zeros(0)}
+
+
 def test_sampling_states(sudoku6) -> None:
     """The share of certain states, fresh symmetries that stay consistent with their answers, and pools of one kind."""
     states = States(sudoku6)
@@ -175,32 +178,32 @@ def test_sampling_states(sudoku6) -> None:
     uncertain = torch.arange(20) < 5
     given = instances.answers
     boards = {"tokens": instances.tokens, "answers": instances.answers, "given": given}
-    states.load_state_dict(boards | {"uncertain": uncertain, "remask_count": torch.zeros_like(given)})
+    states.load_state_dict(boards | {"uncertain": uncertain, "remask_count": torch.zeros_like(given)} | NONE)
     holes = {tuple(h): i for i, h in enumerate((instances.tokens == 6).sum(1, keepdim=True).tolist())}
     assert len(holes) > 1
 
-    drawn, given, remask_count = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
-    assert len(drawn) == 40
-    assert torch.equal(given, drawn.answers), "what they began with is under the same symmetry"
-    assert torch.equal(remask_count, torch.zeros_like(given))
+    drawn = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
+    assert len(drawn.tokens) == 40
+    assert torch.equal(drawn.given, drawn.answers), "what they began with is under the same symmetry"
+    assert torch.equal(drawn.remask_count, torch.zeros_like(given))
     blank = drawn.tokens == sudoku6.mask_id
     assert torch.equal(drawn.tokens[~blank], drawn.answers[~blank])
-    assert sudoku6.valid(drawn.answers, drawn).all()
-    again, *_ = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
+    assert sudoku6.valid(drawn.answers, Instances(drawn.tokens, drawn.answers)).all()
+    again = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
     assert torch.equal(again.tokens, drawn.tokens)
     assert len({tuple(row) for row in drawn.tokens.tolist()}) == 40, "under new symmetries"
 
     plain = TableTask(torch.ones(2, 2))  # without symmetries, rows can be told apart
     few = States(plain)
     tokens = torch.tensor([[2, 0], [2, 1], [0, 2], [1, 2]])
-    both = {"tokens": tokens, "answers": tokens, "given": tokens, "remask_count": torch.zeros_like(tokens)}
+    both = {"tokens": tokens, "answers": tokens, "given": tokens, "remask_count": torch.zeros_like(tokens)} | NONE
     few.load_state_dict(both | {"uncertain": torch.tensor([True, True, False, False])})
     for certain_fraction, expected in ((0.25, 10), (0.0, 0), (1.0, 40)):
-        got = few.sample(plain, 40, certain_fraction, torch.Generator().manual_seed(0))[0].tokens
+        got = few.sample(plain, 40, certain_fraction, torch.Generator().manual_seed(0)).tokens
         assert int((got[:, 1] == 2).sum()) == expected
     for kind in (True, False):
         few.load_state_dict(both | {"uncertain": torch.full((4,), kind)})
-        assert len(few.sample(plain, 40, 0.25, torch.Generator().manual_seed(0))[0]) == 40
+        assert len(few.sample(plain, 40, 0.25, torch.Generator().manual_seed(0)).tokens) == 40
     few.load_state_dict(few.state_dict())
 
 

@@ -413,8 +413,9 @@ def test_remask_counts_follow_a_board_under_its_symmetries() -> None:
     states.tokens, states.answers, states.given = instances.tokens, instances.answers, instances.tokens
     states.remask_count = instances.answers  # 0 to 5 times, by symbol: more than three are three
     states.uncertain = torch.ones(20, dtype=torch.bool)
-    boards, given, remask_count = states.sample(task, 64, 0.0, torch.Generator().manual_seed(0))
-    assert torch.equal(given, boards.tokens)
+    boards = states.sample(task, 64, 0.0, torch.Generator().manual_seed(0))
+    remask_count = boards.remask_count
+    assert torch.equal(boards.given, boards.tokens)
     assert not (remask_count == boards.answers.clamp(max=3)).all(), "symbols have other names now"
     for row in range(64):
         times = [remask_count[row][boards.answers[row] == symbol].unique().tolist() for symbol in range(6)]
