@@ -26,7 +26,7 @@ from tasks import Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, Positive, Share, validate
 from unmask_env.process import Unmasking
 from unmask_env.reference import Oracle, Reference, reference
-from unmask_env.state import FLOOR, Observation
+from unmask_env.state import FLOOR, Observation, Rules
 
 CERTAIN_FRACTION = {"single": 0.15, "set": 0.15, "set+remask": 0.4}
 MANY_TIMES = 30  # over which a state that looks the same each time is learned by heart
@@ -182,24 +182,34 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
 
 def _policies(config: ImitationConfig, process: Unmasking) -> tuple[OrderPolicy | RemaskPolicy, OrderPolicy]:
     """The policy, and its part that is trained."""
+    shape = config.policy if config.reference == "oracle" else replace(config.policy, defer_above=2.0)
+    policy = start_sets(replace(config, policy=shape), process)
+    return policy, part_to_train(policy, config.rules)
+
+
+def start_sets(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPolicy:
+    """``config.init``, or a new policy that trusts its belief; where positions may be masked again, with a second
+    network that learns when."""
     actions = config.rules.actions
     if config.init is None:
-        shape = config.policy if config.reference == "oracle" else replace(config.policy, defer_above=2.0)
         arguments = (process.task, process.denoiser, config.seed)
-        policy = new_policy(shape, *arguments, belief_weight=1.0, sets=actions != "single")
-    else:
-        policy = load_init(config, process)
-        if isinstance(policy, OrderPolicy) and actions == "set+remask":
-            if bool(policy.remaskable_embedding.any()):
-                raise UnmaskError(
-                    f"{config.init} masks positions again with the network that fills them; start from a policy that "
-                    "was trained with --actions set"
-                )
-            policy = RemaskPolicy.start(policy)
-    policy = policy.to(process.device)
+        return new_policy(config.policy, *arguments, belief_weight=1.0, sets=actions != "single").to(process.device)
+    policy = load_init(config, process)
+    if isinstance(policy, OrderPolicy) and actions == "set+remask":
+        if bool(policy.remaskable_embedding.any()):
+            raise UnmaskError(
+                f"{config.init} masks positions again with the network that fills them; start from a policy that "
+                "was trained with --actions set"
+            )
+        policy = RemaskPolicy.start(policy)
+    return policy.to(process.device)
+
+
+def part_to_train(policy: OrderPolicy | RemaskPolicy, rules: Rules) -> OrderPolicy:
+    """Of a policy that also masks again, the network that the actions of ``rules`` are about."""
     if isinstance(policy, OrderPolicy):
-        return policy, policy
-    return policy, policy.remask if actions == "set+remask" else policy.fill
+        return policy
+    return policy.remask if rules.actions == "set+remask" else policy.fill
 
 
 def _collect(config: ImitationConfig, process: Unmasking, policy: OrderPolicy | RemaskPolicy, states: States) -> None:

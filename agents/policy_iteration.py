@@ -21,25 +21,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agents.imitation import CERTAIN_FRACTION, part_to_train, set_imitation_loss, start_sets
 from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
-from agents.setup import TrainConfig, descend, finish, make_optimizer, setup
-from agents.states import States
+from agents.setup import Setup, TrainConfig, descend, finish, make_optimizer, setup
+from agents.states import States, at_random_height
 from pretrain.checkpoint import step_generator
 from pretrain.masking import gumbel
 from pretrain.run import Run, set_learning_rate
-from tasks.settings import AtLeast1, AtLeast2, NotNegative, Positive
+from tasks import Instances, UnmaskError
+from tasks.settings import AtLeast0, AtLeast1, AtLeast2, NotNegative, Positive
 from unmask_env.distributions import Categorical, ranked
 from unmask_env.process import Unmasking
-from unmask_env.reference import Policy, Reference
-from unmask_env.state import Observation, State
+from unmask_env.reference import Policy, Reference, SoftmaxConfidence, SoftThreshold
+from unmask_env.state import Observation, Rules, State
 
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
+HEIGHT_BOARDS = 50  # boards of sets that are played at the same threshold
 WARMUP = 50  # steps over which the learning rate rises
 
 
@@ -66,8 +70,15 @@ class PolicyIterationConfig(TrainConfig):
     """boards per forward while playing"""
     lr: NotNegative = 2e-3
     weight_decay: NotNegative = 0.01
-    candidates: AtLeast2 = 64
-    """positions that are tried at a state, drawn from the reference where there are more"""
+    labels: Literal["auto", "values", "boards"] = "auto"
+    """what a state is labelled with: the values of single decisions, each played out, or the best finished board that
+    was rewarded. Default: values for single positions, and for sets boards, but values where rewards are graded"""
+    candidates: AtLeast2 | None = None
+    """positions that are tried at a state, drawn from the reference where there are more; default: 64, of sets 8"""
+    retries: AtLeast0 = 16
+    """samples of play until a board is rewarded"""
+    error_cost: Positive = 20.0
+    """cost of one wrong symbol relative to one position left masked (sets)"""
     continuations: AtLeast1 = 1
     """how often each is played to the end; the value is the mean. The same random numbers fill the boards of all
     candidates of a state"""
@@ -76,7 +87,7 @@ class PolicyIterationConfig(TrainConfig):
     the reward: the values are then those of the regularised objective at any beta"""
     levels: AtLeast1 = 6
     """uncertain states of a board that are evaluated at most, one after the other"""
-    capacity: AtLeast1 = 4000
+    capacity: AtLeast1 = 40_000
     """states kept to fit; the oldest are forgotten"""
     save_every: AtLeast1 = 100
     log_every: AtLeast1 = 20
@@ -161,6 +172,8 @@ class Player:
                 uniform = torch.rand(shape, generator=generator, device=reward.device)[group[rows]]
             state, gained = self.process.step(state, seen, action, uniform)
             reward[rows] += gained - cost
+        if not ended:
+            return state, reward
         order = torch.cat([part for part, _ in ended]).argsort()
         return State.join([part for _, part in ended], torch.cat)[order], reward
 
@@ -170,7 +183,7 @@ def in_parts(state: State, rows: int) -> list[State]:
     return [state[part] for part in torch.arange(len(state), device=state.tokens.device).split(max(1, rows))]
 
 
-# ---------------------------------------------------------------------- evaluation: values of single decisions
+# ---------------------------------------------------------------------- labels
 def values_of(
     config: PolicyIterationConfig, player: Player, seen: Observation, state: State, generator: torch.Generator
 ) -> Tensor:
@@ -201,47 +214,128 @@ def values_of(
     return values
 
 
+def finished_boards(
+    config: PolicyIterationConfig, player: Player, state: State, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(S, L) the best finished board that play from each state reaches, and (S,) bool whether it was rewarded.
+
+    The first try is greedy, further ones sample the policy at uncertain states, until the reward is 1.
+    """
+    tokens, best = state.tokens.clone(), torch.full((len(state),), -torch.inf, device=state.tokens.device)
+    for attempt in range(1 + config.retries):
+        for rows in (best < 1).nonzero().squeeze(1).split(config.rows):
+            end, reward = player.play(state[rows], generator, sample=attempt > 0)
+            better = reward > best[rows]
+            tokens[rows[better]], best[rows[better]] = end.tokens[better], reward[better]
+    return tokens, best > 0
+
+
+def label(
+    config: PolicyIterationConfig, player: Player, seen: Observation, state: State, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(S, L) symbols, and (S, L) what filling each position with its symbol is worth, NaN where that is not known."""
+    if config.labels == "values":
+        values = values_of(config, player, seen, state, generator)
+        return torch.where(values.isnan(), player.process.task.mask_id, seen.denoised.best), values
+    board, rewarded = finished_boards(config, player, state, generator)
+    return board, torch.where(seen.fillable & rewarded.unsqueeze(1), 1.0, torch.nan)
+
+
+def best_symbols_values(labels: str, seen: Observation, answers: Tensor, values: Tensor) -> Tensor:
+    """(N, L) what filling each position with the denoiser's symbol is worth, NaN where that is not known: of another
+    symbol than the one that was tried nothing is; of another than a rewarded board's it is 0."""
+    same = answers == seen.denoised.best
+    values = values.masked_fill(~seen.masked, torch.nan)
+    return values.masked_fill(~same, torch.nan) if labels == "values" else torch.where(same, values, values * 0.0)
+
+
+# ---------------------------------------------------------------------- play that meets the states to learn from
 @torch.no_grad()
-def evaluate(
+def play_positions(
     config: PolicyIterationConfig, player: Player, states: States, generator: torch.Generator
 ) -> dict[str, float]:
-    """Play new puzzles from one uncertain state to the next, and add to ``states`` those where the choice matters, with
-    the values of its candidates; what to log."""
-    task = player.process.task
-    state = player.process.reset(task.sample(config.puzzles, generator))
-    state = state[(state.masked.sum(1)).argsort(stable=True)]  # rows of a part end together
-    counted = {"states": 0, "informative": 0}
+    """Play new puzzles from one uncertain state to the next, and add to ``states`` those where the choice matters; what
+    to log."""
+    process = player.process
+    instances = process.task.sample(config.puzzles, generator)
+    by_length = (instances.tokens == process.task.mask_id).sum(1).argsort(stable=True)  # rows of a part end together
+    state = process.reset(instances[by_length])
+    met = informative = 0
     for _ in range(config.levels):
         reached = [player.play(part, generator, to_uncertain=True)[0] for part in in_parts(state, config.rows)]
         state = State.join(reached, torch.cat)
-        state = state[~state.done]
-        if not len(state):
+        if bool(state.done.all()):
             break
         followed = []
-        for part in in_parts(state, config.rows):
-            seen = player.process.observe(part)
-            values = values_of(config, player, seen, part, generator)
+        for part in in_parts(state[~state.done], config.rows):
+            seen = process.observe(part)
+            answers, stored = label(config, player, seen, part, generator)
+            values = best_symbols_values(config.labels, seen, answers, stored)
             known = ~values.isnan()
-            most, least = values.nan_to_num(-torch.inf).amax(1), values.nan_to_num(torch.inf).amin(1)
+            most = values.masked_fill(~known, -torch.inf).amax(1)
+            least = values.masked_fill(~known, torch.inf).amin(1)
             matters = most > least
-            counted["states"] += len(part)
-            counted["informative"] += int(matters.sum())
-            answers = seen.denoised.best.masked_fill(~known, task.mask_id)
-            given, count = part.instances.tokens, part.remask_count
-            columns = {"tokens": part.tokens, "answers": answers, "given": given, "values": values}
-            columns |= {"remask_count": count, "uncertain": torch.ones_like(matters)}
-            states.add(config.capacity, **{name: column[matters] for name, column in columns.items()})
-            goes_on = (most > 0) | config.sampled  # a board that is lost has nothing more to tell
-            scores = player.reference(seen).entry_log_probs() + values / max(FOLLOWED, player.beta)
+            _keep(config, states, part[matters], answers[matters], stored[matters])
+            met, informative = met + len(part), informative + int(matters.sum())
+            # A board that is lost has nothing more to tell, nor has a choice that loses it.
+            rows = (known.any(1) & ((most > 0) | config.sampled)).nonzero().squeeze(1)
             hopeful = known & ((values > least.unsqueeze(1)) | ~matters.unsqueeze(1) | config.sampled)
-            action = Categorical.of(scores.masked_fill(~hopeful, 0.0), hopeful).sample(generator)
-            uniform = player.process.uniform(part, generator if player.process.temperature > 0 else None)
-            following, _ = player.process.step(part, seen, action, uniform)
-            followed.append(following[goes_on & ~following.done])
+            scores = player.reference(seen).entry_log_probs() + values / max(FOLLOWED, player.beta)
+            chosen = Categorical.of(scores.masked_fill(~hopeful, 0.0)[rows], hopeful[rows]).sample(generator)
+            uniform = process.uniform(part[rows], generator if process.temperature > 0 else None)
+            followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
-        if not len(state):
-            break
-    return {name: float(value) for name, value in counted.items()}
+    return {"states": float(met), "informative": float(informative)}
+
+
+def _keep(config: PolicyIterationConfig, states: States, state: State, answers: Tensor, values: Tensor) -> None:
+    columns = {"tokens": state.tokens, "answers": answers, "given": state.instances.tokens, "values": values}
+    uncertain = torch.ones(len(state), dtype=torch.bool)
+    states.add(config.capacity, **columns, remask_count=state.remask_count, uncertain=uncertain)
+
+
+@torch.no_grad()
+def play_sets(
+    config: PolicyIterationConfig,
+    player: Player,
+    process: Unmasking,
+    policy: OrderPolicy | RemaskPolicy | None,
+    states: States,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Play new puzzles by sets, at thresholds of every height, and add the states on the way to ``states``, labelled by
+    ``player``, who plays one position at a time; what to log.
+
+    Where one answer is right, a puzzle's states share its label; else each is played to its own end.
+
+    Args:
+        policy: plays the sets; None: confidence thresholds.
+    """
+    task = process.task
+    instances = task.sample(config.puzzles, generator)
+    if config.labels == "boards" and (task.one_answer or config.rules.actions == "set+remask"):
+        board, rewarded = finished_boards(config, player, player.process.reset(instances), generator)
+        won = Instances(instances.tokens[rewarded.cpu()], board[rewarded].cpu())
+        new = States(task)
+        new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=HEIGHT_BOARDS)
+        columns = {name: column for name, column in vars(new).items() if name != "values"}
+        states.add(config.capacity, **columns, values=torch.where(new.tokens == task.mask_id, 1.0, torch.nan))
+        return {"states": float(len(new)), "labelled": float(rewarded.float().mean())}
+    met = kept = 0
+    for rows in torch.arange(len(instances)).split(HEIGHT_BOARDS):
+        hasty = at_random_height(config.rules, policy, generator)
+        filled = generator if process.temperature > 0 else None
+        played = process.rollout(hasty, instances[rows], generator if hasty.sampled else None, filled, record=True)
+        tokens = torch.cat([step.observation.tokens[step.alive] for step in played.steps])
+        whose = torch.cat([step.alive.nonzero().squeeze(1) for step in played.steps])
+        start = player.process.reset(instances[rows])[whose]
+        for part in in_parts(replace(start, tokens=tokens, masked=tokens == task.mask_id), config.rows):
+            seen = player.process.observe(part)
+            answers, values = label(config, player, seen, part, generator)
+            useful = (values > 0).any(1)
+            _keep(config, states, part[useful], answers[useful], values[useful])
+            met, kept = met + len(part), kept + int(useful.sum())
+    return {"states": float(met), "labelled": kept / max(1, met)}
 
 
 # ---------------------------------------------------------------------- improvement
@@ -267,20 +361,60 @@ def value_loss(policy: OrderPolicy, seen: Observation, values: Tensor) -> Tensor
         values = values - values.nanmean(1, keepdim=True)
     target = ((values - low) / (high - low)).nan_to_num(0.0).clamp(0.0, 1.0)
     beliefs, read = policy.read(seen)
-    odds = [belief_log_odds(seen, belief, seen.denoised.best) for belief in beliefs[:-1]]
-    odds.append(policy.head.log_odds(seen, beliefs[-1], read))
-    parts = [F.binary_cross_entropy_with_logits(each, target, reduction="none") for each in odds]
-    return sum((part * known).sum() for part in parts) / known.sum().clamp(min=1) / len(parts)
+    last = policy.head.log_odds(seen, beliefs[-1], read)
+    odds = [*(belief_log_odds(seen, belief, seen.denoised.best) for belief in beliefs[:-1]), last]
+    return sum(mean_cross_entropy(each, target, known) for each in odds) / len(odds)
 
 
-def batch_of(
-    config: PolicyIterationConfig, process: Unmasking, states: States, generator: torch.Generator
-) -> tuple[Observation, Tensor]:
-    """States under new symmetries, as a policy sees them, and (N, L) the values of their candidates. A value is known
-    where the denoiser's symbol is the one that was tried."""
-    drawn = states.sample(process.task, config.batch, 0.0, generator)
+def set_value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, error_cost: float) -> Tensor:
+    """Scalar: of sets, the cross-entropies of a position's value being its state's highest, under the odds that it is
+    filled and under each pass's belief in its symbol."""
+    known = ~values.isnan()
+    right = (values >= values.masked_fill(~known, -torch.inf).amax(1, keepdim=True)).float()
+    beliefs, read = policy.read(seen)
+    fill = policy.head.log_odds(seen, beliefs[-1], read)[:, : policy.length] + math.log(error_cost)
+    odds = [belief_log_odds(seen, belief, seen.denoised.best) for belief in beliefs]
+    believed = sum(mean_cross_entropy(each, right, known) for each in odds) / len(odds)
+    return mean_cross_entropy(fill, right, known) + believed
+
+
+def mean_cross_entropy(odds: Tensor, target: Tensor, among: Tensor) -> Tensor:
+    """Scalar: over positions ``among`` (N, L) bool, of Bernoulli variables with log-odds ``odds`` to ``target``."""
+    parts = F.binary_cross_entropy_with_logits(odds, target, reduction="none")
+    return (parts * among).sum() / among.sum().clamp(min=1)
+
+
+def loss_of(
+    config: PolicyIterationConfig,
+    process: Unmasking,
+    policy: OrderPolicy | RemaskPolicy,
+    states: States,
+    generator: torch.Generator,
+) -> Tensor:
+    """Scalar: of a batch of states under new symmetries and with fresh forwards of the denoiser."""
+    certain = CERTAIN_FRACTION[config.rules.actions]
+    drawn = states.sample(process.task, config.batch, certain, generator)
+    # Which positions may be chosen does not depend on blocks here: a policy is to know all of them.
     seen = replace(process, rules=replace(process.rules, block_length=None)).observe(drawn.state(process))
-    return seen, drawn.values.masked_fill((drawn.answers != seen.denoised.best) | ~seen.masked, torch.nan)
+    seen = replace(seen, history=None)
+    if config.rules.actions != "single" and config.labels == "boards":
+        trained = part_to_train(policy, config.rules)
+        return set_imitation_loss(trained, seen, drawn.answers, config.error_cost, trained is policy)
+    values = best_symbols_values(config.labels, seen, drawn.answers, drawn.values)
+    if config.rules.actions == "single":
+        return value_loss(policy, seen, values)
+    return set_value_loss(policy, seen, values, config.error_cost)
+
+
+class OneByOne(Policy):
+    """A policy over sets, played one position at a time: in proportion to the odds that each is filled."""
+
+    def __init__(self, policy: OrderPolicy | RemaskPolicy) -> None:
+        self.policy, self.reads_hidden = policy, policy.reads_hidden
+
+    def __call__(self, seen: Observation) -> Categorical:
+        alone = replace(seen, remaskable=None, remask_count=None)
+        return Categorical.of(self.policy.log_odds(alone)[:, : self.policy.length], seen.fillable)
 
 
 # ---------------------------------------------------------------------- the loop
@@ -289,29 +423,80 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
 
     ``process`` and what is raised are as in :func:`agents.upo.train`.
     """
-    config, process, g, policy = setup(config, process, belief_weight=1.0, beta=config.beta)
+    config, process, g, policy = _start(config, process)
     optimizer, states = make_optimizer(config, policy), States(process.task)
-    total, beta = config.iterations * config.steps, config.beta if config.sampled else 0.0
+    total = config.iterations * config.steps
     run = Run(config, total, {"policy": policy, "optimizer": optimizer, "states": states}, "policy iteration")
     with run:
         for step in run.loop():
             iteration, within = divmod(step, config.steps)
             if within == 0:
                 run.note(f"iteration {iteration + 1}: playing")
-                first = iteration == 0 and config.init is None
-                player = Player.of(process, g if first else policy.eval(), g, policy.config.defer_above, beta)
                 generator = step_generator(process.device, config.seed, iteration, 4 << 16)
-                scalars = evaluate(config, player, states, generator)
-                if first and len(states):
+                trusted = None if iteration == 0 and config.init is None else policy.eval()
+                run.log({f"play/{k}": v for k, v in _play(config, process, g, trusted, states, generator).items()})
+                if not len(states):
+                    raise UnmaskError(_nothing_to_learn(config, process))
+                if iteration == 0 and isinstance(policy, OrderPolicy) and policy.actions == "single":
                     set_value_range(policy, states)
-                run.log({f"play/{name}": value for name, value in scalars.items()})
             policy.train()
             generator = step_generator(process.device, config.seed, step, 5 << 16)
-            seen, values = batch_of(config, process, states, generator)
+            loss = loss_of(config, process, policy, states, generator)
             decay = 0.52 + 0.48 * math.cos(math.pi * step / total)
             set_learning_rate(optimizer, config.lr * decay * min(1.0, (step + 1) / WARMUP))
-            loss = value_loss(policy, seen, values)
             descend(config, optimizer, list(policy.parameters()), loss)
             if (step + 1) % config.log_every == 0:
                 run.log({"loss": loss.item()}, f"loss {loss.item():.3f}, {len(states)} states")
     return finish(config, policy)
+
+
+def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
+    """The parts of the run, the settings that were left open filled in."""
+    sets = config.rules.actions != "single"
+    ready = setup(config, process, belief_weight=1.0, beta=0.0 if sets else config.beta)
+    config, process = ready.config, ready.process
+    policy = start_sets(config, process) if sets else ready.policy
+    labels = config.labels
+    if labels == "auto":
+        labels = "boards" if sets and not graded(process, config.seed) else "values"
+    if config.rules.actions == "set+remask" and labels == "values":
+        labels = "boards"  # values of single decisions say nothing of masking again
+    candidates = config.candidates or (8 if sets else 64)
+    config = replace(config, labels=labels, candidates=candidates)
+    return ready._replace(config=config, policy=policy)
+
+
+def graded(process: Unmasking, seed: int) -> bool:
+    """Whether some boards are rewarded with neither 0 nor 1, of a few that are filled by confidence."""
+    generator = torch.Generator(process.device).manual_seed(seed)
+    filled = generator if process.temperature > 0 else None
+    rules = replace(process.rules, actions="single", remask_budget=None)
+    played = replace(process, rules=rules).rollout(SoftThreshold(), process.task.sample(64, generator), None, filled)
+    return not bool(((played.reward == 0) | (played.reward == 1)).all())
+
+
+def _play(
+    config: PolicyIterationConfig,
+    process: Unmasking,
+    g: Reference,
+    policy: OrderPolicy | RemaskPolicy | None,
+    states: States,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """One iteration's play. ``policy`` None: the reference plays."""
+    if config.rules.actions == "single":
+        beta = config.beta if config.sampled else 0.0
+        defer_above = config.policy.defer_above if policy is None else policy.config.defer_above
+        player = Player.of(process, g if policy is None else policy, g, defer_above, beta)
+        return play_positions(config, player, states, generator)
+    alone = replace(process, rules=Rules(block_length=process.rules.block_length))
+    single = SoftmaxConfidence()
+    player = Player.of(alone, single if policy is None else OneByOne(policy), single, config.policy.defer_above, 0.0)
+    return play_sets(config, player, process, policy, states, generator)
+
+
+def _nothing_to_learn(config: PolicyIterationConfig, process: Unmasking) -> str:
+    return (
+        f"no state of {config.puzzles} puzzles of {process.task.name} has a choice that changes the reward, or play "
+        "earned none; take more puzzles, a lower --defer-above, or a reward that tells more boards apart"
+    )

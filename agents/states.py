@@ -22,6 +22,15 @@ REMASK_RATES = (0.0, 0.3, 1.0)  # shares, by board, of the wrong symbols that ar
 FALSE_REMASK_RATE = 0.36  # right symbols masked again for it in each forward, were the board full
 
 
+def at_random_height(rules: Rules, player: OrderPolicy | RemaskPolicy | None, generator: torch.Generator) -> Policy:
+    """``player`` at a random threshold, or a confidence threshold between 0.3 and 1: together, play of every haste."""
+    height = float(torch.rand((), generator=generator, device=generator.device))
+    if player is None:
+        return SoftThreshold(0.3 + 0.69 * height, tau=0.02)
+    low, high = THRESHOLD_LOG_ODDS[rules.actions]
+    return player.at(1 / (1 + math.exp(-low - (high - low) * height)))
+
+
 class Sample(NamedTuple):
     """States under new symmetries, (n, L) each; see :class:`States`."""
 
@@ -91,9 +100,15 @@ class States:
         instances: Instances,
         generator: torch.Generator,
         player: OrderPolicy | RemaskPolicy | None = None,
+        answers: Tensor | None = None,
+        boards: int = 200,
     ) -> None:
         """Play ``instances`` by confidence thresholds between 0.3 and 1, or by ``player`` at thresholds of all heights,
         and keep the states on the way.
+
+        Args:
+            answers: (N, K, L) that count as right; default: all that the task knows.
+            boards: how many are played at the same threshold.
 
         Where mistakes are final, those with a wrong symbol are left out: on a lost board nothing is right however
         confident it looks. Where they are not, the ``uncertain`` states are the boards with a wrong symbol.
@@ -104,16 +119,11 @@ class States:
         enough = max(8, math.ceil(length / 3)) if remasks else length
         process = replace(process, rules=replace(rules, nfe_budget=rules.nfe_budget or enough), temperature=0.0)
         kept: list[tuple[Tensor, ...]] = []
-        for rows in torch.arange(len(instances)).split(200):
+        for rows in torch.arange(len(instances)).split(boards):
             part = instances[rows].to(process.device)
-            height = float(torch.rand((), generator=generator, device=generator.device))
-            if player is None:
-                policy: Policy = SoftThreshold(0.3 + 0.69 * height, tau=0.02)
-            else:
-                low, high = THRESHOLD_LOG_ODDS[rules.actions]
-                policy = player.at(1 / (1 + math.exp(-low - (high - low) * height)))
+            policy = at_random_height(rules, player, generator)
             draws = generator if policy.sampled else None
-            oracle = Oracle(process.task.all_answers(part))
+            oracle = Oracle(process.task.all_answers(part) if answers is None else answers[rows].to(process.device))
             rates = None
             if remasks:
                 which = torch.randint(len(REMASK_RATES), (len(part), 1), generator=generator, device=generator.device)
