@@ -5,7 +5,8 @@ Shapes: N sequences, L positions, V symbols, C coordinates per position, D chann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -86,6 +87,42 @@ class CoordinateEmbedding(nn.Module):
         return sum(table(column) for table, column in zip(self.tables, self.coordinates.unbind(1), strict=True))
 
 
+def encode(network: Backbone | Reader, x: Tensor, attends: Tensor | None = None) -> Tensor:
+    """(N, L, D) embeddings to the states after all blocks and the norm."""
+    rotation = None
+    if network.rotary:
+        rotation = rotations(x.shape[1], x.shape[2] // network.blocks[0].heads, x.device)
+    for block in network.blocks:
+        x = block(x, attends, rotation)
+    return network.norm(x)
+
+
+def run_passes(
+    num_passes: int,
+    embed: Callable[[Tensor | None, int], Tensor],
+    states_of: Callable[[Tensor], Tensor],
+    logits_of: Callable[[Tensor], Tensor],
+    belief: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Read a sequence several times with shared weights, each time with the last belief over symbols in place of the
+    masks: a later pass can use what an earlier one has found. Gradients run through all passes.
+
+    Args:
+        embed: the last belief, None before the first, and the number of the pass from 0, to embeddings (N, L, D).
+        states_of: embeddings to states (N, L, D). logits_of: states to logits (N, L, K).
+        belief: (N, L, K) probabilities to begin with.
+
+    Returns:
+        Per pass the belief as (N, L, K) log-probabilities, and the states after the last one.
+    """
+    beliefs = []
+    for number in range(num_passes):
+        states = states_of(embed(belief, number))
+        beliefs.append(logits_of(states).log_softmax(-1))
+        belief = beliefs[-1].exp()
+    return beliefs, states
+
+
 def init_weights(module: nn.Module, layers: int) -> None:
     """N(0, 1 / fan-in) for matrices, residual projections scaled by 1 / sqrt(2 * layers); N(0, 0.1^2) for embeddings.
 
@@ -107,6 +144,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
     For masking it is not told the diffusion time: the optimal prediction depends on the visible tokens only (Ou et al.
     2024, arXiv 2406.03736). For uniform noise it is told how likely each symbol is still clean.
 
+    A *recurrent* denoiser has several passes (``num_passes``). The first is that of a model with one. Each later has,
+    in place of the mask's embedding, the expected embedding of the symbols under the last pass's belief: what an order
+    policy's :class:`Reader` sees, so a reader copied from it goes on where the denoiser has stopped.
+
     Args:
         vocab_size: V, number of symbols. Input tokens are 0 .. V, where V is the mask.
         coordinates: (L, C) integer coordinates of the positions, as nested lists.
@@ -121,6 +162,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         block_length: positions see their own block of this many and those before; 1 is autoregressive. None: all.
         c1, c2: of the order ``context``; the paper's best.
         prompt_length: how many first positions are always given; it has learned to predict those behind them alone.
+        num_passes: how often it reads the sequence; more than 1 for noise ``mask`` without an order or blocks.
     """
 
     def __init__(
@@ -140,6 +182,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         c1: float = 0.7,
         c2: float = 0.65,
         prompt_length: int = 0,
+        num_passes: int = 1,
     ) -> None:
         super().__init__()
         kinds = ("denoiser",) if noise == "mask" else get_args(Prediction)
@@ -159,7 +202,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
             )
         if block_length is not None and not 1 <= block_length <= len(coordinates):
             raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
-        self.vocab_size, self.length, self.dim = vocab_size, len(coordinates), dim
+        if num_passes < 1 or (num_passes > 1 and (noise, order, block_length) != ("mask", "none", None)):
+            raise ValueError(
+                f"num_passes must be at least 1, and 1 with uniform noise, an order or blocks, not {num_passes}"
+            )
+        self.vocab_size, self.length, self.dim, self.num_passes = vocab_size, len(coordinates), dim, num_passes
         self.noise, self.predicts, self.fingerprint = noise, predicts, fingerprint
         self.block_length, self.rotary, self.prompt_length = block_length, rotary, prompt_length
         own = None  # (L, V) bool, which symbols a position may hold
@@ -202,30 +249,48 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         return Uniform(every if self.own is None else self.own)
 
     def trunk(self, tokens: Tensor, alpha: Tensor | None = None, is_noise: Tensor | None = None) -> Tensor:
-        """(N, L, D) states before the head. For the arguments see :meth:`forward`."""
+        """(N, L, D) states before the head, of the first pass. For the arguments see :meth:`forward`."""
         attends = None
         if self.block_length is not None:
             block = blocks_of(self.length, self.block_length).to(tokens.device)
             attends = block.unsqueeze(1) >= block
-        x, rotation = self.symbols(tokens) + self.positions(), self._rotation(tokens.device)  # (N, L, D)
+        x = self.symbols(tokens) + self.positions()  # (N, L, D)
         if self.noise == "uniform":
             alpha = alpha.expand(tokens.shape).clamp(1e-4, 1 - 1e-4).float()  # 1 where a symbol is given
             x = x + self.level(torch.stack([alpha, torch.logit(alpha) / 10], -1))
         if self.predicts == "absorbing":
             x = x + self.is_noise(is_noise.long())
-        for layer in self.blocks:
-            x = layer(x, attends, rotation)
-        return self.norm(x)
+        return encode(self, x, attends)
 
-    def _rotation(self, device: torch.device) -> Tensor | None:
-        return rotations(self.length, self.dim // self.blocks[0].heads, device) if self.rotary else None
+    def passes(
+        self, tokens: Tensor, num_passes: int | None = None, belief: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Per pass the belief as (N, L, V) log-probabilities, and the states (N, L, D) after the last pass.
+
+        Args:
+            tokens: (N, L) int64. num_passes: None: as many as it was made for.
+            belief: (N, L, V) probabilities of a pass to go on from; None: begin with the first.
+        """
+        masked, symbols = (tokens == self.mask_id).unsqueeze(-1), self.symbols(tokens)
+
+        def embed(belief: Tensor | None, number: int) -> Tensor:
+            if belief is None:
+                return symbols + self.positions()
+            return torch.where(masked, belief @ self.symbols.weight[:-1], symbols) + self.positions()
+
+        return run_passes(num_passes or self.num_passes, embed, partial(encode, self), self.logits, belief)
 
     def forward(self, tokens: Tensor, alpha: Tensor | None = None, is_noise: Tensor | None = None) -> Output:
         """Args:
         tokens: (N, L) int64.
         alpha: with uniform noise, (N, 1) or (N, L): how likely a symbol is still clean; 1 where it is given.
         is_noise: (N, L) bool, of a model that predicts ``absorbing``: where the symbol is the position's noise symbol.
+
+        Returns: of the last pass.
         """
+        if self.num_passes > 1:
+            beliefs, hidden = self.passes(tokens)
+            return Output(beliefs[-1], hidden)
         hidden = self.trunk(tokens, alpha, is_noise)
         logits = self.logits(hidden)
         if self.predicts == "absorbing":
@@ -252,17 +317,16 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         same, before = block.unsqueeze(1) == block, block.unsqueeze(1) > block
         attends = torch.cat([torch.cat([same, before], 1), torch.cat([torch.zeros_like(same), same | before], 1)])
         x = self.symbols(torch.cat([noisy, clean], 1)) + self.positions().repeat(2, 1)  # (N, 2 L, D)
-        rotation = self._rotation(noisy.device)
-        if rotation is not None:
-            rotation = rotation.repeat(1, 2, 1)
+        rotation = None
+        if self.rotary:
+            rotation = rotations(self.length, self.dim // self.blocks[0].heads, noisy.device).repeat(1, 2, 1)
         for layer in self.blocks:
             x = layer(x, attends, rotation)
         return self.logits(self.norm(x[:, : self.length]))
 
 
 class Reader(nn.Module):
-    """Reads a partly masked sequence ``num_passes`` times with shared weights, each time with its last belief over
-    symbols in place of the masks: a later pass can use what an earlier one has found.
+    """Reads a partly masked sequence ``num_passes`` times; see :func:`run_passes`.
 
     Args:
         vocab_size: symbols that it knows. coordinates: (L, C) integer coordinates, as nested lists.
@@ -331,21 +395,12 @@ class Reader(nn.Module):
             symbols: (N, L, K) int64, which symbols the belief is over; None: all, in their order.
             revisable: (N, L) bool, filled positions at which later passes read the belief, too.
         """
-        believes = masked.unsqueeze(-1)
-        rotation = None
-        if self.rotary:
-            rotation = rotations(known.shape[1], known.shape[-1] // self.blocks[0].heads, known.device)
-        beliefs = []
-        for _ in range(self.num_passes):
-            x = known + self._expected_embedding(belief, symbols) * believes
-            for block in self.blocks:
-                x = block(x, rotation=rotation)
-            x = self.norm(x)
-            beliefs.append(self._logits(x, symbols).log_softmax(-1))
-            belief = beliefs[-1].exp()
-            if revisable is not None:
-                believes = believes | revisable.unsqueeze(-1)
-        return beliefs, x
+
+        def embed(belief: Tensor, number: int) -> Tensor:
+            believes = masked if revisable is None or number == 0 else masked | revisable
+            return known + self._expected_embedding(belief, symbols) * believes.unsqueeze(-1)
+
+        return run_passes(self.num_passes, embed, partial(encode, self), partial(self._logits, symbols=symbols), belief)
 
     def _expected_embedding(self, belief: Tensor, symbols: Tensor | None) -> Tensor:
         if symbols is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tasks
 from pretrain.backbone import Backbone, parameter_count
-from pretrain.checkpoint import save_model, step_generator
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, save_model, step_generator
 from pretrain.objectives.learned_order import block_loss, learned_order_loss
-from pretrain.objectives.masked import masked_diffusion_loss
+from pretrain.objectives.masked import losses_of_passes, masked_diffusion_loss
 from pretrain.objectives.uniform import uniform_loss
 from pretrain.run import Run, decayed_groups, distributed, resolve_device, set_learning_rate
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, Share, ShareBelow1, validate
@@ -77,7 +78,7 @@ class PretrainConfig:
     def objective(
         self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
     ) -> tuple[Tensor, Tensor]:
-        """Scalars: what to differentiate, and the estimate of the loss in nats per position.
+        """What to differentiate, a scalar, and the estimate of the loss in nats per position, a scalar or one per pass.
 
         Args:
             clean: (N, L) int64. done: share of the steps before this one.
@@ -94,7 +95,31 @@ class PretrainConfig:
 class MDMConfig(PretrainConfig):
     """Masked diffusion: every position alike."""
 
+    passes: AtLeast1 = 1
+    """how often the denoiser reads a sequence, each time with its last belief in place of the masks; weights are
+    shared, and the loss is the mean over the passes"""
+    init: str | None = None
+    """start from this masked denoiser (packaged name, folder or hub id), whose sizes are taken"""
+
     takes_prompts = True
+
+    def architecture(self) -> dict[str, Any]:
+        return {"num_passes": self.passes}
+
+    def check(self, task: tasks.Task) -> None:
+        super().check(task)
+        if self.init is not None and Path(self.init).resolve() == Path(self.out).resolve():
+            raise tasks.UnmaskError(f"--init and --out are the same folder, {self.out}; name another --out")
+
+    def objective(
+        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
+    ) -> tuple[Tensor, Tensor]:
+        if model.num_passes == 1:
+            return super().objective(model, clean, generator, done)
+        losses = losses_of_passes(
+            lambda noisy: model.passes(noisy)[0], clean, model.mask_id, generator, model.prompt_length
+        )
+        return losses.mean(), losses.detach()
 
 
 @dataclass(frozen=True)
@@ -259,21 +284,41 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 def new_backbone(config: PretrainConfig, task: tasks.Task) -> Backbone:
-    """An untrained model for ``task``; the seed draws its weights."""
+    """An untrained model for ``task``, whose weights the seed draws; or one that starts from ``config.init``."""
+    base = load_init(config.init, task) if isinstance(config, MDMConfig) and config.init is not None else None
+    sizes = (config.dim, config.layers, config.heads)
+    if base is not None:
+        sizes = (base.dim, len(base.blocks), base.blocks[0].heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Backbone(
+        model = Backbone(
             task.vocab_size,
             task.coordinates.tolist(),
-            config.dim,
-            config.layers,
-            config.heads,
+            *sizes,
             vocabularies=task.vocabularies,
             rotary=task.is_line,
             fingerprint=task.fingerprint,
             prompt_length=task.prompt_length,
             **config.architecture(),
         )
+    if base is not None:
+        model.load_state_dict(base.state_dict())
+    return model
+
+
+def load_init(name: str, task: tasks.Task) -> Backbone:
+    """The masked denoiser ``name``, to go on from. Raises :class:`tasks.UnmaskError` if it does not fit ``task``."""
+    base = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
+    task.check_denoiser(base.vocab_size, base.length, base.fingerprint)
+    if base.noise != "mask" or base.order.learned or base.block_length is not None:
+        raise tasks.IncompatibleDenoiserError(
+            f"denoiser {name} has uniform noise, a learned order or blocks; --init takes those of unmask pretrain mdm"
+        )
+    if not torch.equal(base.positions.coordinates, task.coordinates) or base.rotary != task.is_line:
+        raise tasks.IncompatibleDenoiserError(
+            f"the positions of denoiser {name} stand elsewhere than those of {task.name}"
+        )
+    return base
 
 
 def parameter_groups(config: PretrainConfig, model: Backbone) -> list[dict[str, Any]]:
@@ -285,6 +330,12 @@ def parameter_groups(config: PretrainConfig, model: Backbone) -> list[dict[str, 
     others = [group | {"params": [p for p in group["params"] if id(p) not in order]} for group in groups]
     ordering = [group | {"params": [p for p in group["params"] if id(p) in order]} for group in groups]
     return others + [group | {"multiple": config.order_lr} for group in ordering]
+
+
+def losses(means: Sequence[float]) -> dict[str, float]:
+    """What is logged of the passes' losses: their mean, and each where there are several."""
+    each = {f"loss/pass_{number}": value for number, value in enumerate(means, 1)} if len(means) > 1 else {}
+    return {"loss": sum(means) / len(means)} | each
 
 
 def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone:
@@ -315,6 +366,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     )
     if config.compile:
         model.compile()
+        model.passes = torch.compile(model.passes)
     objective: nn.Module = Objective(model, config)
     if world > 1:
         # Before its start an order's parameters have no gradients.
@@ -338,8 +390,10 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             averaged.update_parameters(model)
             total, counted = total + bound, counted + 1
             if (step + 1) % config.log_every == 0:
-                mean, total, counted = float(total) / counted, torch.zeros_like(total), 0
-                run.log({"loss": mean, "grad_norm": float(norm), "lr": learning_rate(config, step)}, f"loss {mean:.4f}")
+                means = [value / counted for value in total.reshape(-1).tolist()]  # one per pass
+                total, counted = torch.zeros_like(total), 0
+                note = "loss " + " ".join(f"{value:.4f}" for value in means)
+                run.log(losses(means) | {"grad_norm": float(norm), "lr": learning_rate(config, step)}, note)
     trained: Backbone = averaged.module
     if rank == 0:
         save_model(trained, Path(config.out), half=config.half)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +15,12 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.uniform import ALPHA_MIN
 from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
+from tasks.settings import AtLeast1, check
 from unmask_env.language_models import HFDenoiser
-from unmask_env.state import WHOLE, Denoised
+from unmask_env.state import CHUNK, WHOLE, Denoised
 
+Read = Literal["unsure", "always"]
+SURE = 0.97  # confidence from which on a masked position is sure
 HUGGING_FACE = "hf:"  # before the names of models of transformers
 
 
@@ -39,22 +45,37 @@ class FrozenDenoiser:
     positions hold noise symbols, always the same ones. At that time they carry no information, so this is P(x_0 | what
     is given), as of a masked model.
 
+    A recurrent one takes its further passes only for rows where the first pass leaves no masked position sure; each row
+    is what it would be alone, and :attr:`unmask_env.state.Denoised.passes` counts. A call counts as one forward.
+
     Args:
-        model: returns an output with ``logits`` (N, L, V) and ``hidden`` (N, L, D).
-        task: checked against the model's vocabulary and length.
-        device: where the model is put.
+        model: a backbone. task: checked against the model's vocabulary and length. device: where the model is put.
+        passes: the most that a recurrent model takes; None: as many as it was trained with.
+        read: when it takes them: ``unsure``, where no masked position's confidence reaches 0.97, or ``always``.
 
     Raises:
-        IncompatibleDenoiserError: saying what the task needs.
+        IncompatibleDenoiserError: saying what the task needs. UnmaskError: several passes of a model trained with one.
     """
 
-    def __init__(self, model: Backbone, task: Task, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Backbone,
+        task: Task,
+        device: torch.device | str = "cpu",
+        passes: AtLeast1 | None = None,
+        read: Read = "unsure",
+    ) -> None:
         task.check_denoiser(model.vocab_size, model.length, model.fingerprint)
         if model.noise == "uniform" and model.predicts != "absorbing":
             raise IncompatibleDenoiserError(
                 f"this denoiser was trained with uniform noise and predicts {model.predicts!r}, which does not know "
                 "where the noise is; environments take masked denoisers and those of unmask pretrain audm"
             )
+        check("passes", passes, AtLeast1 | None)
+        check("read", read, Read)
+        if passes is not None and passes > 1 and model.num_passes == 1:
+            raise IncompatibleDenoiserError(f"this denoiser was trained to read once, so it takes no {passes} passes")
+        self.passes, self.read = passes or model.num_passes, read
         self.model: Backbone = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.hidden_dim: int | None = model.dim
@@ -67,23 +88,51 @@ class FrozenDenoiser:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
         self.calls += 1
-        if self.vocab_size > WHOLE and self._noise is None and where is not None:
-            return self._at(tokens, where)
-        if self._noise is None:
-            logits, hidden = self.model(tokens)
-        else:
+        if self._noise is not None:
             masked = tokens == self.model.mask_id
             alpha = torch.where(masked, ALPHA_MIN, 1.0)
-            logits, hidden = self.model(torch.where(masked, self._noise, tokens), alpha, masked)
-        return self._of(logits, hidden)
+            return self._of(*self.model(torch.where(masked, self._noise, tokens), alpha, masked))
+        hidden = self.model.trunk(tokens)
+        denoised = self._denoised(hidden, where)
+        if self.passes == 1:
+            return denoised
+        denoised = replace(denoised, passes=torch.ones(len(tokens), dtype=torch.long, device=tokens.device))
+        rows = self._unsure(denoised, tokens).nonzero().squeeze(1)
+        if not len(rows):
+            return denoised
+        again = self._denoised(self._read_again(tokens[rows], hidden[rows]), None if where is None else where[rows])
+        again = replace(again, passes=torch.full_like(rows, self.passes))
+        return Denoised.join([denoised, again], lambda parts: parts[0].index_copy(0, rows, parts[1]))
+
+    def _unsure(self, denoised: Denoised, tokens: Tensor) -> Tensor:
+        """(N,) bool: the rows of which further passes are taken."""
+        masked = tokens == self.model.mask_id
+        if self.read == "always":
+            return masked.any(1)
+        best = denoised.best_log_prob.masked_fill(~masked, -torch.inf).max(1).values
+        return (best < math.log(SURE)) & masked.any(1)
+
+    def _read_again(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """(N, L, D) states after the last pass, from those after the first; some rows at a time, as each pass makes a
+        belief (L, V) of a row."""
+        some = max(1, CHUNK // (self.length * self.vocab_size))
+        states = []
+        for x, first in zip(tokens.split(some), hidden.split(some), strict=True):
+            belief = self.model.logits(first).log_softmax(-1).exp()
+            states.append(self.model.passes(x, self.passes - 1, belief)[1])
+        return torch.cat(states)
+
+    def _denoised(self, hidden: Tensor, where: Tensor | None) -> Denoised:
+        if self.vocab_size > WHOLE and where is not None:
+            return self._at(hidden, where)
+        return self._of(self.model.logits(hidden), hidden)
 
     def _of(self, logits: Tensor, hidden: Tensor) -> Denoised:
         log_probs, order_weights = self.model.order.reverse(logits.float(), hidden)
         return Denoised.of(log_probs, hidden, order_weights if self.model.order.learned else None)
 
-    def _at(self, tokens: Tensor, where: Tensor) -> Denoised:
+    def _at(self, hidden: Tensor, where: Tensor) -> Denoised:
         """Of a large vocabulary, the head is applied where it is asked for."""
-        hidden = self.model.trunk(tokens)
         if self.model.order.learned:  # its weights may need a row's logits everywhere: one row at a time
             rows = [
                 self._of(self.model.logits(hidden[row : row + 1]), hidden[row : row + 1]) for row in range(len(hidden))
@@ -137,6 +186,7 @@ class TableDenoiser:
 def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: torch.device | str = "cpu") -> Denoiser:
     """A denoiser by packaged name, folder or hub id; a backbone is wrapped; a denoiser is returned as it is.
 
+    A name may carry how a recurrent one reads: ``sudoku6-recurrent:passes=6,read=always``; see :class:`FrozenDenoiser`.
     ``hf:`` and a folder or hub id is a model of ``transformers``, with the options of
     :class:`unmask_env.language_models.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``.
 
@@ -149,7 +199,10 @@ def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: 
             raise UnmaskError(f"denoiser {source!r} must be hf:SOURCE, followed by options; not task or device")
         return HFDenoiser(**options, task=task, device=device)
     if isinstance(source, str | Path):
-        source = load_model(Backbone, source, PACKAGED_DENOISERS, "denoiser")
+        name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
+        model = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
+        frozen = partial(FrozenDenoiser, model, task, device)
+        return frozen(**read_options(f"denoiser {str(source)!r}", text if colon else None, frozen))
     if isinstance(source, Backbone):
         return FrozenDenoiser(source, task, device)
     if hasattr(source, "vocab_size") and hasattr(source, "length"):

@@ -103,6 +103,7 @@ class Denoised:
         log_probs: (N, L, V) float32 in the order of the symbols, if all are shown; else None.
         hidden: (N, L, D), where the denoiser gives some.
         order_weights: (N, L), where it has learned an order: the larger, the sooner a position is filled.
+        passes: (N,) int64, how many network passes each row took; None: one.
     """
 
     vocab_size: int
@@ -112,6 +113,7 @@ class Denoised:
     _symbols: Tensor | None = None
     _values: Tensor | None = None
     _entropy: Tensor | None = None
+    passes: Tensor | None = None
 
     @classmethod
     def of(cls, log_probs: Tensor, hidden: Tensor | None = None, order_weights: Tensor | None = None) -> Denoised:

@@ -10,6 +10,8 @@ Every member is a choice of two velocities: A of the process that masks, and Â 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,8 +53,28 @@ def masked_diffusion_loss(
     Returns:
         Scalar float32: the bound divided by the number of positions behind the prompt, averaged over the batch.
     """
+
+    def beliefs(noisy: Tensor) -> list[Tensor]:
+        return [model(noisy).logits.float().log_softmax(-1)]
+
+    return losses_of_passes(beliefs, clean, mask_id, generator, prompt_length)[0]
+
+
+def losses_of_passes(
+    beliefs: Callable[[Tensor], Sequence[Tensor]],
+    clean: Tensor,
+    mask_id: int,
+    generator: torch.Generator,
+    prompt_length: int = 0,
+) -> Tensor:
+    """(P,) the same estimate for each pass over the same noisy sequences.
+
+    Args:
+        beliefs: maps (N, L) tokens to (N, L, V) log-probabilities per pass, as :meth:`Backbone.passes` does.
+    """
     t = masking.low_discrepancy_times(clean.shape[0], generator).unsqueeze(1)
     behind = torch.arange(clean.shape[1], device=clean.device) >= prompt_length
     noisy = masking.mask(clean, t * behind, mask_id, generator)
-    cross_entropy = cross_entropies(model(noisy).logits.float().log_softmax(-1), clean)
-    return integrand(cross_entropy, 1 / t, 1 / t, noisy == mask_id).mean() / (clean.shape[1] - prompt_length)
+    masked, positions = noisy == mask_id, clean.shape[1] - prompt_length
+    losses = [integrand(cross_entropies(belief.float(), clean), 1 / t, 1 / t, masked) for belief in beliefs(noisy)]
+    return torch.stack([loss.mean() / positions for loss in losses])

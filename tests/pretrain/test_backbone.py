@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tasks
-from pretrain.backbone import Backbone, Block, CoordinateEmbedding, parameter_count, rotations, turn
+from pretrain.backbone import Backbone, Block, CoordinateEmbedding, Reader, parameter_count, rotations, turn
 
 
 def tiny(coordinates: list[list[int]], vocab_size: int = 5, seed: int = 0, **sizes: int) -> Backbone:
@@ -158,3 +158,86 @@ def test_blocks_in_one_pass_with_rotary(block_length: int) -> None:
 def test_rotary_needs_pairs_of_channels() -> None:
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         Backbone(5, [[0], [1]], dim=6, layers=1, heads=2, rotary=True)
+
+
+# ---------------------------------------------------------------------- several passes
+def recurrent(num_passes: int, **sizes: int) -> tuple[Backbone, Backbone]:
+    """One with a single pass and one with several, with the same weights."""
+    return tiny(GRID, **sizes), tiny(GRID, num_passes=num_passes, **sizes)
+
+
+def test_the_first_pass_is_that_of_the_model_with_one() -> None:
+    one, several = recurrent(3)
+    assert one.state_dict().keys() == several.state_dict().keys()
+    x = tokens(4, 6, 6)
+    expected = one(x)
+    beliefs, _ = several.passes(x)
+    assert torch.equal(beliefs[0], expected.logits.log_softmax(-1)), "to the bit"
+    assert torch.equal(several.trunk(x), expected.hidden)
+    assert torch.equal(several.passes(x, num_passes=1)[1], expected.hidden)
+    assert not torch.allclose(beliefs[1], beliefs[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_later_passes_by_hand() -> None:
+    """Masks give way to the expected embedding of the last belief; what is visible stays."""
+    _, model = recurrent(3)
+    x = tokens(4, 6, 6)
+    logits = model.head(model.trunk(x))
+    expected = [logits.log_softmax(-1)]
+    for _ in range(2):
+        embedding = model.positions() + model.symbols(x)
+        for row, position in (x == 5).nonzero().tolist():
+            belief = expected[-1][row, position].exp()
+            mean = sum(belief[v] * model.symbols.weight[v] for v in range(5))
+            embedding[row, position] = model.positions()[position] + mean
+        for block in model.blocks:
+            embedding = block(embedding)
+        expected.append(model.head(model.norm(embedding)).log_softmax(-1))
+    beliefs, hidden = model.passes(x)
+    torch.testing.assert_close(beliefs, expected)
+    torch.testing.assert_close(model(x).logits, expected[-1])
+    assert torch.equal(model(x).hidden, hidden)
+    resumed, states = model.passes(x, 2, beliefs[0].exp())
+    assert torch.equal(resumed[-1], beliefs[-1]), "from the first belief on"
+    assert torch.equal(states, hidden)
+
+
+def test_a_board_without_masks_is_read_the_same_in_every_pass() -> None:
+    _, model = recurrent(3)
+    first, second, third = model.passes(tokens(4, 6, 5))[0]
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+def test_the_gradient_of_the_last_pass_reaches_the_first() -> None:
+    """Only the first pass sees the mask's embedding, and only later ones the table of symbols at masked positions."""
+    _, model = recurrent(2)
+    blank = torch.full((2, 6), 5)
+    model.passes(blank)[0][-1][..., 0].sum().backward()
+    gradient = model.symbols.weight.grad.abs().sum(1)
+    assert gradient[5] > 0, "through the belief"
+    assert (gradient[:5] > 0).all()
+    model.zero_grad()
+    model.passes(blank)[0][0][..., 0].sum().backward()
+    assert (model.symbols.weight.grad[:5] == 0).all()
+
+
+def test_a_reader_copied_from_a_recurrent_denoiser_goes_on_where_it_stopped() -> None:
+    _, model = recurrent(2)
+    reader = Reader(5, GRID, 16, 2, 4, num_passes=2)
+    reader.copy_from(model)
+    x = tokens(4, 6, 6)
+    masked = x == 5
+    beliefs, _ = model.passes(x, num_passes=4)
+    read, _ = reader(reader.embed(x, masked), beliefs[1].exp(), masked)
+    torch.testing.assert_close(read, beliefs[2:])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_passes": 0}, {"noise": "uniform"}, {"block_length": 2}, {"order": "positions"}, {"order": "context"}],
+)
+def test_several_passes_are_refused_where_they_make_no_sense(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="num_passes must be at least 1, and 1 with uniform noise, an order or blocks"):
+        Backbone(5, GRID, 16, 1, 2, **{"num_passes": 2, **settings})

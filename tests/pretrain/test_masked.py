@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.backbone import Backbone
 from pretrain.masking import low_discrepancy_times, mask
 from pretrain.objectives.masked import masked_diffusion_loss
+from pretrain.train import MDMConfig
 
 V, L, M = 2, 3, 2
 SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (8, 3)
@@ -218,3 +220,29 @@ def test_half_precision_logits_are_summed_in_float32():
     loss = masked_diffusion_loss(Half(), SEQUENCES, M, generator(6))
     assert loss.dtype == torch.float32
     assert torch.equal(loss, masked_diffusion_loss(rounded, SEQUENCES, M, generator(6)))
+
+
+# ---------------------------------------------------------------------- several passes
+@pytest.mark.parametrize("prompt_length", [0, 1])
+def test_the_loss_of_several_passes_by_hand(prompt_length: int) -> None:
+    """One estimate per pass over the same noisy sequences; what is trained is their mean."""
+    torch.manual_seed(0)
+    model = Backbone(V, [[i] for i in range(L)], 8, 1, 2, num_passes=3, prompt_length=prompt_length)
+    clean, repeat = SEQUENCES, generator(2)
+    t = low_discrepancy_times(len(clean), repeat).unsqueeze(1)
+    noisy = mask(clean, t * (torch.arange(L) >= prompt_length), M, repeat)
+    expected = []
+    for log_p in (belief.detach() for belief in model.passes(noisy)[0]):
+        total = 0.0
+        for n, l_at in itertools.product(range(len(clean)), range(L)):
+            if noisy[n, l_at] == M:
+                total -= float(log_p[n, l_at, clean[n, l_at]]) / float(t[n])
+        expected.append(total / len(clean) / (L - prompt_length))
+    assert len({round(value, 4) for value in expected}) == 3, "the passes differ"
+    config = MDMConfig("t", "out", passes=3)
+    loss, each = config.objective(model, clean, generator(2), 0.0)
+    assert each.tolist() == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert not each.requires_grad
+    loss.backward()
+    assert (model.head.bias.grad != 0).all()

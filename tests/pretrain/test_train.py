@@ -20,7 +20,7 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, CheckpointError, load_model, load_state, save_state, step_generator
 from pretrain.objectives.masked import masked_diffusion_loss
 from pretrain.run import Interrupted, decayed_groups
-from pretrain.train import MDMConfig, PretrainConfig, learning_rate, pretrain
+from pretrain.train import ARConfig, AUDMConfig, LoMDMConfig, MDMConfig, PretrainConfig, learning_rate, pretrain
 from tasks import Sudoku, UnknownNameError, UnmaskError
 
 pytestmark = pytest.mark.trains
@@ -306,6 +306,69 @@ def test_resuming_a_state_of_another_program(tmp_path):
     save_state(tmp_path / "run" / "state.safetensors", {"weights": torch.ones(3)})
     with pytest.raises(CheckpointError):
         pretrain(small(tmp_path / "run", resume="must"))
+
+
+# ---------------------------------------------------------------------- several passes, and a start from others
+def test_several_passes_resume_with_the_same_weights_and_are_saved(tmp_path: Path) -> None:
+    pretrain(small(tmp_path / "whole", passes=3))
+    with pytest.raises(Interrupted):
+        pretrain(small(tmp_path / "run", passes=3), task=Stopping(4))
+    pretrain(small(tmp_path / "run", passes=3, resume="auto"))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    assert load_model(Backbone, tmp_path / "run", PACKAGED_DENOISERS, "denoiser").num_passes == 3
+
+
+def test_each_pass_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr("pretrain.run.Run.log", lambda self, values, note="": logged.append(values))
+    pretrain(small(tmp_path / "run", passes=2))
+    assert len(logged) == 3
+    for values in logged:
+        assert values["loss"] == pytest.approx((values["loss/pass_1"] + values["loss/pass_2"]) / 2)
+        assert values["loss/pass_1"] != values["loss/pass_2"]
+
+
+def test_a_run_may_start_from_another_denoiser(finished: Path, tmp_path: Path) -> None:
+    """At learning rate 0 it is that denoiser, of its own sizes, in its first pass."""
+    trained = pretrain(small(tmp_path / "run", init=str(finished), passes=3, lr=0.0, dim=32, layers=3))
+    assert (trained.dim, len(trained.blocks), trained.num_passes) == (16, 1, 3)
+    for key, value in weights(finished).items():
+        assert torch.equal(trained.state_dict()[key], value)
+    tokens = tasks.get("sudoku4").heldout(5).tokens
+    start = load_model(Backbone, finished, PACKAGED_DENOISERS, "denoiser")
+    assert torch.equal(trained.trunk(tokens), start.trunk(tokens))
+    further = pretrain(small(tmp_path / "further", init=str(tmp_path / "run")))
+    assert further.num_passes == 1
+    assert not torch.equal(further.head.weight, trained.head.weight)
+
+
+def test_a_start_that_does_not_fit_is_one_line(finished: Path, tmp_path: Path) -> None:
+    pretrain(AUDMConfig(task="sudoku4", out=str(tmp_path / "uniform"), threads=1, **SMALL))
+    pretrain(ARConfig(task="sudoku4", out=str(tmp_path / "blocks"), threads=1, **SMALL))
+    pretrain(LoMDMConfig(task="sudoku4", out=str(tmp_path / "order"), threads=1, **SMALL))
+    out = tmp_path / "run"
+    plain = Sudoku(2, 2)
+    # As many symbols and positions, which stand in a line.
+    line = type("Line", (Sudoku,), {"coordinates": property(lambda self: torch.arange(16).unsqueeze(1))})(2, 2)
+    for init, task, message in (
+        ("sudoku6-tiny", plain, "sudoku4 has 4 symbols and 16 positions; this denoiser was trained for 6 symbols"),
+        ("sudoku5", plain, "unknown denoiser 'sudoku5'; known: "),
+        (tmp_path / "nothing" / "here", plain, "the folder does not exist"),
+        (
+            tmp_path / "uniform",
+            plain,
+            "uniform noise, a learned order or blocks; --init takes those of unmask pretrain",
+        ),
+        (tmp_path / "blocks", plain, "uniform noise, a learned order or blocks"),
+        (tmp_path / "order", plain, "uniform noise, a learned order or blocks"),
+        (finished, line, "stand elsewhere than those of"),
+        (f"{tmp_path}/x/../run", plain, "--init and --out are the same folder"),
+    ):
+        with pytest.raises(UnmaskError) as caught:
+            pretrain(small(out, init=str(init)), task=task)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not out.exists(), "nothing was written"
 
 
 # ---------------------------------------------------------------------- two processes

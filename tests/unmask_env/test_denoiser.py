@@ -9,6 +9,7 @@ import torch
 
 import tasks
 from pretrain.backbone import Backbone
+from pretrain.checkpoint import save_model
 from pretrain.train import AUDMConfig, MDMConfig, pretrain
 from tasks import IncompatibleDenoiserError, UnmaskError
 from tests.oracles import enumeration
@@ -235,3 +236,148 @@ def test_sampled_filling_of_a_large_vocabulary_draws_among_the_shown_symbols() -
     frequency = (drawn.unsqueeze(1) == shown).double().mean(0)
     assert float(frequency.sum()) == 1.0
     assert ((frequency - chance).abs() <= 5 * (chance * (1 - chance) / n).sqrt() + 1e-9).all()
+
+
+# ---------------------------------------------------------------------- several passes
+def recurrent(task: tasks.Task, sharpness: float = 1.0, num_passes: int = 3) -> Backbone:
+    """The larger ``sharpness``, the surer it is."""
+    torch.manual_seed(1)
+    model = backbone(task, num_passes=num_passes)
+    with torch.no_grad():
+        model.head.weight.mul_(sharpness)
+    return model
+
+
+def by_hand(model: Backbone, tokens: torch.Tensor, most: int, always: bool = False) -> tuple[torch.Tensor, list[int]]:
+    """(N, L, V) probabilities after the passes that each row takes, and how many they are, one row at a time."""
+    probabilities, counts = [], []
+    for row in tokens:
+        masked = row == model.mask_id
+        belief = model.head(model.trunk(row[None])).softmax(-1)
+        sure = not masked.any() or (not always and float(belief[0, masked].max()) >= 0.97)
+        for _ in range(0 if sure else most - 1):
+            embedding = torch.where(masked[:, None], belief[0] @ model.symbols.weight[:-1], model.symbols(row))
+            x = (embedding + model.positions())[None]
+            for block in model.blocks:
+                x = block(x)
+            belief = model.head(model.norm(x)).softmax(-1)
+        probabilities.append(belief[0].detach())
+        counts.append(1 if sure else most)
+    return torch.stack(probabilities), counts
+
+
+def mixed_boards(task: tasks.Task) -> torch.Tensor:
+    """Some complete, some nearly empty."""
+    instances = task.heldout(40)
+    share = torch.linspace(0, 1, 40).unsqueeze(1)
+    given = torch.rand(instances.tokens.shape, generator=torch.Generator().manual_seed(0)) < share
+    tokens = torch.where(given, instances.answers, instances.tokens)
+    tokens[-1] = instances.answers[-1]
+    return tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"passes": 5}, {"passes": 2, "read": "always"}, {"passes": 1}])
+@torch.no_grad()
+def test_adaptive_passes_are_those_of_a_loop_by_hand(options: dict) -> None:
+    task = tasks.get("sudoku4")
+    model = recurrent(task, sharpness=4.0)
+    tokens = mixed_boards(task)
+    denoiser = FrozenDenoiser(model, task, **options)
+    denoised = denoiser(tokens)
+    most, always = options.get("passes", 3), options.get("read") == "always"
+    expected, counts = by_hand(model, tokens, most, always)
+    torch.testing.assert_close(denoised.log_probs.exp(), expected, rtol=1e-4, atol=1e-5)
+    if most > 1:
+        assert denoised.passes.tolist() == counts
+        assert denoised.passes.dtype == torch.int64
+        assert set(counts) == {1, most}, "the boards need both"
+    else:
+        assert denoised.passes is None
+    assert denoiser.calls == 1, "a call is one forward"
+    torch.testing.assert_close(model.logits(denoised.hidden).softmax(-1), denoised.log_probs.exp())
+
+
+def test_rows_do_not_depend_on_their_batch() -> None:
+    task = tasks.get("sudoku4")
+    denoiser = FrozenDenoiser(recurrent(task, sharpness=4.0), task)
+    tokens = mixed_boards(task)
+    together = denoiser(tokens)
+    for row in range(len(tokens)):
+        alone = denoiser(tokens[row : row + 1])
+        torch.testing.assert_close(alone.log_probs, together.log_probs[row : row + 1], rtol=1e-4, atol=1e-4)
+        assert torch.equal(alone.passes, together.passes[row : row + 1])
+
+
+def test_only_unsure_rows_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tasks.get("sudoku4")
+    model = recurrent(task, sharpness=4.0)
+    denoiser, tokens, rows = FrozenDenoiser(model, task), mixed_boards(task), []
+    passes = model.passes
+
+    def counted(x: torch.Tensor, *arguments: object) -> object:
+        rows.append(x)
+        return passes(x, *arguments)
+
+    monkeypatch.setattr(model, "passes", counted)
+    denoised = denoiser(tokens)
+    assert torch.equal(torch.cat(rows), tokens[denoised.passes == 3])
+    rows.clear()
+    denoiser(tokens[denoised.passes == 1])
+    assert not rows
+
+
+def test_passes_survive_joining_and_choosing_rows() -> None:
+    task = tasks.get("sudoku4")
+    denoised = FrozenDenoiser(recurrent(task, sharpness=4.0), task)(mixed_boards(task))
+    rows = torch.tensor([39, 0, 7])
+    assert torch.equal(denoised[rows].passes, denoised.passes[rows])
+    assert torch.equal(denoised.without_hidden().passes, denoised.passes)
+    both = Denoised.join([denoised[rows], denoised], torch.cat)
+    assert torch.equal(both.passes, torch.cat([denoised.passes[rows], denoised.passes]))
+    played = rollout(task, FrozenDenoiser(recurrent(task), task), MaxConfidence(), task.heldout(5), record=True)
+    assert all(step.observation.denoised.passes.shape == (5,) for step in played.steps)
+
+
+@torch.no_grad()
+def test_several_passes_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the whole computation, some rows at a time and without a vocabulary axis in the end."""
+    task = Letters()
+    model = recurrent(task, sharpness=10.0)
+    tokens = task.sample(20, torch.Generator().manual_seed(0)).tokens
+    where = tokens == 200
+    expected, counts = by_hand(model, tokens, 3)
+    monkeypatch.setattr("unmask_env.denoiser.CHUNK", 3 * 6 * 200)
+    denoised = FrozenDenoiser(model, task)(tokens, where)
+    assert denoised.passes.tolist() == counts
+    assert set(counts) == {1, 3}
+    values = expected.log().topk(16, -1).values
+    torch.testing.assert_close(denoised.top_log_probs[where], values[where], rtol=1e-3, atol=1e-3)
+    assert not [t.shape for t in tensors_of(denoised) if 200 in t.shape]
+
+
+def test_names_say_how_a_recurrent_denoiser_reads(tmp_path: Path) -> None:
+    task = tasks.get("sudoku4")
+    save_model(recurrent(task), tmp_path / "several")
+    save_model(backbone(task), tmp_path / "one:each")
+    name = str(tmp_path / "several")
+    for text, passes, read in (
+        ("", 3, "unsure"),
+        (":passes=6", 6, "unsure"),
+        (":read=always", 3, "always"),
+        (":passes=1,read=unsure", 1, "unsure"),
+    ):
+        denoiser = load_denoiser(name + text, task)
+        assert (denoiser.passes, denoiser.read) == (passes, read)
+    assert load_denoiser(str(tmp_path / "one:each"), task).passes == 1, "a folder may have a colon in its name"
+    for text, message in (
+        (":passes=0", "passes must be a whole number of at least 1, not 0"),
+        (":passes=x", "passes must be a whole number, not 'x'"),
+        (":read=never", "read must be unsure or always, not 'never'"),
+        (":depth=2", "takes passes, read; not depth"),
+        (":6", "takes passes, read; not source"),
+    ):
+        with pytest.raises(UnmaskError, match=message) as caught:
+            load_denoiser(name + text, task)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(IncompatibleDenoiserError, match="trained to read once, so it takes no 2 passes"):
+        load_denoiser("sudoku4:passes=2", task)
