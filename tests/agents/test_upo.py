@@ -708,7 +708,7 @@ def test_instances_without_holes_among_the_others(tmp_path: Path) -> None:
             tokens[-1] = drawn.answers[-1]
             return Instances(tokens, drawn.answers)
 
-    settings = small(tmp_path, iterations=2, replay_fraction=0.0, minibatches=1)
+    settings = small(tmp_path, iterations=2, minibatches=1)
     trained = upo.train(settings, Unmasking(SometimesFull(), TableDenoiser(BestSequence.joint_table)))
     assert weights(trained).isfinite().all()
 
