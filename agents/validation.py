@@ -29,9 +29,7 @@ from unmask_env.state import Observation
 
 BATCH = 500  # instances per forward
 PATIENCE = 5  # iterations without an informative group before the run says so
-ADVICE = (
-    "try unmask train policy-iteration, more iterations or another --lr; more --validation-puzzles show less"
-)
+ADVICE = "try unmask train policy-iteration, more iterations or another --lr; more --validation-puzzles show less"
 
 
 # ---------------------------------------------------------------------- policies that are watched

@@ -671,11 +671,13 @@ def test_a_short_run_on_sudoku(tmp_path: Path) -> None:
             puzzles=3,
             group=2,
             minibatches=2,
+            imitation=1,
+            validation_puzzles=3,
             threads=1,
         )
         policy = upo.train(settings)
         assert weights(policy).isfinite().all()
-        init = replace(settings, out=str(tmp_path / f"{name}-more"), init=str(tmp_path / name), seed=1)
+        init = replace(settings, imitation=None, out=str(tmp_path / f"{name}-more"), init=str(tmp_path / name), seed=1)
         more = upo.train(init)
         assert not torch.equal(weights(policy), weights(more))
 
