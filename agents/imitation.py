@@ -20,12 +20,13 @@ from agents.policy import OrderPolicy, belief_log_prob, new_policy
 from agents.remask_policy import RemaskPolicy
 from agents.setup import TrainConfig, descend, finish, load_init, make_optimizer, process_of
 from agents.states import States
+from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
 from tasks import Task, UnmaskError
-from tasks.settings import AtLeast1, NotNegative, Positive, Share, validate
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Share, validate
 from unmask_env.process import Unmasking
-from unmask_env.reference import Oracle, Reference, reference
+from unmask_env.reference import Oracle, Reference, default_reference, reference
 from unmask_env.state import FLOOR, Observation, Rules
 
 CERTAIN_FRACTION = {"single": 0.15, "set": 0.15, "set+remask": 0.4}
@@ -61,6 +62,7 @@ class ImitationConfig(TrainConfig):
     weight_decay: NotNegative = 0.01
     log_every: AtLeast1 = 20
     save_every: AtLeast1 = 200
+    validate_every: AtLeast0 = 200
 
 
 def check(config: ImitationConfig) -> ImitationConfig:
@@ -160,6 +162,8 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
     optimizer = make_optimizer(config, trained)
     states = States(task)
     run = Run(config, config.steps, {"policy": policy, "optimizer": optimizer, "states": states}, "imitation")
+    rival = reference(default_reference(config.rules.actions)) if target.sees_answers else target
+    monitor = Validation(config, process, rival, f"imitation {task.name}", gains=target.sees_answers)
     with run:
         if not len(states):
             run.note("collecting states")
@@ -173,10 +177,12 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
             else:
                 loss = set_imitation_loss(trained, seen, answers, config.error_cost, trained is policy)
             decay = 0.52 + 0.48 * math.cos(math.pi * step / config.steps)
-            set_learning_rate(optimizer, config.lr * decay * min(1.0, (step + 1) / 50))
-            descend(config, optimizer, list(trained.parameters()), loss)
-            if (step + 1) % config.log_every == 0:
-                run.log({"loss": loss.item()}, f"loss {loss.item():.3f}")
+            rate = config.lr * decay * min(1.0, (step + 1) / 50)
+            set_learning_rate(optimizer, rate)
+            norm = descend(config, optimizer, list(trained.parameters()), loss)
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps or monitor.due(step + 1):
+                scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
+                monitor.report(run, policy, scalars, f"loss {loss.item():.3f}", config.batch * config.log_every)
     return finish(config, policy)
 
 

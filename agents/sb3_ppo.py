@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from agents.critic import Critic, new_critic
 from agents.policy import OrderPolicy
 from agents.setup import PPOConfig, finish, per_episode, seeded, setup_on_policy
+from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, decayed_groups
 from unmask_env.encoding import LOG_ZERO, decode
@@ -138,6 +139,12 @@ class Tally(BaseCallback):
         return per_episode(rewards, dones, torch.as_tensor(np.stack(log_ratios, 1)) if log_ratios else None)
 
 
+def gradient_norm(model: nn.Module) -> float:
+    """Of the last minibatch, as the library left it: clipped."""
+    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
 # ---------------------------------------------------------------------- the loop
 def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy:
     """Train an order policy with ``MaskablePPO`` and save it in ``config.out``.
@@ -151,7 +158,8 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
     model = make_model(config, vec, policy, critic, steps)
     model.set_logger(Logger(folder=None, output_formats=[]))
     parts = {"policy": policy, "critic": critic, "optimizer": model.policy.optimizer}
-    run = Run(config, config.iterations, parts, f"ppo-sb3 {process.task.name}")
+    title = f"ppo-sb3 {process.task.name}"
+    run, monitor = Run(config, config.iterations, parts, title), Validation(config, process, ready.reference, title)
     with run:
         for iteration in run.loop():
             rate = config.learning_rate(iteration)
@@ -163,5 +171,6 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
                 model.learn(config.num_envs * steps, tally, log_interval=None, reset_num_timesteps=False)
             scalars = tally.summary(model.rollout_buffer.log_ratios)
             scalars |= {name: float(value) for name, value in model.logger.name_to_value.items()}
-            run.log(scalars, f"reward {scalars['reward']:.3f}")
+            scalars |= {"learning_rate": rate, "gradient/clipped_norm": gradient_norm(model.policy)}
+            monitor.report(run, policy, scalars, f"reward {scalars['reward']:.3f}", config.num_envs * steps)
     return finish(config, policy)

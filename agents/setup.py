@@ -17,7 +17,7 @@ from agents.remask_policy import RemaskPolicy
 from pretrain.checkpoint import save_model
 from pretrain.run import decayed_groups, resolve_device
 from tasks import Instances, Task, UnmaskError
-from tasks.settings import AtLeast1, NotNegative, Seed, Share, ShareBelow1, validate
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, Share, ShareBelow1, validate
 from unmask_env import make_process
 from unmask_env.process import Unmasking
 from unmask_env.reference import Learned, Reference, default_reference, reference, require_full_support, require_learned
@@ -49,6 +49,10 @@ class TrainConfig:
     resume: Literal["never", "must", "auto"] = "never"
     """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
     save_every: AtLeast1 = 10
+    validate_every: AtLeast0 = 10
+    """iterations between two looks at validation instances, and one at the end; 0: none"""
+    validation_puzzles: AtLeast1 = 200
+    """instances of each look, played greedily"""
 
 
 @dataclass(frozen=True)
@@ -231,12 +235,13 @@ def make_optimizer(config: TrainConfig, *models: nn.Module) -> torch.optim.Optim
 
 def descend(
     config: TrainConfig, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor
-) -> None:
-    """One step down the gradient, its norm over ``parameters`` clipped."""
+) -> float:
+    """One step down the gradient, its norm over ``parameters`` clipped; the norm before that."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     optimizer.step()
+    return float(norm)
 
 
 def minibatch_epochs(
@@ -257,10 +262,10 @@ def minibatch_epochs(
         shuffled = torch.randperm(count, generator=generator, device=generator.device)
         for rows in shuffled.chunk(config.minibatches):
             loss, parts = loss_of(rows)
+            if loss.requires_grad:  # else the denoiser was confident throughout: there was nothing to decide
+                parts["gradient/norm"] = descend(config, optimizer, parameters, loss)
             for name, value in parts.items():
                 logged.setdefault(name, []).append(value)
-            if loss.requires_grad:  # else the denoiser was confident throughout: there was nothing to decide
-                descend(config, optimizer, parameters, loss)
     return {name: sum(values) / len(values) for name, values in logged.items()}
 
 

@@ -36,6 +36,7 @@ from agents.setup import (
     seeded,
     setup_on_policy,
 )
+from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
 from tasks import UnmaskError
@@ -174,12 +175,14 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
         auto_register_policy_transforms=False,  # the policy has no state to track
     )
     batches = iter(collector)
-    run = Run(config, config.iterations, parts, f"{'grpo' if grouped else 'ppo'}-torchrl {process.task.name}")
+    title = f"{'grpo' if grouped else 'ppo'}-torchrl {process.task.name}"
+    run, monitor = Run(config, config.iterations, parts, title), Validation(config, process, ready.reference, title)
     try:
         with run:
             for iteration in run.loop():
                 generator = step_generator(ready.device, config.seed, iteration, 5 << 16)
-                set_learning_rate(optimizer, config.learning_rate(iteration))
+                rate = config.learning_rate(iteration)
+                set_learning_rate(optimizer, rate)
                 with seeded(generator) as seed:
                     env.set_seed(seed)
                     data = next(batches)  # (num_envs, steps)
@@ -189,8 +192,11 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
                     continue
                 losses = partial(loss_of, loss, frames)
                 scalars = minibatch_epochs(config, optimizer, parameters, len(frames), losses, generator)
-                scalars |= summary(data, config.beta)
-                run.log(scalars, f"reward {scalars['reward']:.3f}")
+                scalars |= summary(data, config.beta, group) | {"learning_rate": rate}
+                said = f"reward {scalars['reward']:.3f}"
+                if grouped:
+                    said += f" informative {scalars['groups/informative']:.0%}"
+                monitor.report(run, policy, scalars, said, config.num_envs * steps)
     finally:
         collector.shutdown()
     return finish(config, policy)
@@ -242,11 +248,17 @@ def loss_of(loss: ClipPPOLoss, frames: TensorDictBase, rows: Tensor) -> tuple[Te
     return total, {f"train/{name}": float(term.detach().mean()) for name, term in terms.items()}
 
 
-def summary(data: TensorDictBase, beta: float) -> dict[str, float]:
-    """:func:`agents.setup.per_episode` of a batch of frames (num_envs, steps)."""
+def summary(data: TensorDictBase, beta: float, group: int = 1) -> dict[str, float]:
+    """:func:`agents.setup.per_episode` of a batch of frames (num_envs, steps), and of groups the share that earned
+    unequally."""
     reward, done = data["next", "reward"].squeeze(-1), data["next", "done"].squeeze(-1)
-    if beta == 0:
-        return per_episode(reward, done, None)
-    log_reference = log_reference_of(data["log_reference"].flatten(0, 1), data["action"].flatten(0, 1))
-    ratio = data["action_log_prob"] - log_reference.view_as(reward)
-    return per_episode(reward + beta * ratio, done, ratio)
+    ratio = None
+    if beta > 0:
+        log_reference = log_reference_of(data["log_reference"].flatten(0, 1), data["action"].flatten(0, 1))
+        ratio = data["action_log_prob"] - log_reference.view_as(reward)
+        reward = reward + beta * ratio  # the task's own
+    scalars = per_episode(reward, done, ratio)
+    if group > 1:
+        earned = reward.sum(1).view(-1, group)
+        scalars["groups/informative"] = ((earned - earned[:, :1]).abs() > 1e-4).any(1).float().mean().item()
+    return scalars

@@ -18,19 +18,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from agents.forks import from_states, uncertain_states
 from agents.policy import OrderPolicy
 from agents.remask_policy import RemaskPolicy
 from agents.replay import Replay
 from agents.setup import RLConfig, Setup, finish, look_ahead, make_optimizer, minibatch_epochs, setup
+from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
 from tasks import Instances, UnmaskError
-from tasks.settings import AtLeast1, AtLeast2, Positive, ShareBelow1
+from tasks.settings import AtLeast0, AtLeast1, AtLeast2, Positive, ShareBelow1
 from unmask_env import exact
 from unmask_env.distributions import Distribution, NoClosedFormError
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference
 from unmask_env.state import Observation, Rollout
+
+IMITATION = 20  # iterations that bring a new policy to a deterministic reference
 
 Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl", "terminal_kl"]
 
@@ -53,7 +57,13 @@ class UPOConfig(RLConfig):
     divergences are those of the distribution sampled from"""
     over_steps: Literal["sum", "mean"] = "sum"
     """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
-    replay_fraction: ShareBelow1 = 0.75
+    imitation: AtLeast0 | None = None
+    """iterations before the others, in which the policy imitates the reference on play of its own; default: 20 where it
+    cannot begin as the reference, as with deterministic ones, else 0"""
+    branch: bool = False
+    """fork a group at an uncertain state of a shared greedy play, so that what its rewards differ by was decided from
+    there on. The instances that come to one are learned from, the others are not"""
+    replay_fraction: ShareBelow1 = 0.0
     """share of instances resampled among those that failed before; 0 trains on fresh ones only"""
 
 
@@ -262,8 +272,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
         UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
-    ready = setup(config, process)
-    config, process, reference, policy = ready
+    config, process, reference, policy = ready = with_imitation(setup(config, process))
     if config.rules.actions != "single" and config.temperature != 1:
         raise UnmaskError(f"policies over sets are sampled at temperature 1, not {config.temperature}")
     regulariser = check_regulariser(config, reference)
@@ -272,23 +281,111 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     behaviour = Tempered(policy, config.temperature)
     optimizer = make_optimizer(config, policy)
     replay = Replay(process.task, config.replay_fraction)
-    parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
-    run = Run(config, config.iterations, parts, f"upo {process.task.name}")
+    parts, title = {"policy": policy, "optimizer": optimizer, "replay": replay}, f"upo {process.task.name}"
+    run = Run(config, config.imitation + config.iterations, parts, title)
+    monitor = Validation(config, process, reference, title)
     with run:
-        for iteration in run.loop():
-            generator = step_generator(ready.device, config.seed, iteration, 1 << 16)
+        for step in run.loop():
+            iteration = step - config.imitation
             policy.eval()
-            batch, instances, scalars = collect(ready, behaviour, replay, regulariser, generator)
-            terminal = None
-            if regulariser == "terminal_kl":
-                graph = exact.enumerate_boards(process, instances, hidden=policy.reads_hidden)
-                terminal = terminal_divergence(graph, behaviour, reference)
-            policy.train()
-            set_learning_rate(optimizer, config.learning_rate(iteration))
-            scalars |= update(ready, behaviour, optimizer, batch, regulariser, terminal, generator)
-            share = scalars["groups/informative"]
-            run.log(scalars, f"reward {scalars['reward/fresh']:.3f}, {share:.0%} of groups informative")
+            if iteration < 0:
+                generator = step_generator(ready.device, config.seed, step, 6 << 16)
+                scalars = imitate(ready, behaviour, optimizer, generator)
+                said = f"imitation {scalars['imitation/cross_entropy']:.3f}"
+            else:
+                generator = step_generator(ready.device, config.seed, iteration, 1 << 16)
+                set_learning_rate(optimizer, config.learning_rate(iteration))
+                scalars = improve(ready, behaviour, optimizer, replay, regulariser, generator)
+                said = f"reward {scalars['reward/fresh']:.3f} informative {scalars['groups/informative']:.0%}"
+            monitor.report(run, policy, scalars, said, int(scalars.pop("steps")))
     return finish(config, policy)
+
+
+# ---------------------------------------------------------------------- where a run begins
+def with_imitation(ready: Setup) -> Setup:
+    """``ready`` with its number of iterations of imitation filled in.
+
+    Raises:
+        UnmaskError: imitation of what is already learned, or of a stochastic reference over sets.
+    """
+    config, _, reference, _ = ready
+    if config.imitation is None:
+        needed = config.init is None and reference.deterministic
+        return ready._replace(config=replace(config, imitation=IMITATION if needed else 0))
+    if config.imitation > 0 and config.init is not None:
+        raise UnmaskError("imitation of the reference would undo what init has learned; leave out one of the two")
+    if config.imitation > 0 and config.rules.actions != "single" and not reference.deterministic:
+        raise UnmaskError(f"over sets only deterministic references are imitated, not {config.reference}")
+    return ready
+
+
+def imitate(
+    ready: Setup, behaviour: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> dict[str, float]:
+    """One iteration of imitation: cross-entropy to the reference on states of the policy's own play."""
+    config, process, reference, policy = ready
+    set_learning_rate(optimizer, config.lr)
+    count = config.puzzles * config.group
+    instances = process.task.sample(count, generator)
+    played = process.rollout(behaviour, instances, generator, fill_stream(config, generator), record=True)
+    batch = flatten(played, torch.zeros(count, device=process.device), reference.looks_back)
+    policy.train()
+
+    def loss_of(rows: Tensor) -> tuple[Tensor, dict[str, float]]:
+        seen = batch.observation[rows]
+        loss = policy(seen).cross_entropy(reference(seen)).mean()
+        return loss, {"imitation/cross_entropy": loss.item()}
+
+    scalars = minibatch_epochs(config, optimizer, list(policy.parameters()), len(batch.action), loss_of, generator)
+    return scalars | {"learning_rate": config.lr, "steps": len(batch.action)}
+
+
+# ---------------------------------------------------------------------- one iteration
+def improve(
+    ready: Setup,
+    behaviour: Policy,
+    optimizer: torch.optim.Optimizer,
+    replay: Replay,
+    regulariser: str,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Play groups, then learn from their rewards; what to log."""
+    _, process, reference, policy = ready
+    batch, instances, scalars = collect(ready, behaviour, replay, regulariser, generator)
+    terminal = None
+    if regulariser == "terminal_kl":
+        graph = exact.enumerate_boards(process, instances, hidden=policy.reads_hidden)
+        terminal = terminal_divergence(graph, behaviour, reference)
+    policy.train()
+    scalars |= update(ready, behaviour, optimizer, batch, regulariser, terminal, generator)
+    rate = optimizer.param_groups[0]["lr"]
+    return scalars | {"learning_rate": rate, "steps": len(batch.action)}
+
+
+def play_groups(
+    ready: Setup, behaviour: Policy, replay: Replay, generator: torch.Generator
+) -> tuple[Rollout, Instances, Tensor]:
+    """``config.puzzles`` groups of trajectories; their instances; and which of these are fresh, (puzzles,) bool."""
+    config, process, _, policy = ready
+    draws = generator, fill_stream(config, generator)
+    if not config.branch:
+        instances, fresh = replay.sample(config.puzzles, generator)
+        played = process.rollout(behaviour, instances.repeat(config.group), *draws, record=True)
+        return played, instances, torch.arange(config.puzzles) < fresh
+    instances, fresh = replay.sample(
+        config.puzzles * config.group, generator
+    )  # of which many may come to no such state
+    above = getattr(policy, "config", config.policy).defer_above
+    forks, found = uncertain_states(process, policy, instances, above, generator)
+    rows = (~found).int().argsort(stable=True)[: config.puzzles]
+    start = forks[rows.repeat_interleave(config.group)]
+    played = from_states(process, start).rollout(behaviour, start.instances, *draws, record=True)
+    return played, instances[rows.to(instances.tokens.device)], (rows < fresh).cpu()
+
+
+def fill_stream(config: UPOConfig, generator: torch.Generator) -> torch.Generator | None:
+    """What draws the symbols, where they are drawn."""
+    return generator if config.fill_temperature > 0 else None
 
 
 def collect(
@@ -296,43 +393,52 @@ def collect(
 ) -> tuple[Batch, Instances, dict[str, float]]:
     """Sample groups of trajectories: the batch to learn from, its instances, and what to log."""
     config, process, reference, _ = ready
-    instances, fresh = replay.sample(config.puzzles, generator)
-    repeated = instances.repeat(config.group)
-    fill_generator = generator if config.fill_temperature > 0 else None
-    played = process.rollout(behaviour, repeated, generator, fill_generator, record=True)
-    reward = played.reward.view(config.puzzles, config.group)
+    played, instances, fresh = play_groups(ready, behaviour, replay, generator)
+    reward = played.reward.view(config.puzzles, config.group).cpu()
     solved = reward
     if config.rules.speed > 0:  # what the task gives, without the count of forwards
-        solved = process.task.reward(played.tokens, repeated.to(process.device)).view_as(reward)
-    replay.add(instances, (solved.mean(1) < 1).cpu())
+        solved = process.task.reward(played.tokens, played.state.instances).view_as(reward).cpu()
+    replay.add(instances, solved.mean(1) < 1)
     batch = flatten(played, group_advantage(played.reward, config.group, config.normalise), reference.looks_back)
-    if regulariser.endswith("_kl"):
-        with torch.no_grad():
-            pi, g = behaviour(batch.observation), reference(batch.observation)
-            try:
-                kl = pi.kl(g)
-            except NoClosedFormError:  # estimated by the action that was drawn
-                kl = batch.old_log_prob - g.log_prob(batch.action)
-        if not bool(kl.isfinite().all()):
-            raise UnmaskError(
-                f"the policy {config.init} chooses positions that the reference {config.reference} never does, "
-                "so the KL is infinite; start from the reference, or use another one or --beta 0"
-            )
-        if regulariser == "step_kl":
-            batch = batch._replace(advantage=regularised_advantage(batch, kl, config.beta, config.group))
+    batch = regularised(ready, behaviour, batch, regulariser)
     if not config.normalise:
         # A group's mean contains the trajectory itself, which shrinks the expected gradient by (G - 1) / G and
         # would let beta weigh more than it says; this makes it the mean of the others.
         batch = batch._replace(advantage=batch.advantage * config.group / (config.group - 1))
     scalars = {
-        "reward/fresh": reward[:fresh].mean().item(),
-        "solved/fresh": solved[:fresh].mean().item(),
+        "reward/fresh": reward[fresh].mean().item(),
+        "solved/fresh": solved[fresh].mean().item(),
         "groups/informative": (reward != reward[:, :1]).any(1).float().mean().item(),
         "nfe": played.nfe.float().mean().item(),
     }
-    if fresh < config.puzzles:
-        scalars["reward/replayed"] = reward[fresh:].mean().item()
+    if not bool(fresh.all()):
+        scalars["reward/replayed"] = reward[~fresh].mean().item()
     return batch, instances, scalars
+
+
+def regularised(ready: Setup, behaviour: Policy, batch: Batch, regulariser: str) -> Batch:
+    """The batch with the divergence still to come in its advantages, where the regulariser is the exact step KL.
+
+    Raises:
+        UnmaskError: the KL is infinite.
+    """
+    config, _, reference, _ = ready
+    if not regulariser.endswith("_kl"):
+        return batch
+    with torch.no_grad():
+        pi, g = behaviour(batch.observation), reference(batch.observation)
+        try:
+            kl = pi.kl(g)
+        except NoClosedFormError:  # estimated by the action that was drawn
+            kl = batch.old_log_prob - g.log_prob(batch.action)
+    if not bool(kl.isfinite().all()):
+        raise UnmaskError(
+            f"the policy {config.init} chooses positions that the reference {config.reference} never does, "
+            "so the KL is infinite; start from the reference, or use another one or --beta 0"
+        )
+    if regulariser == "step_kl":
+        batch = batch._replace(advantage=regularised_advantage(batch, kl, config.beta, config.group))
+    return batch
 
 
 def update(

@@ -136,6 +136,7 @@ def test_a_run_leaves_its_files(finished: dict[str, Path], name: str) -> None:
     config = misled(name, out)
     given = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     filled_in = {"kind": type(config).__name__, "reference": "softmax_confidence"}
+    filled_in |= {"imitation": 0} if name == "upo" else {}  # it starts there
     assert settings == given | filled_in
     policy = load_policy(out, MISLED.task, MISLED.denoiser)
     begun = setup(misled(name, out), MISLED).policy
@@ -335,7 +336,7 @@ def step_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
         monkeypatch.setattr(learner_setup, "_start", lambda *_: begun)
         monkeypatch.setattr(learner_setup, "reference", lambda _: target)
         sizes = {"puzzles": 256, "group": 2} if groups else {"num_envs": 16, "gae_lambda": 1.0}
-        sizes |= {"replay_fraction": 0.0} if name == "upo" else {}
+        sizes |= {"imitation": 0} if name == "upo" else {}
         settings = {
             "beta": BETA, "iterations": 1, "epochs": 1, "minibatches": 1, "grad_clip": 1e9, "lr": 5.0, "threads": 1,
         } | sizes | changes  # fmt: skip

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import tasks
 from agents import upo
+from agents.forks import uncertain_states
 from agents.policy import OrderPolicy, PolicyConfig, load_policy, new_policy
 from agents.replay import Replay
 from agents.setup import setup
@@ -29,7 +31,9 @@ from agents.upo import (
     upo_loss,
 )
 from pretrain.checkpoint import save_model
+from pretrain.run import Interrupted
 from tasks import Instances, UnmaskError
+from tests.agents.test_setup import Misled, scalars
 from tests.oracles.enumeration import TableTask, random_joint
 from tests.oracles.tables import sequence_log_prob
 from tests.toys import JOINT, SEQUENCE_REWARD, FreePolicy, one_of, rollout
@@ -671,11 +675,13 @@ def test_a_short_run_on_sudoku(tmp_path: Path) -> None:
             puzzles=3,
             group=2,
             minibatches=2,
+            imitation=1,
+            validation_puzzles=3,
             threads=1,
         )
         policy = upo.train(settings)
         assert weights(policy).isfinite().all()
-        init = replace(settings, out=str(tmp_path / f"{name}-more"), init=str(tmp_path / name), seed=1)
+        init = replace(settings, imitation=None, out=str(tmp_path / f"{name}-more"), init=str(tmp_path / name), seed=1)
         more = upo.train(init)
         assert not torch.equal(weights(policy), weights(more))
 
@@ -708,7 +714,7 @@ def test_instances_without_holes_among_the_others(tmp_path: Path) -> None:
             tokens[-1] = drawn.answers[-1]
             return Instances(tokens, drawn.answers)
 
-    settings = small(tmp_path, iterations=2, replay_fraction=0.0, minibatches=1)
+    settings = small(tmp_path, iterations=2, minibatches=1)
     trained = upo.train(settings, Unmasking(SometimesFull(), TableDenoiser(BestSequence.joint_table)))
     assert weights(trained).isfinite().all()
 
@@ -749,6 +755,180 @@ def test_more_settings_that_do_not_fit(tmp_path: Path, changes: dict) -> None:
         upo.train(UPOConfig(out=str(tmp_path / "run"), **few | changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+# ---------------------------------------------------------------------- where a run begins
+def imitating(out: Path, **changes: object) -> UPOConfig:
+    return small(out, reference="left_to_right", **{"imitation": 6, "iterations": 4, "puzzles": 4} | changes)
+
+
+def test_a_new_policy_imitates_a_deterministic_reference_first(tmp_path: Path) -> None:
+    """Left to right never begins with position 1; a new policy does in one of three. With a learning rate of 0 in what
+    follows, it is the imitation that does it."""
+    process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table))
+    assert expected_reward(setup(imitating(tmp_path), process).policy) == pytest.approx(1 / 3)
+    trained = upo.train(imitating(tmp_path / "run", imitation=12, iterations=1, beta=0.0), process)
+    assert expected_reward(trained) < 0.1
+    logged = scalars(tmp_path / "run")
+    assert logged["imitation/cross_entropy"][0] == pytest.approx((math.log(3) + math.log(2)) / 3, abs=0.2)
+    assert logged["imitation/cross_entropy"][-1] < 0.3
+    assert len(logged["imitation/cross_entropy"]) == 12
+    assert len(logged["reward/fresh"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounds"),
+    [
+        ({"reference": "left_to_right"}, upo.IMITATION),
+        ({"reference": "entropy"}, upo.IMITATION),
+        ({"reference": "softmax_margin:tau=0.2"}, 0),
+        ({"reference": "top_k:k=2"}, 0),
+        ({"reference": "random", "imitation": 3}, 3),
+        ({"reference": "left_to_right", "imitation": 0}, 0),
+        ({"reference": "left_to_right", "init": "given"}, 0),
+        ({"reference": "factor", "rules": Rules("set")}, upo.IMITATION),
+        ({"reference": "soft_threshold", "rules": Rules("set")}, 0),
+    ],
+)
+def test_how_long_a_run_imitates(tmp_path: Path, changes: dict, rounds: int) -> None:
+    process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table))
+    if "init" in changes:
+        save_model(small_policy(process.task, process.denoiser), tmp_path / "given")
+        changes = changes | {"init": str(tmp_path / "given")}
+    assert upo.with_imitation(setup(small(tmp_path, **changes), process)).config.imitation == rounds
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "given", "imitation": 2}, "imitation of the reference would undo what init has learned"),
+        ({"rules": Rules("set"), "imitation": 2, "reference": None}, "only deterministic references are imitated"),
+    ],
+)
+def test_imitation_that_does_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
+    process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table))
+    if "init" in changes:
+        save_model(small_policy(process.task, process.denoiser), tmp_path / "given")
+        changes = changes | {"init": str(tmp_path / "given")}
+    with pytest.raises(UnmaskError, match=message) as error:
+        upo.train(small(tmp_path / "run", **changes), process)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+class Stopping(BestSequence):
+    """Presses Ctrl-C in the given draw of training instances."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def heldout(self, n: int | None = None, split: str = "test") -> Instances:
+        return super().sample(n, self.split_generator(split))
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().sample(n, generator)
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_run_cut_off_in_its_imitation_and_after_it_ends_with_the_same_weights(tmp_path: Path, branch: bool) -> None:
+    denoiser = TableDenoiser(BestSequence.joint_table)
+    changes = {"branch": branch, "replay_fraction": 0.5, "lr": 4e-3}
+    whole = upo.train(imitating(tmp_path / "whole", **changes), Unmasking(BestSequence(), denoiser))
+    for at, stopped in ((2, 2), (6, 8)):  # in the imitation of 6, and after it
+        with pytest.raises(Interrupted, match=f"stopped at step {stopped} of 10"):
+            upo.train(imitating(tmp_path / "run", resume="auto", **changes), Unmasking(Stopping(at), denoiser))
+    again = upo.train(imitating(tmp_path / "run", resume="must", **changes), Unmasking(BestSequence(), denoiser))
+    assert torch.equal(weights(again), weights(whole))
+    assert scalars(tmp_path / "run")["reward/fresh"] == scalars(tmp_path / "whole")["reward/fresh"]
+    bare = upo.train(imitating(tmp_path / "bare", imitation=0, **changes), Unmasking(BestSequence(), denoiser))
+    assert not torch.equal(weights(bare), weights(whole))
+
+
+# ---------------------------------------------------------------------- UPO's three realisations
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("reference", "regulariser", "imitation"),
+    [("softmax_confidence:tau=0.3", "step_kl", 0), ("max_confidence", "cross_entropy", 2), ("top_k:k=2", "step_kl", 0)],
+    ids=["softmax", "deterministic", "top_k"],
+)
+def test_each_realisation_of_the_paper_trains(tmp_path: Path, reference: str, regulariser: str, imitation: int) -> None:
+    """The first two learn to begin with the position that is rewarded; top-k stays among its k."""
+    process = Unmasking(Misled(), TableDenoiser(Misled().joint))
+    shape = replace(SHAPE, defer_above=2.0)
+    changes = {"reference": reference, "imitation": imitation, "policy": shape, "iterations": 25, "beta": 1e-3}
+    settings = small(tmp_path / "run", **changes)
+    ready = setup(settings, process)
+    assert check_regulariser(ready.config, ready.reference) == regulariser
+    trained = upo.train(settings, process)
+    tokens = torch.full((1, 3), 2)
+    log_probs = trained(observation_of(tokens, tokens == 2, process.denoiser(tokens))).log_probs[0]
+    if reference.startswith("top_k"):
+        allowed = TopK(2)(observation_of(tokens, tokens == 2, process.denoiser(tokens))).log_probs[0] > -INF
+        assert torch.equal(log_probs > -INF, allowed), "position 0 is not among the two most confident"
+        assert log_probs[0] == -INF
+        assert trained.head.candidates == 2
+    else:
+        assert log_probs[0].exp() > 0.9, "it learned to begin with the position that is rewarded"
+
+
+# ---------------------------------------------------------------------- branching
+class Level(TableTask):
+    """Three positions of which the denoiser is as unsure as of any other, whatever is filled."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.full((2, 2, 2), 1 / 8))
+
+
+def test_a_fork_takes_each_uncertain_state_of_greedy_play_as_often() -> None:
+    """Of 3, 2 and 1 holes; the last leaves nothing to decide."""
+    process = Unmasking(Level(), TableDenoiser(Level().joint))
+    instances = process.task.heldout(3000)
+    states, found = uncertain_states(process, Margin(), instances, 0.9, torch.Generator().manual_seed(0))
+    assert found.all()
+    left = states.masked.sum(1)
+    assert left.bincount(minlength=4).tolist()[:2] == [0, 0]
+    assert float((left == 3).float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(states.steps, 3 - left), "what is remembered is that of the state"
+    assert torch.equal(states.instances.tokens, instances.tokens)
+    assert not uncertain_states(process, Margin(), instances, 0.4, torch.Generator().manual_seed(0))[1].any()
+
+
+def test_the_trajectories_of_a_fork_share_their_prefix(tmp_path: Path) -> None:
+    """They begin in the same state, of which no position is confident and which greedy play comes to; and they end,
+    rewarded, with as many forwards as from the beginning."""
+    task = tasks.get("sudoku6")
+    process = Unmasking(task, load_denoiser("sudoku6-tiny", task))
+    settings = config(branch=True, puzzles=4, group=3, policy=PolicyConfig(defer_above=0.97))
+    ready = setup(settings, process)
+    behaviour = Tempered(ready.policy, 1.0)
+    played, instances, fresh = upo.play_groups(ready, behaviour, Replay(task, 0.0), torch.Generator().manual_seed(0))
+    assert fresh.all()
+    first = played.steps[0].observation
+    assert torch.equal(first.tokens, first.tokens[::3].repeat_interleave(3, 0))
+    assert torch.equal(played.state.instances.tokens, instances.tokens.repeat_interleave(3, 0))
+    assert (first.tokens != played.state.instances.tokens).any(1).any(), "play was under way"
+    most = first.confidence.masked_fill(~first.fillable, 0.0).max(1).values
+    assert (most < 0.97).all()
+    holes = (played.state.instances.tokens == task.mask_id).sum(1)
+    assert torch.equal(played.nfe, holes)
+    for row in range(0, 12, 3):
+        greedy = process.rollout(ready.policy, instances[row // 3 : row // 3 + 1], record=True)
+        assert any(torch.equal(step.observation.tokens[0], first.tokens[row]) for step in greedy.steps)
+
+
+@pytest.mark.parametrize("rules", [Rules(), Rules("set", nfe_budget=8), Rules("set+remask", remask_budget=2)])
+@pytest.mark.parametrize("reference", [None, "kl_stability:theta=0.6,epsilon=10.0"])
+def test_branching_goes_with_every_kind_of_action(tmp_path: Path, rules: Rules, reference: str | None) -> None:
+    if rules.actions == "single" and reference:
+        pytest.skip("a rule of sets")
+    process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table), rules)
+    changes = {"rules": rules, "reference": reference, "branch": True, "iterations": 2, "replay_fraction": 0.5}
+    trained = upo.train(small(tmp_path / "run", imitation=0, **changes, fill_temperature=1.0), process)
+    assert weights(trained).isfinite().all()
 
 
 # ---------------------------------------------------------------------- the exact terminal divergence

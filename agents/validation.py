@@ -1,0 +1,276 @@
+"""What a training run tells of itself: its policy beside the reference on validation instances, and whether it learns.
+
+monitor = Validation(config, process, reference, "upo sudoku6")
+with run:
+    for iteration in run.loop():
+        ...
+        monitor.report(run, policy, scalars, "reward 0.941", steps=len(batch))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from agents.evaluate import paired_difference
+from agents.policy import OrderPolicy
+from agents.setup import TrainConfig, load_init
+from pretrain.run import Run
+from tasks import Instances, UnmaskError
+from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
+from unmask_env.process import Unmasking
+from unmask_env.reference import Policy, Reference
+from unmask_env.state import Observation
+
+BATCH = 500  # instances per forward
+PATIENCE = 5  # iterations without an informative group before the run says so
+ADVICE = "try unmask train policy-iteration, more iterations or another --lr; more --validation-puzzles show less"
+
+
+# ---------------------------------------------------------------------- policies that are watched
+class Greedy(Policy):
+    """The most likely positions of a reference, those that tie drawn at random; over sets its mode."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.actions, self.reads_hidden = policy, policy.actions, policy.reads_hidden
+
+    def __call__(self, seen: Observation) -> Distribution:
+        distribution = self.policy(seen)
+        return distribution.tempered(1e-6) if isinstance(distribution, Categorical) else distribution
+
+
+class Watched(Policy):
+    """A policy, and its entropy and its divergence from a reference (N,) at each of its decisions."""
+
+    def __init__(self, policy: Policy, reference: Reference) -> None:
+        self.policy, self.reference = policy, reference
+        self.actions, self.reads_hidden = policy.actions, policy.reads_hidden
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def __call__(self, seen: Observation) -> Distribution:
+        pi, g = self.policy(seen), self.reference(seen)
+        rows = decisions(self.policy, seen)
+        measures = {"entropy": pi.entropy, "divergence": lambda: divergence(pi, g, self.reference)}
+        for name, measure in measures.items():
+            try:
+                self.seen.setdefault(name, []).append(measure()[rows])
+            except NoClosedFormError:
+                del self.seen[name]
+        return pi
+
+    def means(self) -> dict[str, float]:
+        """Over all decisions; infinite divergences, where the policy is not free, are left out."""
+        joined = {name: torch.cat(values) for name, values in self.seen.items()}
+        finite = {name: values[values.isfinite()] for name, values in joined.items()}
+        return {f"validation/{name}": float(values.mean()) for name, values in finite.items() if len(values)}
+
+
+def decisions(policy: Policy, seen: Observation) -> Tensor:
+    """(N,) bool: rows where ``policy`` decides something: several positions may be filled and, of single positions, it
+    reads the board."""
+    several = seen.fillable.sum(1) > 1
+    reads = isinstance(policy, OrderPolicy) and policy.actions == "single"
+    return several & policy.uncertain(seen) if reads else several
+
+
+def divergence(pi: Distribution, g: Distribution, reference: Reference) -> Tensor:
+    """(N,) in nats: KL(pi || g), or the cross-entropy to a deterministic reference, whose KL is infinite."""
+    return pi.cross_entropy(g) if reference.deterministic else pi.kl(g)
+
+
+# ---------------------------------------------------------------------- the monitor
+class Played(NamedTuple):
+    """How one policy does, (n,) per instance: the task's first metric, the reward, and the forwards taken."""
+
+    score: Tensor
+    reward: Tensor
+    nfe: Tensor
+
+    def gains_over(self, start: Played) -> bool:
+        """More than the noise: in score or reward, or as good in fewer forwards."""
+        better = [paired_difference(self.score, start.score), paired_difference(self.reward, start.reward)]
+        _, saved, _ = paired_difference(start.nfe, self.nfe)
+        return any(low > 0 for _, low, _ in better) or (saved > 0 and not self.falls_below(start))
+
+    def falls_below(self, start: Played) -> bool:
+        return any(paired_difference(*pair)[2] < 0 for pair in ((self.score, start.score), (self.reward, start.reward)))
+
+    @property
+    def perfect(self) -> bool:
+        return bool((self.score == 1).all() and (self.reward == 1).all())
+
+
+class Validation:
+    """Follows a training run on validation instances, always the same and played greedily. It has random streams of
+    its own, so the numbers of training do not depend on it.
+
+    A run is compared with where it began: with ``config.init``, else with the reference.
+
+    Args:
+        config: its ``validate_every`` (0: never) and ``validation_puzzles``.
+        process: the decision process of the training. reference: whose greedy score stands beside the policy's.
+        title: of the lines in the log. gains: whether the run is to end above where it began.
+    """
+
+    def __init__(
+        self, config: TrainConfig, process: Unmasking, reference: Reference, title: str = "train", gains: bool = True
+    ) -> None:
+        self.config, self.process, self.reference, self.title, self.gains = config, process, reference, title, gains
+        self.instances = self._instances()
+        self._reference: Played | None = None
+        self._start: Played | None = None
+        self._latest: Played | None = None
+        self._uninformative = 0
+        self._since = time.perf_counter()
+
+    def _instances(self) -> Instances | None:
+        task, count = self.process.task, self.config.validation_puzzles
+        if not self.config.validate_every:
+            return None
+        try:
+            instances = task.heldout(count, "validation")
+        except UnmaskError:  # it has fewer, or none
+            try:
+                instances = task.heldout(None, "validation")[:count]
+            except UnmaskError:
+                return None
+        return instances.to(self.process.device) if len(instances) else None
+
+    # ------------------------------------------------------------------ scores
+    def due(self, step: int) -> bool:
+        """Whether to validate after ``step`` steps, which count from 1."""
+        return self.instances is not None and step % self.config.validate_every == 0
+
+    def scores(self, policy: Policy) -> dict[str, float]:
+        """``validation/policy`` and ``validation/reference``, the task's first metric; ``validation/reward`` and
+        ``validation/nfe`` of the policy; and its entropy and its divergence from the reference where it decides."""
+        watched = Watched(policy, self.reference)
+        self._latest = self._play(watched)
+        return {
+            "validation/policy": float(self._latest.score.mean()),
+            "validation/reference": float(self.reference_played.score.mean()),
+            "validation/reward": float(self._latest.reward.mean()),
+            "validation/nfe": float(self._latest.nfe.mean()),
+        } | watched.means()
+
+    @property
+    def reference_played(self) -> Played:
+        """Played once."""
+        if self._reference is None:
+            self._reference = self._play(Greedy(self.reference))
+        return self._reference
+
+    @property
+    def start_played(self) -> Played:
+        """How the run began, played once."""
+        if self._start is None:
+            begun = self.config.init is not None
+            policy = load_init(self.config, self.process).to(self.process.device) if begun else None
+            self._start = self.reference_played if policy is None else self._play(policy)
+        return self._start
+
+    @torch.no_grad()
+    def _play(self, policy: Policy) -> Played:
+        process, parts = self.process, []
+        with evaluated(getattr(policy, "policy", policy)):
+            for number, some in enumerate(torch.arange(len(self.instances)).split(BATCH)):
+                part = self.instances[some.to(process.device)]
+                draws = [torch.Generator(process.device).manual_seed(2 * number + k) for k in range(2)]
+                ties = draws[0] if isinstance(policy, Greedy) and policy.actions == "single" else None
+                played = process.rollout(policy, part, ties, draws[1] if process.temperature > 0 else None)
+                score = next(iter(process.task.metrics(played.tokens, part).values()))
+                parts.append((score.double(), played.reward.double(), played.nfe.double()))
+        score, reward, nfe = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return Played(score, reward, nfe)
+
+    # ------------------------------------------------------------------ what the run says
+    def report(self, run: Run, policy: Policy, scalars: dict[str, float], said: str, steps: int = 0) -> None:
+        """The end of an iteration: its ``scalars`` and, where due, the validation's to TensorBoard; a line to the log,
+        or beside the progress bar of a terminal.
+
+        Args:
+            said: begins the line. steps: boards times steps of the iteration, for the throughput.
+        """
+        done = run.step + 1
+        seconds = time.perf_counter() - self._since
+        if steps:
+            scalars["throughput/steps_per_second"] = steps / seconds
+        if self.instances is not None and self._reference is None:
+            self._say_if_perfect(run)
+        if self.due(done) or (self.instances is not None and done == run.steps):
+            scalars |= self.scores(policy)
+        note = f"{said}{self._note()}"
+        if "learning_rate" in scalars:
+            note += f" lr {scalars['learning_rate']:.1e}"
+        run.log(scalars, note)
+        if not run.progress.console.is_terminal:
+            say(run, f"{self.title} {done}/{run.steps} {note}")
+        self._watch_groups(run, scalars)
+        if done == run.steps and self.gains and self._latest is not None:
+            self._conclude(run)
+        self._since = time.perf_counter()
+
+    def _note(self) -> str:
+        if self._reference is None:
+            return ""
+        latest = "" if self._latest is None else f"{percent(self._latest.score)} "
+        return f" validation {latest}(reference {percent(self._reference.score)})"
+
+    def _say_if_perfect(self, run: Run) -> None:
+        if self.gains and self.reference_played.perfect:
+            say(
+                run,
+                f"{self.title}: the reference {self.reference.name} is at 100 % of {len(self.instances)} validation "
+                "instances, so nothing can be gained; take harder instances or a weaker denoiser",
+            )
+
+    def _watch_groups(self, run: Run, scalars: dict[str, float]) -> None:
+        """Say once that nothing can be learned from groups whose trajectories are all rewarded alike."""
+        if "groups/informative" not in scalars:
+            return
+        self._uninformative = 0 if scalars["groups/informative"] > 0 else self._uninformative + 1
+        if self._uninformative == PATIENCE:
+            say(
+                run,
+                f"{self.title}: in {PATIENCE} iterations no group was rewarded unequally, so nothing is learned; take "
+                "harder instances, more --puzzles, or a higher sampling --temperature",
+            )
+
+    def _conclude(self, run: Run) -> None:
+        """Say at the end that nothing was learned, where that is so."""
+        now, start = self._latest, self.start_played
+        if start.perfect or now.gains_over(start):
+            return
+        mean, low, high = (f"{100 * value:+.1f}" for value in paired_difference(now.score, start.score))
+        what = "validation fell" if now.falls_below(start) else "no gain above the noise on validation"
+        change = f"{percent(start.score)} at the start, {percent(now.score)} now ({mean}, {low} to {high})"
+        say(run, f"{self.title}: {what}: {change}; {ADVICE}")
+
+
+# ---------------------------------------------------------------------- small parts
+def percent(values: Tensor) -> str:
+    return f"{100 * float(values.mean()):.1f}"
+
+
+def say(run: Run, line: str) -> None:
+    """``line`` on stdout, above the progress bar where there is one."""
+    if run.main:
+        run.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def evaluated(policy: Policy) -> Iterator[None]:
+    """A network in evaluation mode, and back as it was."""
+    was = isinstance(policy, nn.Module) and policy.training
+    if was:
+        policy.eval()
+    try:
+        yield
+    finally:
+        if was:
+            policy.train()
