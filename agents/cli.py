@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
         for name, text in PRETRAIN.items()
     },
     "train policy-iteration": Command(
-        "agents.policy_iteration:PolicyIterationConfig", "train", "Train an order policy from rewards. The default."
+        "agents.policy_iteration:PolicyIterationConfig", "train", "Train an order policy from rewards; the default."
     ),
     "train imitation": Command("agents.imitation:ImitationConfig", "train", "Train an order policy by imitation."),
     "train upo": Command("agents.upo:UPOConfig", "train", "Train an order policy against a reference policy."),
@@ -51,6 +51,8 @@ COMMANDS: dict[str, Command] = {
     "show": Command("agents.show:ShowCommand", "run", "Watch one instance being filled."),
     "demo": Command("agents.demo:DemoConfig", "run", "Train on 6x6 Sudoku and compare, in minutes."),
 }
+DEFAULT_LEARNER = "policy-iteration"
+"""What ``unmask train --out DIR`` means."""
 
 
 def usage(group: str = "") -> str:
@@ -69,6 +71,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def split(args: Sequence[str]) -> tuple[str, list[str]]:
     """The command that ``args`` name, and the rest; asks for help end the program, and so do unknown names."""
     words = list(args)
+    if words[:1] == ["train"] and words[1:2] and words[1].startswith("--") and words[1] != "--help":
+        words.insert(1, DEFAULT_LEARNER)
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:

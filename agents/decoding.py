@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from tasks.settings import InnerShare, validate
 from unmask_env.distributions import ranked
 from unmask_env.state import Observation
+
+Read = Literal["always", "first", "unsure"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Thresholds:
 
     Attributes:
         fill: positions to fill; the likeliest one is filled in any case.
+        read: when a policy over sets reads the board: ``always``; in the ``first`` forward and where nothing is
+            certain; or only where nothing is, ``unsure``. In the other forwards, and beside its own set, it fills all
+            positions that are as confident as ``defer_above``.
         remask: positions to mask again: where one passes it, all that pass half of it are masked with it, since much
             follows from a wrong guess; and of what may be filled the likeliest position alone is.
 
@@ -29,6 +35,7 @@ class Thresholds:
 
     fill: InnerShare = 0.5
     remask: InnerShare = 0.5
+    read: Read = "always"
 
     def __post_init__(self) -> None:
         validate(self)

@@ -18,7 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from agents.decoding import Thresholds, most_likely_set
+from agents.decoding import Read, Thresholds, most_likely_set
 from pretrain.backbone import Backbone, Reader
 from pretrain.checkpoint import CheckpointError, load_model
 from tasks import Task, UnmaskError
@@ -31,6 +31,7 @@ from unmask_env.state import FLOOR, SHOWN, WHOLE, Observation
 PACKAGED_POLICIES = Path(__file__).parent / "models"
 FEATURES = 8  # most likely symbols whose probabilities the features hold, as in UPO's released head
 REFILL_PENALTY = 2.0  # times the belief weight: how far the log-odds of filling fall per remasking of a position
+CERTAIN_LOG_ODDS = 30.0  # of filling a position without reading the board
 MAX_REMASK_COUNT = 3  # more are as many
 
 Base = Literal["none", "softmax_confidence", "softmax_margin", "learned", "soft_threshold"]
@@ -159,9 +160,7 @@ class PositionHead(Head):
         scores = self.scores(seen, belief)
         return scores if self.state_head is None else scores + self.state_head(states)[..., 0]
 
-    def forward(
-        self, seen: Observation, belief: Tensor, states: Tensor, thresholds: Thresholds | None = None
-    ) -> Categorical:
+    def forward(self, seen: Observation, belief: Tensor, states: Tensor) -> Categorical:
         scores = self.log_odds(seen, belief, states)
         if self.beta > 0:
             scores = torch.lerp(*self.value_range, scores.sigmoid()) / self.beta
@@ -212,9 +211,6 @@ class SetHead(Head):
         remask = remask + math.log(rare / (1 - rare)) - self.remask_belief_weight * on_board
         return torch.cat([fill, remask], 1)
 
-    def forward(self, seen: Observation, belief: Tensor, states: Tensor, thresholds: Thresholds) -> Distribution:
-        return set_distribution(seen, self.log_odds(seen, belief, states), thresholds, self.stops)
-
 
 def set_distribution(seen: Observation, odds: Tensor, thresholds: Thresholds, stops: bool = False) -> Distribution:
     """The distribution over sets of log-odds (N, A), whose mode is what ``thresholds`` say."""
@@ -236,9 +232,9 @@ class LearnedPolicy(nn.Module, Policy):
     def forward(self, seen: Observation) -> Distribution:
         return self.decide(seen, Thresholds())
 
-    def at(self, threshold: float = 0.5, remask_threshold: float = 0.5) -> Policy:
-        """This policy with other decoding thresholds; see :class:`agents.decoding.Thresholds`."""
-        return Decoded(self, Thresholds(threshold, remask_threshold))
+    def at(self, threshold: float = 0.5, remask_threshold: float = 0.5, read: Read = "always") -> Policy:
+        """This policy with another way of decoding; see :class:`agents.decoding.Thresholds`."""
+        return Decoded(self, Thresholds(threshold, remask_threshold, read))
 
 
 class Decoded(Policy):
@@ -331,16 +327,47 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         return self.reader(known, belief.exp() * self.config.read_denoiser, masked, symbols, seen.remaskable)
 
     def decide(self, seen: Observation, thresholds: Thresholds) -> Distribution:
-        """Of single positions it reads the uncertain boards only."""
-        rows: Tensor | None = None
+        """Of single positions it reads the uncertain boards only, of sets those that ``thresholds`` say."""
+        rows = self._to_read(seen, thresholds.read).nonzero().squeeze(1)
         if isinstance(self.head, PositionHead):
-            unread, rows = self.head.unread(seen), self.uncertain(seen).nonzero().squeeze(1)
-            if not len(rows):
-                return unread
-            seen = seen[rows]
+            decided: Distribution = self._decide_positions(seen, rows)
+        else:
+            odds = self._some_log_odds(seen, rows, thresholds.read)
+            decided = set_distribution(seen, odds, thresholds, self.head.stops)
+        decided.passes = torch.zeros_like(seen.tokens[:, 0]).index_fill(0, rows, self.config.num_passes)
+        return decided
+
+    def _to_read(self, seen: Observation, read: Read) -> Tensor:
+        """(N,) bool."""
+        if self.actions == "single":
+            return self.uncertain(seen)
+        if read == "always":
+            return torch.ones_like(seen.masked[:, 0])
+        if seen.remaskable is not None:
+            raise UnmaskError(f"a policy that masks positions again reads always, not {read!r}")
+        first = read == "first" and seen.history is not None
+        return self.uncertain(seen) | (seen.history.steps == 0) if first else self.uncertain(seen)
+
+    def _decide_positions(self, seen: Observation, rows: Tensor) -> Categorical:
+        unread = self.head.unread(seen)
+        if not len(rows):
+            return unread
+        decided = self._head_at(seen if len(rows) == len(seen.tokens) else seen[rows])
+        return Categorical(unread.log_probs.index_put((rows,), decided.log_probs))
+
+    def _head_at(self, seen: Observation) -> Categorical:
         beliefs, states = self.read(seen)
-        decided = self.head(seen, beliefs[-1], states, thresholds)
-        return decided if rows is None else Categorical(unread.log_probs.index_put((rows,), decided.log_probs))
+        return self.head(seen, beliefs[-1], states)
+
+    def _some_log_odds(self, seen: Observation, rows: Tensor, read: Read) -> Tensor:
+        """(N, A) log-odds, of the rows that are not read those of filling what is certain."""
+        if read == "always":
+            return self.log_odds(seen)
+        certain = (seen.confidence >= self.config.defer_above) & seen.fillable
+        odds = torch.where(certain, CERTAIN_LOG_ODDS, -CERTAIN_LOG_ODDS)
+        if not len(rows):
+            return odds
+        return odds.index_put((rows,), torch.where(certain[rows], CERTAIN_LOG_ODDS, self.log_odds(seen[rows])))
 
     def uncertain(self, seen: Observation) -> Tensor:
         """(N,) bool: boards in play where no fillable position's confidence reaches ``defer_above``."""

@@ -32,6 +32,7 @@ from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
 from agents.setup import Setup, TrainConfig, descend, finish, make_optimizer, setup
 from agents.states import States, at_random_height
+from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.masking import gumbel
 from pretrain.run import Run, set_learning_rate
@@ -71,8 +72,9 @@ class PolicyIterationConfig(TrainConfig):
     lr: NotNegative = 2e-3
     weight_decay: NotNegative = 0.01
     labels: Literal["auto", "values", "boards"] = "auto"
-    """what a state is labelled with: the values of single decisions, each played out, or the best finished board that
-    was rewarded. Default: values for single positions, and for sets boards, but values where rewards are graded"""
+    """what a state is labelled with: ``boards``, the best finished board that play from it reached, every position of
+    which is then worth its reward, or ``values`` of single decisions, each played out. Default: boards where rewards
+    are 0 or 1; values where they are graded, drawn, or the objective is regularised (``sampled``)"""
     candidates: AtLeast2 | None = None
     """positions that are tried at a state, drawn from the reference where there are more; default: 64, of sets 8"""
     retries: AtLeast0 = 16
@@ -91,6 +93,7 @@ class PolicyIterationConfig(TrainConfig):
     """states kept to fit; the oldest are forgotten"""
     save_every: AtLeast1 = 100
     log_every: AtLeast1 = 20
+    validate_every: AtLeast0 = 200
 
 
 # ---------------------------------------------------------------------- play
@@ -285,7 +288,7 @@ def play_positions(
             uniform = process.uniform(part[rows], generator if process.temperature > 0 else None)
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
-    return {"states": float(met), "informative": float(informative)}
+    return {"play/states": float(met), "play/informative": float(informative)}
 
 
 def _keep(config: PolicyIterationConfig, states: States, state: State, answers: Tensor, values: Tensor) -> None:
@@ -320,7 +323,7 @@ def play_sets(
         new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=HEIGHT_BOARDS)
         columns = {name: column for name, column in vars(new).items() if name != "values"}
         states.add(config.capacity, **columns, values=torch.where(new.tokens == task.mask_id, 1.0, torch.nan))
-        return {"states": float(len(new)), "labelled": float(rewarded.float().mean())}
+        return {"play/states": float(len(new)), "play/labelled": float(rewarded.float().mean())}
     met = kept = 0
     for rows in torch.arange(len(instances)).split(HEIGHT_BOARDS):
         hasty = at_random_height(config.rules, policy, generator)
@@ -335,7 +338,7 @@ def play_sets(
             useful = (values > 0).any(1)
             _keep(config, states, part[useful], answers[useful], values[useful])
             met, kept = met + len(part), kept + int(useful.sum())
-    return {"states": float(met), "labelled": kept / max(1, met)}
+    return {"play/states": float(met), "play/labelled": kept / max(1, met)}
 
 
 # ---------------------------------------------------------------------- improvement
@@ -425,8 +428,9 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     """
     config, process, g, policy = _start(config, process)
     optimizer, states = make_optimizer(config, policy), States(process.task)
-    total = config.iterations * config.steps
-    run = Run(config, total, {"policy": policy, "optimizer": optimizer, "states": states}, "policy iteration")
+    total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
+    run = Run(config, total, {"policy": policy, "optimizer": optimizer, "states": states}, title)
+    monitor = Validation(config, process, g, title)
     with run:
         for step in run.loop():
             iteration, within = divmod(step, config.steps)
@@ -434,19 +438,23 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 run.note(f"iteration {iteration + 1}: playing")
                 generator = step_generator(process.device, config.seed, iteration, 4 << 16)
                 trusted = None if iteration == 0 and config.init is None else policy.eval()
-                run.log({f"play/{k}": v for k, v in _play(config, process, g, trusted, states, generator).items()})
+                played = _play(config, process, g, trusted, states, generator)
                 if not len(states):
                     raise UnmaskError(_nothing_to_learn(config, process))
                 if iteration == 0 and isinstance(policy, OrderPolicy) and policy.actions == "single":
                     set_value_range(policy, states)
+                run.log(played | {"play/kept": float(len(states))})
             policy.train()
             generator = step_generator(process.device, config.seed, step, 5 << 16)
             loss = loss_of(config, process, policy, states, generator)
             decay = 0.52 + 0.48 * math.cos(math.pi * step / total)
-            set_learning_rate(optimizer, config.lr * decay * min(1.0, (step + 1) / WARMUP))
-            descend(config, optimizer, list(policy.parameters()), loss)
-            if (step + 1) % config.log_every == 0:
-                run.log({"loss": loss.item()}, f"loss {loss.item():.3f}, {len(states)} states")
+            rate = config.lr * decay * min(1.0, (step + 1) / WARMUP)
+            set_learning_rate(optimizer, rate)
+            norm = descend(config, optimizer, list(policy.parameters()), loss)
+            if (step + 1) % config.log_every == 0 or step + 1 == total or monitor.due(step + 1):
+                scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
+                said = f"iteration {iteration + 1} loss {loss.item():.3f}"
+                monitor.report(run, policy, scalars, said, config.batch * config.log_every)
     return finish(config, policy)
 
 
@@ -458,7 +466,8 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
     policy = start_sets(config, process) if sets else ready.policy
     labels = config.labels
     if labels == "auto":
-        labels = "boards" if sets and not graded(process, config.seed) else "values"
+        drawn = config.sampled or process.temperature > 0
+        labels = "values" if drawn or graded(process, config.seed) else "boards"
     if config.rules.actions == "set+remask" and labels == "values":
         labels = "boards"  # values of single decisions say nothing of masking again
     candidates = config.candidates or (8 if sets else 64)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from agents.decoding import Thresholds
 from agents.policy import REFILL_PENALTY, LearnedPolicy, OrderPolicy, remask_count, set_distribution
+from tasks import UnmaskError
 from unmask_env.distributions import Distribution
 from unmask_env.state import Observation
 
@@ -66,4 +67,9 @@ class RemaskPolicy(LearnedPolicy, PyTorchModelHubMixin):
         return torch.cat([fill - self.refill_penalty * count, remask - REMASK_AGAIN_PENALTY * count], 1)
 
     def decide(self, seen: Observation, thresholds: Thresholds) -> Distribution:
-        return set_distribution(seen, self.log_odds(seen), thresholds, self.fill.head.stops)
+        if thresholds.read != "always":
+            raise UnmaskError(f"a policy that masks positions again reads always, not {thresholds.read!r}")
+        decided = set_distribution(seen, self.log_odds(seen), thresholds, self.fill.head.stops)
+        networks = (self.fill,) if seen.remaskable is None else (self.fill, self.remask)
+        decided.passes = torch.full_like(seen.tokens[:, 0], sum(network.config.num_passes for network in networks))
+        return decided

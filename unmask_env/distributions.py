@@ -27,7 +27,13 @@ class NoClosedFormError(UnmaskError):
 
 
 class Distribution(ABC):
-    """A distribution over the actions of N rows. A row that allows nothing gives the empty action."""
+    """A distribution over the actions of N rows. A row that allows nothing gives the empty action.
+
+    Attributes:
+        passes: (N,) int64, how many passes of a network of its own the policy took to decide; None: none.
+    """
+
+    passes: Tensor | None = None
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Tensor:

@@ -247,16 +247,20 @@ class Unmasking:
         policy = policy.for_instances(self.task, instances.to(self.device))
         state, steps = self.reset(instances), []
         reward = torch.zeros(len(state), device=self.device)
+        denoiser_passes, policy_passes = torch.zeros_like(state.steps), torch.zeros_like(state.steps)
         while not bool(state.done.all()):
             seen = self.observe(state)
             distribution = policy(seen)
+            playing = (~state.done).long()
+            denoiser_passes += playing if seen.denoised.passes is None else seen.denoised.passes * playing
+            policy_passes += 0 if distribution.passes is None else distribution.passes * playing
             action = distribution.act(generator)
             if record:
                 kept = seen if policy.reads_hidden else replace(seen, denoised=seen.denoised.without_hidden())
                 steps.append(Step(kept, action, ~state.done, distribution.log_prob(action)))
             state, gained = self.step(state, seen, action, self.uniform(state, fill_generator))
             reward += gained
-        return Rollout(state, reward, steps)
+        return Rollout(state, reward, steps, denoiser_passes, policy_passes)
 
     def uniform(self, state: State, generator: torch.Generator | None) -> Tensor | None:
         """(N, L) in [0, 1), the randomness of one step's filling; None without a generator."""

@@ -428,11 +428,15 @@ class Step(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A finished batch of episodes: the final ``state``, ``reward`` (N,) float32, recorded ``steps``."""
+    """A finished batch of episodes: the final ``state``, ``reward`` (N,) float32, recorded ``steps``; and the network
+    passes that each took, (N,) int64: the denoiser's (one per forward, or more of one that reads its own belief), and
+    the policy's own."""
 
     state: State
     reward: Tensor
     steps: list[Step]
+    denoiser_passes: Tensor
+    policy_passes: Tensor
 
     @property
     def tokens(self) -> Tensor:

@@ -131,7 +131,7 @@ def test_the_tables_of_commands_come_without_torch(arguments: tuple[str, ...]) -
         assert "known: " in done.stderr
     elif arguments and arguments[0] != "--help":
         assert table[0].startswith(f"usage: unmask {arguments[0]} COMMAND")
-        assert names == {"imitation", "upo", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"}
+        assert names == {"policy-iteration", "imitation", "upo", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"}
     else:
         assert {level[0] for level in LEVELS if level} == names
 
