@@ -277,7 +277,8 @@ def play_positions(
             known = ~values.isnan()
             most = values.masked_fill(~known, -torch.inf).amax(1)
             least = values.masked_fill(~known, torch.inf).amin(1)
-            matters = most > least
+            # Where all choices are worth the same, the regularised optimum is the reference: that is to be learned, too.
+            matters = (most > least) | (config.sampled & (known.sum(1) > 1))
             _keep(config, states, part[matters], answers[matters], stored[matters])
             met, informative = met + len(part), informative + int(matters.sum())
             # A board that is lost has nothing more to tell, nor has a choice that loses it.
@@ -342,12 +343,14 @@ def play_sets(
 
 
 # ---------------------------------------------------------------------- improvement
-def set_value_range(policy: OrderPolicy, states: States) -> None:
+def widen_value_range(policy: OrderPolicy, states: States) -> None:
     """The ends of the policy's values: 0 and 1 where rewards are; else those of the advantages, the differences from
     the mean of a state's candidates, which is all that a choice depends on."""
-    values = states.values[~states.values.isnan()]
-    if not bool(((values == 0) | (values == 1)).all()):
+    known = states.values[~states.values.isnan()]
+    low, high = policy.head.value_range.tolist()
+    if low < 0 or not bool(((known == 0) | (known == 1)).all()):
         most = float((states.values - states.values.nanmean(1, keepdim=True)).nan_to_num(0.0).abs().max())
+        most = max(most, high if low < 0 else 0.0)
         policy.head.value_range.copy_(torch.tensor([-most, most]))
 
 
@@ -441,8 +444,8 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 played = _play(config, process, g, trusted, states, generator)
                 if not len(states):
                     raise UnmaskError(_nothing_to_learn(config, process))
-                if iteration == 0 and isinstance(policy, OrderPolicy) and policy.actions == "single":
-                    set_value_range(policy, states)
+                if config.rules.actions == "single":
+                    widen_value_range(policy, states)
                 run.log(played | {"play/kept": float(len(states))})
             policy.train()
             generator = step_generator(process.device, config.seed, step, 5 << 16)

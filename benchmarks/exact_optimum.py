@@ -25,9 +25,10 @@ from common import report
 from rich.console import Console
 from torch import Tensor
 
-from agents import sb3_ppo, torchrl_ppo, upo
+from agents import policy_iteration, sb3_ppo, torchrl_ppo, upo
 from agents.critic import new_critic
 from agents.policy import OrderPolicy, PolicyConfig
+from agents.policy_iteration import PolicyIterationConfig
 from agents.sb3_ppo import SB3PPOConfig
 from agents.setup import seeded, setup_on_policy
 from agents.torchrl_ppo import TorchRLGRPOConfig, TorchRLPPOConfig
@@ -162,7 +163,11 @@ def recipes(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, t
     grouped = common | {"puzzles": groups, "group": 16, "epochs": 2, "iterations": 80}
     upos = grouped | {"replay_fraction": 0.0}
     uniform = ppo | {"reference": "random"}
+    own = {name: value for name, value in common.items() if name != "anneal"}
+    iterated = own | {"labels": "values", "sampled": True, "iterations": 12, "puzzles": 128, "steps": 200}
+    iterated |= {"capacity": 128 * steps // 2, "levels": steps // 2}
     return {
+        "policy iteration": (policy_iteration.train, PolicyIterationConfig(**iterated, continuations=groups)),
         "UPO, step_kl": (upo.train, UPOConfig(**upos, regulariser="step_kl")),
         "MaskablePPO": (sb3_ppo.train, SB3PPOConfig(**ppo)),
         "TorchRL PPO": (torchrl_ppo.train, TorchRLPPOConfig(**ppo)),
