@@ -110,27 +110,28 @@ def correlated(vocab_size: int, length: int, seed: int) -> Tensor:
     return (2 * torch.randn((vocab_size,) * length, generator=generator, dtype=torch.float64)).exp()
 
 
-def sudoku(runs: Path) -> Problem:
+def sudoku(runs: Path, boards: int) -> Problem:
     size = {"dim": 48, "layers": 3, "batch": 128, "steps": 100, "lr": 3e-3, "warmup": 50, "ema": 0.95}
     settings = MDMConfig(task="sudoku4", out=str(runs / "denoiser"), resume="auto", **size)
     task = Sudoku(2, 2, blanks=7, reward="cell_accuracy")
-    board = Fixed(task, task.heldout(3)[2:])  # of the first three, the one where the reference does worst
+    # Of the first three, the one where the reference does worst.
+    board = Fixed(task, task.heldout(3)[2:] if boards == 1 else task.heldout(boards))
     return Problem(Unmasking(board, load_denoiser(pretrain(settings), board)), 0.05, 14)
 
 
-def letters(runs: Path) -> Problem:
+def letters(runs: Path, boards: int) -> Problem:
     joint = correlated(3, 4, seed=3)
     task = Word(joint / joint.max())  # how likely the word is that an order ends with
     return Problem(Unmasking(task, TableDenoiser(joint, task)), 0.1, 8)
 
 
-def sampled(runs: Path) -> Problem:
+def sampled(runs: Path, boards: int) -> Problem:
     joint = correlated(3, 4, seed=0)
     likely = Word((joint >= joint.flatten().sort(descending=True).values[1]).float())  # the two likeliest words
     return Problem(Unmasking(likely, Neighbours(joint, likely), temperature=1.0), 0.2, 8)
 
 
-def misled(runs: Path) -> Problem:
+def misled(runs: Path, boards: int) -> Problem:
     rewards = torch.zeros((3,) * 5)
     rewards[1, 0, 1, 0, 0] = 1.0  # the reference finishes with this word once in 25 times, some orders always
     task = Word(rewards)
@@ -210,14 +211,17 @@ def main(
     out: Path,
     learners: tuple[str, ...] = (),
     seed: int = 0,
+    boards: int = 1,
     runs: Path = Path("runs/exact"),
     threads: int | None = None,
 ) -> None:
-    """Args: learners: names of learners; the default is all of them."""
+    """Args: learners: names of learners; the default is all of them. boards: of Sudoku."""
     torch.set_num_threads(threads or torch.get_num_threads())
     console = Console(width=140)
-    posed = PROBLEMS[problem](runs)
-    graph = exact.enumerate_boards(posed.process, posed.process.task.sample(1, torch.Generator().manual_seed(0)))
+    posed = PROBLEMS[problem](runs, boards)
+    task = posed.process.task
+    starts = task.instances if isinstance(task, Fixed) else task.sample(1, torch.Generator().manual_seed(0))
+    graph = exact.enumerate_boards(posed.process, starts)
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
     known = {(row["learner"], row["beta"], row["seed"]) for row in rows}
     for beta in BETAS:
@@ -229,7 +233,7 @@ def main(
         for name in recipes({"out": "", **common}, posed.steps):
             if (name, beta, seed) in known or (learners and name not in learners):
                 continue
-            folder = runs / problem / f"{name} {beta} {seed}".replace(", ", "-").replace(" ", "-")
+            folder = runs / f"{problem}{boards}" / f"{name} {beta} {seed}".replace(", ", "-").replace(" ", "-")
             shutil.rmtree(folder, ignore_errors=True)
             train, config = recipes({"out": str(folder), **common}, posed.steps, groups)[name]
             started = time.perf_counter()
