@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 import tasks
-from agents.policy import PACKAGED_POLICIES, load_policy
+from agents.belief import BeliefFills
+from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from pretrain.checkpoint import packaged, write_json
 from pretrain.run import resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
@@ -39,7 +40,7 @@ from unmask_env.reference import (
 from unmask_env.state import SINGLE, Actions, Rules
 
 Z95 = 1.959963984540054
-ROOMY = 3  # metrics of a table that all have their intervals
+SPENT = ("nfe", "passes", "policy passes")
 
 
 class Exact(NamedTuple):
@@ -62,13 +63,19 @@ class Result:
     Attributes:
         metrics: per metric of the task, (n,) values per instance; the first one is the solve rate of tables.
         forwards: (n,) float, of the denoiser, per instance; ``nfe`` is their mean.
+        passes, policy_passes: (n,) float, of the denoiser's network (more than its forwards if it reads its own belief)
+            and of the policy's, per instance.
+        trained: how the order was: ``imitation``, ``rewards`` or both; empty for rules.
         exact: on small boards, if asked for.
     """
 
     order: str
     metrics: dict[str, Tensor]
     forwards: Tensor
+    passes: Tensor
+    policy_passes: Tensor
     seconds: float
+    trained: str = ""
     exact: Exact | None = None
 
     @property
@@ -87,6 +94,9 @@ class Result:
             "order": self.order,
             **{names.get(name, name): float(values.double().mean()) for name, values in self.metrics.items()},
             "nfe": self.nfe,
+            "passes": float(self.passes.double().mean()),
+            "policy_passes": float(self.policy_passes.double().mean()),
+            "trained": self.trained,
             "n": len(self.solved),
             "ci95": list(interval(self.solved)),
             "seconds": self.seconds,
@@ -136,6 +146,11 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Polic
         UnknownNameError, CheckpointError: in one line. UnmaskError: ``learned`` of a denoiser that learned no order, an
             option that the reference does not take.
     """
+    if name.startswith("belief:"):
+        policy = load_order(name.removeprefix("belief:"), task, denoiser)
+        if not isinstance(policy, OrderPolicy):
+            raise UnmaskError(f"{name}: only an order policy of fillings has a belief that fills; name one")
+        return BeliefFills(policy)
     if name.partition(":")[0] in REFERENCES:
         g = reference(name)
         if denoiser is not None and isinstance(g, Learned | LearnedGreedy):
@@ -157,7 +172,10 @@ def require_suited(name: str, policy: Policy, actions: Actions | None) -> None:
 
 
 def played_by(process: Unmasking, policy: Policy) -> Unmasking:
-    """``process`` under the rules that ``policy`` is made for, where its own are those of single positions."""
+    """``process`` under the rules that ``policy`` is made for, where its own are those of single positions; and filled
+    by its belief, where that fills."""
+    if isinstance(policy, BeliefFills):
+        process = replace(process, denoiser=policy.denoiser(process.denoiser))
     own = process.rules.actions != "single" or policy.actions == "single"
     return process if own else replace(process, rules=replace(process.rules, actions=policy.actions))
 
@@ -199,11 +217,14 @@ def compare(
             for rows in by_length.split(batch):
                 part = instances[rows].to(device)
                 played = playing.rollout(policy, part, *draws)
-                parts.append(task.metrics(played.tokens, part) | {"nfe": played.nfe.float()})
+                spent = (played.nfe, played.denoiser_passes, played.policy_passes)
+                counts = dict(zip(SPENT, (count.float() for count in spent), strict=True))
+                parts.append(task.metrics(played.tokens, part) | counts)
                 bar.advance(work, len(rows))
             columns = {column: torch.cat([part[column].cpu() for part in parts])[back] for column in parts[0]}
-            forwards = columns.pop("nfe")
-            results.append(Result(name, columns, forwards, time.perf_counter() - started))
+            spent = [columns.pop(count) for count in SPENT]
+            seconds = time.perf_counter() - started
+            results.append(Result(name, columns, *spent, seconds, getattr(policy, "trained", "")))
     return results
 
 
@@ -269,20 +290,21 @@ def exact_table(results: Sequence[Result], reference_name: str) -> Table:
 
 
 def table(results: Sequence[Result], title: str) -> Table:
-    """A rich table, 80 columns wide: each metric in per cent with its 95 % interval, and NFE. Of many metrics the first
-    alone has its interval, so that the orders' names have room."""
-    names = {"solved": "solve rate", "cell_accuracy": "cell accuracy", "valid": "rules valid"}
+    """A rich table, 80 columns wide: the metrics in per cent, the first with its 95 % interval; forwards (NFE), passes
+    of the two networks together, and seconds. A learned order says how it was trained."""
+    names = {"solved": "solve rate", "cell_accuracy": "cells"}
     stars = ["*" * (result.order in ("oracle", "oracle_sets")) for result in results]
     note = "; * sees the answers" if any(stars) else ""
-    columns = [*(names.get(name, name) for name in results[0].metrics), "NFE"]
+    columns = [*(names.get(name, name) for name in results[0].metrics), "NFE", "passes", "s"]
     view = _view(title, f"per cent, with 95 % confidence intervals{note}", columns)
     for result, star in zip(results, stars, strict=True):
         cells = []
         for values in result.metrics.values():
             low, high = interval(values)
-            roomy = not cells or len(result.metrics) <= ROOMY
-            cells.append(_percent(float(values.mean())) + f" ({_percent(low)}-{_percent(high)})" * roomy)
-        view.add_row(result.order + star, *cells, f"{result.nfe:.1f}")
+            cells.append(_percent(float(values.mean())) + f" ({_percent(low)}-{_percent(high)})" * (not cells))
+        passes = float((result.passes + result.policy_passes).mean())
+        how = f" ({result.trained})" * bool(result.trained)
+        view.add_row(result.order + star + how, *cells, f"{result.nfe:.1f}", f"{passes:.1f}", f"{result.seconds:.1f}")
     return view
 
 
@@ -309,7 +331,8 @@ class PlayCommand(BoardCommand):
 
     orders: tuple[str, ...] | None = None
     """reference policies, with options as in threshold:theta=0.8, and order policies by packaged name, folder or hub
-    id; each plays the kind of action that it is made for. Default: all customary references of ``actions``"""
+    id, each of which plays the kind of action that it is made for; belief:NAME lets a policy's belief fill, in the
+    order of margin. Default: all customary references of ``actions``"""
     puzzles: Path | None = None
     """your own CSV with header Puzzle,Solution: a digit string per board, 0 or . for a blank; Solution may be absent"""
     limit: AtLeast1 | None = None

@@ -183,7 +183,7 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps or monitor.due(step + 1):
                 scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
                 monitor.report(run, policy, scalars, f"loss {loss.item():.3f}", config.batch * config.log_every)
-    return finish(config, policy)
+    return finish(config, policy, "imitation" if target.sees_answers else "")
 
 
 def _policies(config: ImitationConfig, process: Unmasking) -> tuple[OrderPolicy | RemaskPolicy, OrderPolicy]:

@@ -223,7 +223,17 @@ def set_distribution(seen: Observation, odds: Tensor, thresholds: Thresholds, st
 
 # ---------------------------------------------------------------------- the policy
 class LearnedPolicy(nn.Module, Policy):
-    """Base of the policies that are networks, whose mode decoding thresholds say."""
+    """Base of the policies that are networks, whose mode decoding thresholds say.
+
+    ``trained`` says how: ``imitation`` (of answers), ``rewards``, both, or nothing.
+    """
+
+    trained: str = ""
+
+    def mark_trained(self, how: str) -> None:
+        """It learned from ``how``, beside what it had learned from before; saved with the policy."""
+        self.trained = how if self.trained in ("", how) else "imitation, rewards"
+        self._hub_mixin_config["trained"] = self.trained
 
     def decide(self, seen: Observation, thresholds: Thresholds) -> Distribution:
         """The policy's answer, whose mode is what ``thresholds`` say."""
@@ -242,7 +252,7 @@ class Decoded(Policy):
 
     def __init__(self, policy: LearnedPolicy, thresholds: Thresholds) -> None:
         self.policy, self.thresholds = policy, thresholds
-        self.actions, self.reads_hidden = policy.actions, policy.reads_hidden
+        self.actions, self.reads_hidden, self.trained = policy.actions, policy.reads_hidden, policy.trained
 
     def __call__(self, seen: Observation) -> Distribution:
         return self.policy.decide(seen, self.thresholds)
@@ -267,7 +277,8 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         hidden_dim: channels of the denoiser's hidden states to read; 0: none.
         rotary: attention sees distances. by_rank: read symbols by rank, not by name.
         belief_weight: at the start. beta: above 0, the scores are values (:class:`PositionHead`).
-        settings: the other fields of :class:`PolicyConfig`.
+        trained: how it was: ``imitation`` (of answers), ``rewards`` or both. settings: the other fields of
+            :class:`PolicyConfig`.
     """
 
     def __init__(
@@ -283,9 +294,11 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         by_rank: bool = False,
         belief_weight: float = 0.0,
         beta: float = 0.0,
+        trained: str = "",
         **settings: Any,
     ) -> None:
         super().__init__()
+        self.trained = trained
         self.config = PolicyConfig(distribution=distribution, **settings)
         validate(self.config)
         self.vocab_size, self.length, self.by_rank = vocab_size, len(coordinates), by_rank
@@ -312,6 +325,10 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
     def reads_hidden(self) -> bool:
         return self.reader.hidden is not None
 
+    @property
+    def num_passes(self) -> int:
+        return self.config.num_passes
+
     def read(self, seen: Observation) -> tuple[list[Tensor], Tensor]:
         """Per pass the belief (N, L, K) as log-probabilities, the last one its view of the board, and the states
         (N, L, D) after the last pass."""
@@ -334,7 +351,7 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         else:
             odds = self._some_log_odds(seen, rows, thresholds.read)
             decided = set_distribution(seen, odds, thresholds, self.head.stops)
-        decided.passes = torch.zeros_like(seen.tokens[:, 0]).index_fill(0, rows, self.config.num_passes)
+        decided.passes = torch.zeros_like(seen.tokens[:, 0]).index_fill(0, rows, self.num_passes)
         return decided
 
     def _to_read(self, seen: Observation, read: Read) -> Tensor:

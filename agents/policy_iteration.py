@@ -277,7 +277,7 @@ def play_positions(
             known = ~values.isnan()
             most = values.masked_fill(~known, -torch.inf).amax(1)
             least = values.masked_fill(~known, torch.inf).amin(1)
-            # Where all choices are worth the same, the regularised optimum is the reference: that is to be learned, too.
+            # Where choices are worth the same, the regularised optimum is the reference: to be learned, too.
             matters = (most > least) | (config.sampled & (known.sum(1) > 1))
             _keep(config, states, part[matters], answers[matters], stored[matters])
             met, informative = met + len(part), informative + int(matters.sum())

@@ -26,14 +26,21 @@ class RemaskPolicy(LearnedPolicy, PyTorchModelHubMixin):
 
     Args:
         vocab_size, coordinates: of both. fill, remask: the other arguments of each :class:`OrderPolicy`.
+        trained: as there.
     """
 
     actions = "set+remask"
 
     def __init__(
-        self, vocab_size: int, coordinates: Sequence[Sequence[int]], fill: dict[str, Any], remask: dict[str, Any]
+        self,
+        vocab_size: int,
+        coordinates: Sequence[Sequence[int]],
+        fill: dict[str, Any],
+        remask: dict[str, Any],
+        trained: str = "",
     ) -> None:
         super().__init__()
+        self.trained = trained
         self.fill = OrderPolicy(vocab_size, coordinates, **fill)
         self.remask = OrderPolicy(vocab_size, coordinates, **remask)
         self.vocab_size, self.length = vocab_size, len(coordinates)
@@ -44,7 +51,8 @@ class RemaskPolicy(LearnedPolicy, PyTorchModelHubMixin):
         """Both parts begin as ``fill``, a policy over sets."""
         config = dict(fill._hub_mixin_config)
         vocab_size, coordinates = config.pop("vocab_size"), config.pop("coordinates")
-        policy = cls(vocab_size, coordinates, config, config | {"num_passes": 2 * fill.config.num_passes})
+        doubled = config | {"num_passes": 2 * fill.config.num_passes}
+        policy = cls(vocab_size, coordinates, config, doubled, trained=fill.trained)
         for part in (policy.fill, policy.remask):
             part.load_state_dict(fill.state_dict())
         return policy

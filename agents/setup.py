@@ -269,9 +269,11 @@ def minibatch_epochs(
     return {name: sum(values) / len(values) for name, values in logged.items()}
 
 
-def finish(config: TrainConfig, policy: OrderPolicy | RemaskPolicy) -> OrderPolicy | RemaskPolicy:
-    """The trained policy, saved in ``config.out``."""
+def finish(config: TrainConfig, policy: OrderPolicy | RemaskPolicy, how: str = "rewards") -> OrderPolicy | RemaskPolicy:
+    """The trained policy, saved in ``config.out``; ``how`` it learned, if from answers or rewards."""
     policy.eval()
+    if how:
+        policy.mark_trained(how)
     save_model(policy, Path(config.out))
     return policy
 

@@ -22,7 +22,8 @@ from unmask_env.denoiser import TableDenoiser, load_denoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import LeftToRight, Margin, Oracle, Random, TopK
 
-KEYS = ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "n", "ci95", "seconds"]
+KEYS = ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "passes", "policy_passes", "trained", "n"]
+KEYS += ["ci95", "seconds"]
 
 
 # ---------------------------------------------------------------------- intervals
@@ -136,12 +137,15 @@ def test_a_row_by_hand() -> None:
         "valid": torch.tensor([1.0, 1, 0, 0]),
     }
     low, high = wilson(1, 4)
-    assert Result("margin", metrics, forwards=torch.tensor([7.0, 8.0]), seconds=0.25).row() == {
+    assert Result("margin", metrics, *torch.tensor([[7.0, 8.0], [9.0, 10.0], [1.0, 0.0]]), 0.25).row() == {
         "order": "margin",
         "solve_rate": 0.25,
         "cell_accuracy": 0.5,
         "valid_rate": 0.5,
         "nfe": 7.5,
+        "passes": 9.5,
+        "policy_passes": 0.5,
+        "trained": "",
         "n": 4,
         "ci95": [low, high],
         "seconds": 0.25,
@@ -239,7 +243,7 @@ def test_filling_is_drawn_apart_from_the_order() -> None:
 
 def test_rewards_that_are_no_proportion_get_a_normal_interval() -> None:
     values = torch.tensor([0.0, 0.5, 1.0, 0.25])
-    row = Result("x", {"reward": values}, torch.ones(len(values)), 1.0).row()
+    row = Result("x", {"reward": values}, *[torch.ones(len(values))] * 3, 1.0).row()
     assert row["ci95"] == pytest.approx(list(normal_interval(values)))
     assert row["reward"] == pytest.approx(0.4375)
 

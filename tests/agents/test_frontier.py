@@ -24,7 +24,7 @@ from unmask_env.state import Rules
 def point(nfe: float, solved: float, learned: bool = False) -> Point:
     values = torch.zeros(100)
     values[: round(100 * solved)] = 1
-    return Point("m", {"k": nfe}, learned, Result("m", {"solved": values}, torch.full((100,), nfe), 0.0))
+    return Point("m", {"k": nfe}, learned, Result("m", {"solved": values}, *[torch.full((100,), nfe)] * 3, 0.0))
 
 
 def test_the_best_points_are_those_that_no_other_beats() -> None:
@@ -39,7 +39,7 @@ def test_the_best_points_are_those_that_no_other_beats() -> None:
 
 def test_at_equal_forwards_by_hand() -> None:
     def result(solved: list[int], forwards: list[int]) -> Result:
-        return Result("m", {"solved": torch.tensor(solved).float()}, torch.tensor(forwards).float(), 0.0)
+        return Result("m", {"solved": torch.tensor(solved).float()}, *[torch.tensor(forwards).float()] * 3, 0.0)
 
     fewer, more = result([1, 0, 0, 0], [2, 2, 2, 2]), result([1, 1, 1, 0], [3, 4, 5, 4])
     own = result([1, 1, 0, 1], [3, 3, 3, 3])
@@ -59,7 +59,7 @@ def test_the_interval_at_equal_forwards_counts_the_forwards_too() -> None:
 
     def draw(solved: float, forwards: float, hard: torch.Tensor) -> Result:
         noise = torch.rand(hard.shape, generator=generator)
-        return Result("m", {"solved": (noise + 0.3 * hard < solved).float()}, forwards + 2 * hard + noise, 0.0)
+        return Result("m", {"solved": (noise + 0.3 * hard < solved).float()}, *[forwards + 2 * hard + noise] * 3, 0.0)
 
     found = []
     for _ in range(400):
