@@ -1,0 +1,440 @@
+"""Policy iteration: values by play against enumeration, the closed form, labels, and runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import tasks
+from agents import policy_iteration
+from agents.policy import OrderPolicy, PolicyConfig, load_policy, new_policy
+from agents.policy_iteration import (
+    OneByOne,
+    Player,
+    PolicyIterationConfig,
+    best_symbols_values,
+    finished_boards,
+    set_value_loss,
+    value_loss,
+    values_of,
+)
+from agents.states import States
+from tasks import Instances, Task, UnmaskError
+from tests.oracles.enumeration import TableTask, random_joint, sequences
+from tests.toys import generator, one_of
+from unmask_env import exact
+from unmask_env.denoiser import Denoiser, TableDenoiser, load_denoiser
+from unmask_env.distributions import Categorical, masked_log_softmax
+from unmask_env.process import Unmasking
+from unmask_env.reference import MaxConfidence, Policy, SoftmaxConfidence, reference
+from unmask_env.state import Denoised, Observation, Rules, State
+
+SMALL = PolicyConfig(copy=False, dim=16, layers=1, defer_above=2.0, num_passes=2)
+
+
+class Graded(TableTask):
+    """Rewarded by the share of letters that are the drawn ones."""
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return (tokens == instances.answers).float().mean(1)
+
+
+class Likely(TableTask):
+    """Rewarded by how likely the finished sequence is."""
+
+    one_answer = False
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return (self.joint / self.joint.max())[tuple(tokens.unbind(1))].float()
+
+
+class Either(TableTask):
+    """Every sequence with an even sum of its letters is right."""
+
+    one_answer = False
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return (tokens.sum(1) % 2 == 0).float()
+
+
+class Neighbours(TableDenoiser):
+    """p(x_i | the visible neighbours of i): right conditionals, but not those of one joint, so that order matters."""
+
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
+        parts = []
+        for position in range(self.length):
+            near = torch.full_like(tokens, self.mask_id)
+            for at in {position - 1, position + 1} & set(range(self.length)):
+                near[:, at] = tokens[:, at]
+            parts.append(super().__call__(near).log_probs[:, position])
+        return Denoised.of(torch.stack(parts, 1))
+
+
+@pytest.fixture(scope="module")
+def sudoku6() -> Task:
+    return tasks.get("sudoku6")
+
+
+@pytest.fixture(scope="module")
+def tiny(sudoku6) -> Denoiser:
+    return load_denoiser("sudoku6-tiny", sudoku6)
+
+
+def table(kind: type[TableTask] = TableTask, seed: int = 12, temperature: float = 0.0) -> Unmasking:
+    joint = random_joint(3, 4, seed=seed)
+    return Unmasking(kind(joint), Neighbours(joint), temperature=temperature)
+
+
+def config(out: object, **changes: object) -> PolicyIterationConfig:
+    few = {"iterations": 2, "puzzles": 24, "steps": 10, "batch": 16, "policy": SMALL, "validate_every": 0}
+    return PolicyIterationConfig(out=str(out), **few | changes)
+
+
+def settled(**changes: object) -> PolicyIterationConfig:
+    return config("unused", **{"labels": "values", "candidates": 64} | changes)
+
+
+# ---------------------------------------------------------------------- values
+class Last(Policy):
+    """The last masked position first."""
+
+    def __call__(self, seen: Observation) -> Categorical:
+        return Categorical.of(1e3 * torch.arange(seen.tokens.shape[1]).expand(seen.tokens.shape), seen.fillable)
+
+
+def test_values_are_the_rewards_of_play_by_hand() -> None:
+    """Each position filled by itself, and the rest by a loop of this test's own."""
+    process = table()
+    state = process.reset(process.task.sample(12, generator(3)))
+    player = Player.of(process, Last(), SoftmaxConfidence(), 2.0, 0.0)
+    values = values_of(settled(rows=7), player, process.observe(state), state, generator())
+    for row in range(12):
+        for position in range(4):
+            tokens, order = state.tokens[row : row + 1].clone(), [position, *(i for i in (3, 2, 1, 0) if i != position)]
+            for at in order:
+                tokens[0, at] = process.denoiser(tokens).best[0, at]
+            assert values[row, position] == process.task.reward(tokens, state.instances[row : row + 1])[0]
+    assert 0 < float(values.mean()) < 1
+
+
+def exact_values(process: Unmasking, policy: Policy, tokens: Tensor, instance: Instances) -> Tensor:
+    """(L,) expected reward of filling each position by a sample, then play by ``policy``: a plain recursion."""
+
+    def value(board: Tensor) -> float:
+        if not (board == process.task.mask_id).any():
+            return float(process.task.reward(board[None], instance)[0])
+        state = process.reset(Instances(board[None], instance.answers))
+        pi = policy(process.observe(state)).log_probs[0].exp()
+        return sum(float(pi[i]) * filled(board, i) for i in range(len(board)) if float(pi[i]) > 0)
+
+    def filled(board: Tensor, position: int) -> float:
+        probabilities = process.denoiser(board[None]).log_probs[0, position].exp()
+        total = 0.0
+        for symbol, probability in enumerate(probabilities.tolist()):
+            following = board.clone()
+            following[position] = symbol
+            total += probability * value(following)
+        return total
+
+    return torch.tensor([filled(tokens, position) for position in range(len(tokens))])
+
+
+def test_with_drawn_symbols_values_average_to_the_exact_expectation() -> None:
+    process = table(Likely, temperature=1.0)
+    instance = process.task.sample(1, generator(1))
+    state = process.reset(instance)
+    g = SoftmaxConfidence(tau=0.2)
+    player = Player.of(process, g, g, 2.0, 0.0)
+    played = values_of(settled(continuations=10_000, sampled=True), player, process.observe(state), state, generator())
+    expected = exact_values(process, g, state.tokens[0], instance)
+    torch.testing.assert_close(played[0], expected, atol=0.012, rtol=0)  # three standard errors
+    assert float(expected.max() - expected.min()) > 0.025
+
+
+def test_the_candidates_of_a_state_are_filled_with_the_same_random_numbers(monkeypatch) -> None:
+    """In every step of play, positions that are filled in forks of one state and continuation share their draws."""
+    process = table(temperature=1.0)
+    state = process.reset(process.task.sample(3, generator()))
+    player = Player.of(process, Last(), SoftmaxConfidence(), 2.0, 0.0)
+    seen, drawn = process.observe(state), []
+    original = Unmasking.step
+
+    def step(self: Unmasking, state: State, seen: Observation, action: Tensor, uniform: Tensor | None = None):
+        drawn.append(uniform)
+        return original(self, state, seen, action, uniform)
+
+    monkeypatch.setattr(Unmasking, "step", step)
+    values_of(settled(continuations=2), player, seen, state, generator(5))
+    assert len(drawn) == 4
+    for uniform in drawn:  # three states, of four candidates, with two continuations each
+        forks = uniform.view(3, 4, 2, 4)
+        assert torch.equal(forks, forks[:, :1].expand_as(forks))
+        assert len(forks[:, 0, :, 0].unique()) == 6
+
+
+def test_play_in_a_hurry_ends_with_the_same_boards(sudoku6, tiny) -> None:
+    process = Unmasking(sudoku6, tiny)
+    state = process.reset(sudoku6.heldout(60, "validation"))
+    slow = Player(process, MaxConfidence(), SoftmaxConfidence(), 0.97)
+    fast = Player.of(process, MaxConfidence(), SoftmaxConfidence(), 0.97, 0.0)
+    (end, reward), (other, same) = (player.play(state, generator()) for player in (slow, fast))
+    assert fast.process.rules.actions == "set"
+    assert (reward == same).float().mean() > 0.95
+    assert (end.tokens == other.tokens).float().mean() > 0.97
+    assert other.steps.sum() < end.steps.sum() / 2
+
+
+def test_play_stops_where_nothing_is_certain(sudoku6, tiny) -> None:
+    process = Unmasking(sudoku6, tiny)
+    state = process.reset(sudoku6.heldout(60, "validation"))
+    reached, _ = Player.of(process, MaxConfidence(), SoftmaxConfidence(), 0.97, 0.0).play(
+        state, generator(), to_uncertain=True
+    )
+    assert reached.instances.tokens.equal(state.tokens), "rows keep their order"
+    open_rows = ~reached.done
+    assert 0 < int(open_rows.sum()) < 60
+    seen = process.observe(reached[open_rows])
+    assert (seen.confidence.masked_fill(~seen.fillable, 0.0).max(1).values < 0.97).all()
+
+
+# ---------------------------------------------------------------------- the closed form
+def test_the_policy_is_the_reference_times_the_exponential_of_values() -> None:
+    process = table()
+    policy = new_policy(
+        SMALL, process.task, process.denoiser, 0, "softmax_confidence", 0.1, belief_weight=1.0, beta=0.2
+    )
+    seen = process.observe(process.reset(process.task.sample(3, generator())))
+    beliefs, _ = policy.read(seen)
+    values = beliefs[-1].gather(-1, seen.denoised.best.unsqueeze(-1)).squeeze(-1).exp()
+    expected = SoftmaxConfidence(tau=0.1)(seen).log_probs + values / 0.2
+    torch.testing.assert_close(policy(seen).log_probs, expected.log_softmax(1), atol=1e-4, rtol=0)
+    policy.head.value_range.copy_(torch.tensor([-0.5, 0.5]))
+    (
+        torch.testing.assert_close(policy(seen).log_probs, expected.log_softmax(1), atol=1e-4, rtol=0),
+        "a constant is nothing",
+    )
+
+
+def soft_improvement(graph: exact.Graph, table: list[Tensor], g: list[Tensor], beta: float) -> list[Tensor]:
+    """g exp(Q / beta) of the regularised values Q of ``table``, backwards through the graph."""
+    value = graph.levels[-1].reward
+    improved = [table[-1]]
+    for level, pi, ref in list(zip(graph.levels, table, g, strict=True))[-2::-1]:
+        q = torch.zeros_like(pi).index_put(
+            (level.parent, level.position), level.log_fill.exp() * value[level.child], True
+        )
+        improved.append(masked_log_softmax(ref.masked_fill(pi == -torch.inf, 0.0) + q / beta, pi > -torch.inf))
+        p = pi.exp()
+        terms = p * (q - beta * (pi - ref).masked_fill(p == 0, 0.0))
+        value = torch.where(level.complete, level.reward, terms.nan_to_num(0.0).sum(1))
+    return improved[::-1]
+
+
+def test_improvement_is_monotone_and_ends_at_the_optimum() -> None:
+    """In exact evaluation J(pi) never falls from one iteration to the next."""
+    process, g, beta = table(), SoftmaxConfidence(tau=0.2), 0.1
+    graph = exact.enumerate_boards(process, process.task.sample(5, generator(2)))
+    ref = exact.tabulate(graph, g)
+    best = exact.soft_optimal(graph, ref, beta)
+    pi, values = ref, []
+    for _ in range(5):
+        own = exact.evaluate(graph, pi, ref)
+        values.append(float((graph.weight * (own.reward - beta * own.trajectory_kl)).sum()))
+        pi = soft_improvement(graph, pi, ref, beta)
+    assert all(later >= earlier - 1e-12 for earlier, later in pairwise(values))
+    assert values[-1] > values[0] + 1e-3
+    assert values[-1] == pytest.approx(float((graph.weight * best.value).sum()), abs=1e-9)
+
+
+def test_a_run_reaches_the_regularised_optimum(tmp_path) -> None:
+    process, beta = table(Likely), 0.1
+    settings = config(
+        tmp_path,
+        beta=beta,
+        sampled=True,
+        continuations=8,
+        iterations=6,
+        puzzles=48,
+        steps=80,
+        batch=64,
+        lr=5e-3,
+        reference="softmax_confidence:tau=0.2",
+        capacity=200,
+    )
+    policy = policy_iteration.train(settings, process).eval()
+    graph = exact.enumerate_boards(process, process.task.sample(400, generator(2)))
+    ref = exact.tabulate(graph, reference("softmax_confidence:tau=0.2"))
+    best = exact.soft_optimal(graph, ref, beta)
+    with torch.no_grad():
+        own = exact.evaluate(graph, exact.tabulate(graph, policy), ref)
+    start = exact.evaluate(graph, ref)
+    reached, most = (graph.weight * (own.reward - beta * own.trajectory_kl)).sum(), (graph.weight * best.value).sum()
+    begun = (graph.weight * start.reward).sum()
+    assert float(most - reached) < 0.1 * float(most - begun)
+
+
+# ---------------------------------------------------------------------- losses by hand
+def test_the_value_loss_by_hand() -> None:
+    process = table()
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=0.1)
+    seen = process.observe(process.reset(process.task.sample(2, generator())))
+    values = torch.tensor([[1.0, torch.nan, 0.0, 0.25], [torch.nan, torch.nan, 1.0, torch.nan]])
+    total = 0.0
+    for belief in policy.read(seen)[0]:
+        q = belief.gather(-1, seen.denoised.best.unsqueeze(-1)).squeeze(-1).exp()
+        q = q.detach()
+        for row, column in ((0, 0), (0, 2), (0, 3), (1, 2)):
+            target, p = values[row, column], q[row, column]
+            total += float(-(target * p.log() + (1 - target) * (1 - p).log())) / 4 / 2
+    assert float(value_loss(policy, seen, values).detach()) == pytest.approx(total, abs=1e-4)
+
+
+def test_graded_values_are_advantages() -> None:
+    process = table()
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=0.1)
+    states = States(process.task)
+    values = torch.tensor([[0.5, 0.25, torch.nan, 0.0]])
+    states.add(9, values=values)
+    policy_iteration.widen_value_range(policy, states)
+    assert policy.head.value_range.tolist() == [-0.25, 0.25]
+    seen = process.observe(process.reset(process.task.sample(1, generator())))
+    torch.testing.assert_close(value_loss(policy, seen, values), value_loss(policy, seen, values + 7.0))
+
+
+def test_of_sets_what_keeps_the_most_is_right() -> None:
+    process = replace(table(), rules=Rules("set"))
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, belief_weight=1.0, sets=True)
+    seen = process.observe(process.reset(process.task.sample(1, generator())))
+    values = torch.tensor([[0.5, 0.75, torch.nan, 0.75]])
+    labels = torch.tensor([[0.0, 1.0, torch.nan, 1.0]])
+    torch.testing.assert_close(set_value_loss(policy, seen, values, 20.0), set_value_loss(policy, seen, labels, 20.0))
+
+
+def test_symbols_that_were_not_tried_are_worth_nothing_or_unknown() -> None:
+    process = table()
+    seen = process.observe(process.reset(process.task.sample(1, generator())))
+    best, values = seen.denoised.best, torch.tensor([[1.0, 1.0, torch.nan, 0.0]])
+    answers = torch.where(torch.tensor([[True, False, True, True]]), best, (best + 1) % 3)
+    tried = best_symbols_values("values", seen, answers, values)
+    board = best_symbols_values("boards", seen, answers, values)
+    torch.testing.assert_close(tried, torch.tensor([[1.0, torch.nan, torch.nan, 0.0]]), equal_nan=True)
+    torch.testing.assert_close(board, torch.tensor([[1.0, 0.0, torch.nan, 0.0]]), equal_nan=True)
+
+
+# ---------------------------------------------------------------------- labels and states
+def test_finished_boards_are_rewarded_ones(sudoku6, tiny) -> None:
+    process = Unmasking(sudoku6, tiny)
+    instances = sudoku6.heldout(120, "validation")
+    player = Player.of(process, SoftmaxConfidence(), SoftmaxConfidence(), 0.97, 0.0)
+    state = process.reset(instances)
+    greedy, once = finished_boards(settled(retries=0), player, state, generator())
+    board, rewarded = finished_boards(settled(retries=8), player, state, generator())
+    assert torch.equal(rewarded, (board == instances.answers).all(1)), "one answer is right"
+    assert torch.equal(once, (greedy == instances.answers).all(1))
+    assert once.sum() < rewarded.sum()
+    assert torch.equal(board[once], greedy[once])
+
+
+def test_values_follow_a_board_under_its_symmetries(sudoku6) -> None:
+    states, instances = States(sudoku6), sudoku6.heldout(20, "validation")
+    states.tokens, states.answers, states.given = instances.tokens, instances.answers, instances.tokens
+    states.remask_count, states.uncertain = torch.zeros_like(instances.tokens), torch.ones(20, dtype=torch.bool)
+    states.values = (instances.answers + torch.arange(20).unsqueeze(1) * 10).float()
+    drawn = states.sample(sudoku6, 50, 0.0, generator())
+    for row in range(50):
+        whose = int(drawn.values[row, 0]) // 10
+        for symbol in range(6):  # whatever it is called now, its positions have one value
+            assert len(drawn.values[row][drawn.answers[row] == symbol].unique()) == 1
+        holes = sorted((states.values[whose][instances.tokens[whose] == 6]).tolist())
+        assert sorted(drawn.values[row][drawn.tokens[row] == 6].tolist()) == holes
+
+
+# ---------------------------------------------------------------------- runs
+@pytest.mark.parametrize("actions", ["single", "set"])
+@pytest.mark.parametrize("labels", ["boards", "values"])
+@pytest.mark.parametrize("kind", [TableTask, Graded, Either])
+def test_every_kind_of_task_label_and_action(tmp_path, kind, labels, actions) -> None:
+    process = table(kind)
+    policy = policy_iteration.train(config(tmp_path, labels=labels, rules=Rules(actions)), process)
+    assert policy.actions == actions
+    assert policy.trained == "rewards"
+    played = process.rollout(policy, process.task.sample(20, generator())) if actions == "single" else None
+    assert played is None or played.state.done.all()
+    loaded = load_policy(tmp_path, process.task, process.denoiser)
+    assert loaded.trained == "rewards"
+    assert isinstance(loaded, OrderPolicy)
+
+
+def test_drawn_symbols_take_several_continuations(tmp_path) -> None:
+    process = table(temperature=1.0)
+    policy = policy_iteration.train(config(tmp_path, fill_temperature=1.0, continuations=4), process)
+    assert float(policy.head.value_range[0]) < 0, "means of 0 and 1 are graded"
+
+
+def test_masking_again_is_learned_from_its_own_boards(tmp_path) -> None:
+    rules = Rules("set+remask", nfe_budget=8)
+    first = policy_iteration.train(config(tmp_path / "a", rules=Rules("set")), table())
+    assert isinstance(first, OrderPolicy)
+    again = policy_iteration.train(config(tmp_path / "b", rules=rules, init=str(tmp_path / "a")), table())
+    assert again.actions == "set+remask"
+
+
+@pytest.mark.parametrize("stop_at", [10, 13])  # between two iterations, and within one
+def test_a_stopped_run_goes_on_to_the_same_policy(tmp_path, monkeypatch, stop_at) -> None:
+    process, original, counted = table(), policy_iteration.descend, iter(range(99))
+    whole = policy_iteration.train(config(tmp_path / "whole"), process)
+    settings = config(tmp_path / "stopped", save_every=1)
+
+    def descend(*args: object, **more: object) -> float:
+        if next(counted) == stop_at:
+            raise KeyboardInterrupt
+        return original(*args, **more)
+
+    monkeypatch.setattr(policy_iteration, "descend", descend)
+    with pytest.raises(KeyboardInterrupt):
+        policy_iteration.train(settings, process)
+    monkeypatch.setattr(policy_iteration, "descend", original)
+    resumed = policy_iteration.train(replace(settings, resume="must"), process)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_answers_are_not_read(tmp_path) -> None:
+    """With other answers beside the same rewards a run is the same."""
+
+    class Blind(Either):
+        def sample(self, n: int, generator: torch.Generator) -> Instances:
+            instances = super().sample(n, generator)
+            return Instances(instances.tokens, torch.zeros_like(instances.answers))
+
+    for actions in ("single", "set"):
+        plain, blind = (
+            policy_iteration.train(config(tmp_path / f"{kind.__name__}{actions}", rules=Rules(actions)), table(kind))
+            for kind in (Either, Blind)
+        )
+        for name, value in plain.state_dict().items():
+            assert torch.equal(value, blind.state_dict()[name]), name
+
+
+def test_where_nothing_can_be_learned_one_line_says_so(tmp_path) -> None:
+    class Never(TableTask):
+        def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+            return torch.zeros(len(tokens))
+
+    for labels in ("boards", "values"):
+        with pytest.raises(UnmaskError, match="no state of 24 puzzles of table has a choice that changes the reward"):
+            policy_iteration.train(config(tmp_path / labels, labels=labels), table(Never))
+
+
+def test_policies_over_sets_play_one_by_one() -> None:
+    process = replace(table(), rules=Rules("set"))
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, belief_weight=1.0, sets=True)
+    seen = process.observe(process.reset(process.task.sample(4, generator())))
+    alone = OneByOne(policy)(seen)
+    torch.testing.assert_close(alone.log_probs, policy.log_odds(seen).log_softmax(1))
+    assert torch.equal(alone.mode(), one_of(policy.log_odds(seen).argmax(1), 4))
+    assert len(sequences(3, 4)) == 81
