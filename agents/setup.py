@@ -136,11 +136,12 @@ def process_of(config: TrainConfig, process: Unmasking | None, temperature: floa
     return make_process(config.env, config.denoiser, temperature=temperature, device=device, **vars(config.rules))
 
 
-def setup(config: RLConfig, process: Unmasking | None = None) -> Setup:
+def setup(config: RLConfig, process: Unmasking | None = None, belief_weight: float = 0.0) -> Setup:
     """Check ``config`` and make what it names.
 
     Args:
         process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
+        belief_weight: of a new policy of single positions; at 0 it equals its reference.
 
     Raises:
         UnmaskError: names, sizes or settings that do not fit, before any long work starts.
@@ -156,7 +157,7 @@ def setup(config: RLConfig, process: Unmasking | None = None) -> Setup:
         require_learned(process)
     lr = config.lr if config.lr is not None else 1e-3 if config.init is None else 3e-5
     config = replace(config, lr=lr, reference=name)
-    return Setup(config, process, g, _start(config, g, process).to(process.device))
+    return Setup(config, process, g, _start(config, g, process, belief_weight).to(process.device))
 
 
 def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPolicy:
@@ -167,9 +168,10 @@ def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPo
     return policy
 
 
-def _start(config: RLConfig, g: Reference, process: Unmasking) -> OrderPolicy | RemaskPolicy:
-    """``config.init``, or a policy that equals the reference: its softmax for max_confidence and margin, the uniform
-    order for entropy and left_to_right, which have no softmax form here; over sets the soft threshold."""
+def _start(config: RLConfig, g: Reference, process: Unmasking, belief_weight: float) -> OrderPolicy | RemaskPolicy:
+    """``config.init``, or a policy that at ``belief_weight`` 0 equals the reference: its softmax for max_confidence and
+    margin, the uniform order for entropy and left_to_right, which have no softmax form here; over sets the soft
+    threshold."""
     if config.init is not None:
         return load_init(config, process)
     arguments = (process.task, process.denoiser, config.seed)
@@ -179,7 +181,8 @@ def _start(config: RLConfig, g: Reference, process: Unmasking) -> OrderPolicy | 
     base: Base = softmax if softmax in ("softmax_confidence", "softmax_margin", "learned") else "none"
     # Some references do not prefer confident positions, so a policy that starts as one of them reads every board.
     shape = replace(config.policy, defer_above=2.0) if base in ("none", "learned") else config.policy
-    return new_policy(shape, *arguments, base, getattr(g, "tau", 0.05), getattr(g, "k", None))
+    options = base, getattr(g, "tau", 0.05), getattr(g, "k", None), belief_weight
+    return new_policy(shape, *arguments, *options)
 
 
 def setup_on_policy(config: RLConfig, process: Unmasking | None) -> tuple[Setup, int]:
