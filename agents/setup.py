@@ -140,7 +140,8 @@ def setup(config: RLConfig, process: Unmasking | None = None, **start: Any) -> S
     """Check ``config`` and make what it names.
 
     Args:
-        start: more arguments of :func:`agents.policy.new_policy`.
+        start: more arguments of :func:`agents.policy.new_policy`, for policies of single positions. Without a
+            ``belief_weight`` these equal their reference.
         process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
 
     Raises:
@@ -175,7 +176,7 @@ def _start(config: RLConfig, g: Reference, process: Unmasking, **start: Any) -> 
         return load_init(config, process)
     arguments = (process.task, process.denoiser, config.seed)
     if config.rules.actions != "single":
-        return new_policy(config.policy, *arguments, base="soft_threshold", sets=True, **start)
+        return new_policy(config.policy, *arguments, base="soft_threshold", sets=True)
     softmax = {"max_confidence": "softmax_confidence", "margin": "softmax_margin"}.get(g.name, g.name)
     base: Base = softmax if softmax in ("softmax_confidence", "softmax_margin", "learned") else "none"
     # Some references do not prefer confident positions, so a policy that starts as one of them reads every board.

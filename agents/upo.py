@@ -27,14 +27,15 @@ from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
 from tasks import Instances, UnmaskError
-from tasks.settings import AtLeast0, AtLeast1, AtLeast2, Positive, ShareBelow1
+from tasks.settings import AtLeast0, AtLeast1, AtLeast2, Positive, ShareBelow1, validate
 from unmask_env import exact
 from unmask_env.distributions import Distribution, NoClosedFormError
 from unmask_env.process import Unmasking
-from unmask_env.reference import Policy, Reference
+from unmask_env.reference import Policy, Reference, default_reference
+from unmask_env.reference import reference as named_reference
 from unmask_env.state import Observation, Rollout
 
-IMITATION = 20  # iterations that bring a new policy to a deterministic reference
+IMITATION = 20  # iterations that bring a new policy to its reference
 
 Regulariser = Literal["auto", "none", "cross_entropy", "trajectory_kl", "step_kl", "terminal_kl"]
 
@@ -58,8 +59,9 @@ class UPOConfig(RLConfig):
     over_steps: Literal["sum", "mean"] = "sum"
     """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
     imitation: AtLeast0 | None = None
-    """iterations before the others, in which the policy imitates the reference on play of its own; default: 20 where it
-    cannot begin as the reference, as with deterministic ones, else 0"""
+    """iterations before the others, in which a new policy of belief weight 1 imitates the reference on play of its own;
+    0: it is the reference, at belief weight 0, from where rewards hardly reach its reading. Default: 20; with ``init``,
+    and for stochastic references over sets, 0"""
     branch: bool = False
     """fork a group at an uncertain state of a shared greedy play, so that what its rewards differ by was decided from
     there on. The instances that come to one are learned from, the others are not"""
@@ -272,7 +274,9 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
         UnmaskError: names, sizes or settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
-    config, process, reference, policy = ready = with_imitation(setup(config, process))
+    validate(config)
+    config = with_imitation(config)
+    config, process, reference, policy = ready = setup(config, process, float(config.imitation > 0))
     if config.rules.actions != "single" and config.temperature != 1:
         raise UnmaskError(f"policies over sets are sampled at temperature 1, not {config.temperature}")
     regulariser = check_regulariser(config, reference)
@@ -302,21 +306,21 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
 
 
 # ---------------------------------------------------------------------- where a run begins
-def with_imitation(ready: Setup) -> Setup:
-    """``ready`` with its number of iterations of imitation filled in.
+def with_imitation(config: UPOConfig) -> UPOConfig:
+    """``config`` with its number of iterations of imitation filled in.
 
     Raises:
         UnmaskError: imitation of what is already learned, or of a stochastic reference over sets.
     """
-    config, _, reference, _ = ready
+    actions = config.rules.actions
+    can = actions == "single" or named_reference(config.reference or default_reference(actions)).deterministic
     if config.imitation is None:
-        needed = config.init is None and reference.deterministic
-        return ready._replace(config=replace(config, imitation=IMITATION if needed else 0))
+        return replace(config, imitation=IMITATION if config.init is None and can else 0)
     if config.imitation > 0 and config.init is not None:
         raise UnmaskError("imitation of the reference would undo what init has learned; leave out one of the two")
-    if config.imitation > 0 and config.rules.actions != "single" and not reference.deterministic:
-        raise UnmaskError(f"over sets only deterministic references are imitated, not {config.reference}")
-    return ready
+    if config.imitation > 0 and not can:
+        raise UnmaskError("over sets only deterministic references are imitated, such as threshold")
+    return config
 
 
 def imitate(

@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 from common import in_pairs, report
 from rich.console import Console
+from torch import Tensor
 
 from agents import evaluate, frontier
 from unmask_env.reference import Reference
@@ -26,6 +27,8 @@ class Compare(evaluate.PlayCommand):
 
     thresholds: tuple[float, ...] = ()
     """of policies over sets"""
+    metric: str | None = None
+    """of the paired differences; default: the task's first"""
     out: Path | None = None
     """JSON"""
 
@@ -40,9 +43,13 @@ def main(command: Compare) -> None:
         played |= {f"{name} at {threshold}": orders[name].at(threshold) for threshold in command.thresholds}
     results = evaluate.compare(process, played, instances, command.seed, command.batch, progress=True)
     rivals = [result for result in results if result.order in rules and not orders[result.order].sees_answers]
-    best = max(rivals, key=lambda result: float(result.solved.mean()), default=results[0])
+
+    def values(result: evaluate.Result) -> Tensor:
+        return result.solved if command.metric is None else result.metrics[command.metric]
+
+    best = max(rivals, key=lambda result: float(values(result).mean()), default=results[0])
     learned = [result for result in results if result.order not in rules]
-    pairs = [{"order": r.order, "against": best.order} | in_pairs(r.solved, best.solved) for r in learned]
+    pairs = [{"order": r.order, "against": best.order} | in_pairs(values(r), values(best)) for r in learned]
     first = [result for result in results if command.thresholds and result.order.startswith(f"{command.orders[0]} at ")]
     level = {r.order: frontier.at_equal_forwards(first, r) for r in results if r not in first} if first else {}
     report(

@@ -162,7 +162,7 @@ def recipes(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, t
     ppo = common | {"num_envs": 64 if steps > 10 else 128, "steps": steps, "epochs": 4, "iterations": 120}
     ppo |= {"gae_lambda": 1.0}
     grouped = common | {"puzzles": groups, "group": 16, "epochs": 2, "iterations": 80}
-    upos = grouped | {"replay_fraction": 0.0}
+    upos = grouped | {"imitation": 0}
     uniform = ppo | {"reference": "random"}
     own = {name: value for name, value in common.items() if name != "anneal"}
     iterated = own | {"labels": "values", "sampled": True, "iterations": 12, "puzzles": 128, "steps": 200}

@@ -5,7 +5,7 @@
 set -eu
 shared="--denoiser sudoku6-tiny --actions set --speed 10 --iterations 40 --puzzles 16 --lr 1e-3 --beta 0"
 for form in no-speed-bonus speed-bonus; do
-    unmask train upo $shared --$form --replay-fraction 0 --threads 1 --resume auto --out runs/speed/$form
+    unmask train upo $shared --$form --threads 1 --resume auto --out runs/speed/$form
 done
 python benchmarks/compare.py --task sudoku6 --denoiser sudoku6-tiny --split validation --limit 500 \
     --orders soft_threshold runs/speed/no-speed-bonus runs/speed/speed-bonus --out benchmarks/results/haste.json

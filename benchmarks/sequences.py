@@ -148,7 +148,7 @@ def main(
             )
             imitation.train(imitate, process)
         start = str(first) if steps > 0 else None
-        played = {"iterations": iterations, "puzzles": puzzles, "replay_fraction": 0.0}
+        played = {"iterations": iterations, "puzzles": puzzles}
         practise = upo.UPOConfig(out=str(second), init=start, reference=reference, **played, **shared)
         orders[f"UPO, seed {seed}"] = upo.train(practise, process)
     results = evaluate.compare(process, orders, shown, batch=50, progress=True)

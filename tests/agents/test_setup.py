@@ -104,6 +104,7 @@ def misled(name: str, out: Path | str, **changes: object) -> RLConfig:
     """Settings of a few seconds for ``Misled``."""
     groups = {"puzzles": 2, "group": 4} if name in ("grpo-torchrl", "upo") else {"num_envs": 8}
     shape = PolicyConfig(copy=False, dim=16, layers=1, defer_above=2.0, num_passes=1)
+    groups |= {"imitation": 0} if name == "upo" else {}
     shared = {"iterations": 6, "minibatches": 2, "beta": 0.25, "lr": 1e-2, "anneal": True, "threads": 1}
     return CONFIGS[name](out=str(out), **{"policy": shape} | groups | shared | changes)
 
@@ -136,7 +137,6 @@ def test_a_run_leaves_its_files(finished: dict[str, Path], name: str) -> None:
     config = misled(name, out)
     given = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     filled_in = {"kind": type(config).__name__, "reference": "softmax_confidence"}
-    filled_in |= {"imitation": 0} if name == "upo" else {}  # it starts there
     assert settings == given | filled_in
     policy = load_policy(out, MISLED.task, MISLED.denoiser)
     begun = setup(misled(name, out), MISLED).policy

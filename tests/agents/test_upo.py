@@ -597,7 +597,7 @@ def small_policy(task: tasks.Task, denoiser: TableDenoiser, belief_weight: float
 def small(out: Path, **changes: object) -> UPOConfig:
     settings: dict[str, object] = {
         "reference": "random", "beta": 1e-3, "iterations": 15, "puzzles": 8, "group": 4, "lr": 2e-2, "threads": 1,
-        "minibatches": 2, "policy": SHAPE,
+        "minibatches": 2, "policy": SHAPE, "imitation": 0,
     }  # fmt: skip
     return UPOConfig(out=str(out), **settings | changes)
 
@@ -770,7 +770,7 @@ def test_a_new_policy_imitates_a_deterministic_reference_first(tmp_path: Path) -
     trained = upo.train(imitating(tmp_path / "run", imitation=12, iterations=1, beta=0.0), process)
     assert expected_reward(trained) < 0.1
     logged = scalars(tmp_path / "run")
-    assert logged["imitation/cross_entropy"][0] == pytest.approx((math.log(3) + math.log(2)) / 3, abs=0.2)
+    assert logged["imitation/cross_entropy"][0] > 0.4
     assert logged["imitation/cross_entropy"][-1] < 0.3
     assert len(logged["imitation/cross_entropy"]) == 12
     assert len(logged["reward/fresh"]) == 1
@@ -781,8 +781,8 @@ def test_a_new_policy_imitates_a_deterministic_reference_first(tmp_path: Path) -
     [
         ({"reference": "left_to_right"}, upo.IMITATION),
         ({"reference": "entropy"}, upo.IMITATION),
-        ({"reference": "softmax_margin:tau=0.2"}, 0),
-        ({"reference": "top_k:k=2"}, 0),
+        ({"reference": "softmax_margin:tau=0.2"}, upo.IMITATION),
+        ({"reference": None}, upo.IMITATION),
         ({"reference": "random", "imitation": 3}, 3),
         ({"reference": "left_to_right", "imitation": 0}, 0),
         ({"reference": "left_to_right", "init": "given"}, 0),
@@ -795,7 +795,7 @@ def test_how_long_a_run_imitates(tmp_path: Path, changes: dict, rounds: int) -> 
     if "init" in changes:
         save_model(small_policy(process.task, process.denoiser), tmp_path / "given")
         changes = changes | {"init": str(tmp_path / "given")}
-    assert upo.with_imitation(setup(small(tmp_path, **changes), process)).config.imitation == rounds
+    assert upo.with_imitation(small(tmp_path, **{"imitation": None} | changes)).imitation == rounds
 
 
 @pytest.mark.parametrize(
@@ -851,15 +851,15 @@ def test_a_run_cut_off_in_its_imitation_and_after_it_ends_with_the_same_weights(
 # ---------------------------------------------------------------------- UPO's three realisations
 @pytest.mark.trains
 @pytest.mark.parametrize(
-    ("reference", "regulariser", "imitation"),
-    [("softmax_confidence:tau=0.3", "step_kl", 0), ("max_confidence", "cross_entropy", 2), ("top_k:k=2", "step_kl", 0)],
+    ("reference", "regulariser"),
+    [("softmax_confidence:tau=0.3", "step_kl"), ("max_confidence", "cross_entropy"), ("top_k:k=2", "step_kl")],
     ids=["softmax", "deterministic", "top_k"],
 )
-def test_each_realisation_of_the_paper_trains(tmp_path: Path, reference: str, regulariser: str, imitation: int) -> None:
+def test_each_realisation_of_the_paper_trains(tmp_path: Path, reference: str, regulariser: str) -> None:
     """The first two learn to begin with the position that is rewarded; top-k stays among its k."""
     process = Unmasking(Misled(), TableDenoiser(Misled().joint))
     shape = replace(SHAPE, defer_above=2.0)
-    changes = {"reference": reference, "imitation": imitation, "policy": shape, "iterations": 25, "beta": 1e-3}
+    changes = {"reference": reference, "policy": shape, "iterations": 25}
     settings = small(tmp_path / "run", **changes)
     ready = setup(settings, process)
     assert check_regulariser(ready.config, ready.reference) == regulariser
@@ -927,7 +927,7 @@ def test_branching_goes_with_every_kind_of_action(tmp_path: Path, rules: Rules, 
         pytest.skip("a rule of sets")
     process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table), rules)
     changes = {"rules": rules, "reference": reference, "branch": True, "iterations": 2, "replay_fraction": 0.5}
-    trained = upo.train(small(tmp_path / "run", imitation=0, **changes, fill_temperature=1.0), process)
+    trained = upo.train(small(tmp_path / "run", **changes, fill_temperature=1.0), process)
     assert weights(trained).isfinite().all()
 
 
@@ -979,7 +979,7 @@ TAU, BETA = 0.2, 0.02
 def train_likely(out: Path, task: Likely, fill_temperature: float = 1.0) -> OrderPolicy:
     settings = UPOConfig(
         out=str(out), reference=f"softmax_confidence:tau={TAU}", beta=BETA, fill_temperature=fill_temperature,
-        lr=1e-2, anneal=True, iterations=15, epochs=3, minibatches=2, puzzles=8, group=16, replay_fraction=0.0,
+        lr=1e-2, anneal=True, iterations=15, epochs=3, minibatches=2, puzzles=8, group=16, imitation=0,
         threads=1, policy=PolicyConfig(copy=False, dim=16, layers=1, defer_above=2.0, num_passes=1),
     )  # fmt: skip
     return upo.train(settings, Unmasking(task, Neighbours(task.joint)))

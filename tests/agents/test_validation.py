@@ -29,6 +29,7 @@ UNIFORM = PositionPolicy(lambda seen: Random()(seen).log_probs)
 
 def config(out: Path | str = "unused", kind: type = UPOConfig, **changes: object) -> UPOConfig:
     sizes = {"num_envs": 8} if kind in (SB3PPOConfig, TorchRLPPOConfig) else {"puzzles": 4, "group": 4}
+    sizes |= {"imitation": 0} if kind is UPOConfig else {}
     shared = {"iterations": 4, "minibatches": 2, "lr": 1e-2, "threads": 1, "policy": SHAPE, "validation_puzzles": 10}
     return kind(out=str(out), **shared | sizes | changes)
 
@@ -162,7 +163,7 @@ def test_a_run_that_learns_nothing_says_so(
 
 
 def test_a_reference_that_is_perfect_leaves_nothing_to_gain(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    upo.train(config(tmp_path / "run", reference="left_to_right", imitation=0), MISLED)
+    upo.train(config(tmp_path / "run", reference="left_to_right"), MISLED)
     output = capsys.readouterr().out
     assert output.count("the reference left_to_right is at 100 % of 10 validation instances") == 1
     assert "no gain" not in output

@@ -1,0 +1,22 @@
+#!/bin/sh
+# UPO from rewards alone, in the setting of its paper: 4x4 Sudoku, 8 blanks, cell accuracy, a denoiser made weak by
+# stopping its training early. The paper's three realisations of the reference, three seeds each, and beside them
+# branching at uncertain states; then 6x6 Sudoku with the defaults. 1,000 test puzzles; settings were chosen on validation.
+#   benchmarks/upo.sh [SEED ...]
+set -eu
+seeds=${*:-0 1 2} runs=runs/upo task=sudoku4:blanks=8,reward=cell_accuracy
+unmask pretrain mdm --task sudoku4 --steps 100 --batch 128 --dim 48 --layers 3 --lr 3e-3 --warmup 50 --ema 0.95 --seed 0 \
+    --threads 1 --resume auto --out "$runs/denoiser"
+for seed in $seeds; do
+    shared="--env $task --denoiser $runs/denoiser --defer-above 2 --iterations 60 --seed $seed --threads 1 --resume auto"
+    unmask train upo $shared --reference max_confidence --out "$runs/deterministic-$seed"
+    unmask train upo $shared --reference softmax_confidence --out "$runs/softmax-$seed"
+    unmask train upo $shared --reference top_k:k=5 --out "$runs/top_k-$seed"
+    unmask train upo $shared --reference max_confidence --branch --out "$runs/branch-$seed"
+done
+python benchmarks/compare.py --task "$task" --denoiser "$runs/denoiser" --limit 1000 --metric cell_accuracy --orders \
+    random max_confidence oracle "$runs"/deterministic-* "$runs"/softmax-* "$runs"/top_k-* "$runs"/branch-* --out benchmarks/results/upo-sudoku4.json
+unmask train upo --denoiser sudoku6-tiny --threads 1 --resume auto --out "$runs/sudoku6"
+unmask train upo --denoiser sudoku6-tiny --branch --threads 1 --resume auto --out "$runs/sudoku6-branch"
+python benchmarks/compare.py --task sudoku6 --denoiser sudoku6-tiny --limit 2000 --orders max_confidence margin entropy \
+    "$runs/sudoku6" "$runs/sudoku6-branch" --out benchmarks/results/upo-sudoku6.json
