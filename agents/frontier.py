@@ -28,6 +28,7 @@ from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, sweeps
 
 THRESHOLDS = (0.003, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95, 0.99)
+READ_THRESHOLDS = (0.35, 0.7, 0.95)  # of policies that do not read every board
 Methods = dict[str, list[tuple[dict[str, Any], Policy]]]
 """Per method its settings, in the order of a curve, each with the policy that it means."""
 
@@ -48,7 +49,8 @@ class Point:
 
 def methods(names: Sequence[str], process: Unmasking) -> Methods:
     """Per method its settings: ``heuristics`` stands for all that the rules allow, other names for one of those, or for
-    a policy over sets by packaged name, folder or hub id.
+    a policy over sets by packaged name, folder or hub id. A policy has three curves: it reads the board in every
+    forward, in the ``first`` and where nothing is certain, or there only (``unsure``).
 
     Raises:
         UnknownNameError, CheckpointError: in one line. UnmaskError: rules or a policy of single positions.
@@ -70,6 +72,10 @@ def methods(names: Sequence[str], process: Unmasking) -> Methods:
             if policy.actions == "single":
                 raise UnmaskError(f"order policy {method} chooses single positions; the frontier is of sets")
             chosen[method] = [({"threshold": t}, policy.at(t)) for t in THRESHOLDS]
+            if policy.actions == "set":
+                for read in ("first", "unsure"):
+                    settings = [{"threshold": t, "read": read} for t in READ_THRESHOLDS]
+                    chosen[f"{method}, reads {read}"] = [(setting, policy.at(**setting)) for setting in settings]
     return chosen
 
 
@@ -126,11 +132,13 @@ def table(points: Sequence[Point], title: str) -> Table:
     """The best points of heuristics and of learned policies, by rising number of forwards."""
     metric = next(iter(points[0].result.metrics))
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("NFE", f"{metric} %", "95 %", "method", "setting"):
+    for column in ("NFE", "passes", "s", f"{metric} %", "95 %", "method", "setting"):
         view.add_column(column, justify="left" if column in ("method", "setting") else "right")
     for point in sorted([*best_of(points, False), *best_of(points, True)], key=lambda p: p.result.nfe):
         low, high = interval(point.result.solved)
-        cells = (f"{point.result.nfe:.2f}", f"{100 * _mean(point):.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
+        spent = (point.result.nfe, float((point.result.passes + point.result.policy_passes).mean()))
+        cells = (*(f"{count:.2f}" for count in spent), f"{point.result.seconds:.1f}")
+        cells += (f"{100 * _mean(point):.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
         setting = ", ".join(f"{name} {value}" for name, value in point.setting.items())
         view.add_row(*cells, point.method, setting, style="bold" if point.learned else "")
     return view

@@ -276,7 +276,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     """
     validate(config)
     config = with_imitation(config)
-    config, process, reference, policy = ready = setup(config, process, float(config.imitation > 0))
+    config, process, reference, policy = ready = setup(config, process, belief_weight=float(config.imitation > 0))
     if config.rules.actions != "single" and config.temperature != 1:
         raise UnmaskError(f"policies over sets are sampled at temperature 1, not {config.temperature}")
     regulariser = check_regulariser(config, reference)

@@ -194,7 +194,7 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["paint"], ["paint"]),
         (["train", "sarsa", "--out", "x"], ["sarsa"]),
         ([], ["list"]),
-        (["train"], ["upo", "imitation", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"]),
+        (["train"], ["policy-iteration", "upo", "imitation", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"]),
         (["train", "upo"], ["--out"]),
         (["train", "upo", "--out", "x", "--reference", "best"], ["best", "margin"]),
         (["train", "upo", "--out", "x", "--env", "Unmask/Sudoku5x5-v0"], ["unknown environment", "Sudoku6x6"]),
@@ -349,7 +349,8 @@ def test_evaluate_a_users_file(unmask, order: Path, tmp_path: Path, solutions: b
     rows = json.loads(out.read_text())
     assert [row["order"] for row in rows] == orders
     for row in rows:
-        assert list(row) == ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "n", "ci95", "seconds"]
+        metrics, counts = ["solve_rate", "cell_accuracy", "valid_rate"], ["nfe", "passes", "policy_passes"]
+        assert list(row) == ["order", *metrics, *counts, "trained", "n", "ci95", "seconds"]
         assert row["n"] == 12
         assert 0 <= row["solve_rate"] <= row["cell_accuracy"] <= 1
         assert row["ci95"][0] <= row["solve_rate"] <= row["ci95"][1] + 1e-9
@@ -611,7 +612,7 @@ def commands(weak: Path) -> dict[str, list[object]]:
     board = ["--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--layers", "1"]
     return {
         "upo": [
-            "train", "upo", "--iterations", "25", "--puzzles", "3", "--group", "3", "--minibatches", "2",
+            "train", "upo", "--iterations", "25", "--imitation", "0", "--puzzles", "3", "--group", "3", "--minibatches", "2",
             *board, *shared,
         ],
         "imitation": ["train", "imitation", "--puzzles", "30", "--steps", "60", "--batch", "8", *board, *logged],

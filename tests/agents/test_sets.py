@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -525,3 +526,34 @@ def test_a_symbol_that_the_belief_likes_is_masked_again_less_by_hand() -> None:
     assert not moved[:, :L].any()
     expected = -0.7 * (p / (1 - p)).log()
     torch.testing.assert_close(moved[:, L:][seen.remaskable], expected[seen.remaskable], atol=1e-5, rtol=1e-4)
+
+
+def test_when_a_policy_reads() -> None:
+    """Unread boards fill what is certain; a board that is read fills that and its own set; passes are counted."""
+    task = tasks.get("sudoku6")
+    process = Unmasking(task, load_denoiser("sudoku6-tiny", task), Rules("set"))
+    high = PolicyConfig(defer_above=0.9997)
+    policy = new_policy(high, task, process.denoiser, 0, belief_weight=1.0, sets=True).eval()
+    state = process.reset(task.heldout(40, "validation"))
+    seen = process.observe(state)
+    certain = (seen.confidence >= 0.9997) & seen.fillable
+    some = certain.any(1)
+    assert 0 < int(some.sum()) < 40
+    always, first, unsure = (policy.at(0.7, read=read)(seen) for read in ("always", "first", "unsure"))
+    assert torch.equal(unsure.mode()[some], certain[some])
+    assert torch.equal(unsure.mode()[~some], always.mode()[~some])
+    assert torch.equal(first.mode(), always.mode() | certain)
+    assert always.passes.tolist() == first.passes.tolist() == [2] * 40
+    assert unsure.passes.tolist() == (2 * ~some).tolist()
+    state, _ = process.step(state, seen, first.mode())
+    seen = process.observe(state)
+    later = policy.at(0.7, read="first")(seen).passes
+    assert torch.equal(later, policy.at(0.7, read="unsure")(seen).passes), "the first forward is over"
+    played = process.rollout(policy.at(0.7, read="unsure"), task.heldout(40, "validation"), record=True)
+    taken = sum(step.alive * 2 * policy.uncertain(step.observation) for step in played.steps)
+    assert torch.equal(played.policy_passes, taken)
+    assert torch.equal(played.denoiser_passes, played.nfe)
+    remask = replace(process, rules=Rules("set+remask"))
+    again = remask.observe(remask.reset(task.heldout(2, "validation")))
+    with pytest.raises(UnmaskError, match="a policy that masks positions again reads always, not 'first'"):
+        policy.at(0.7, read="first")(again)
