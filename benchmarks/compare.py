@@ -1,6 +1,6 @@
 """Named orders beside each other on the same instances, and each one against the best reference among them, in pairs.
 
-    python benchmarks/compare.py --task sudoku6 --denoiser sudoku6-tiny --orders margin entropy sudoku6-tiny-upo \\
+    python benchmarks/compare.py --task sudoku6 --denoiser sudoku6-tiny --orders margin entropy sudoku6-tiny-rewards \\
         --limit 2000 --out benchmarks/results/NAME.json
 
 ``unmask evaluate`` with paired differences. The oracles are no rivals. A sets' policy is played at each of

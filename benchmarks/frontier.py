@@ -1,7 +1,7 @@
 """``unmask frontier``, and beside it each learned point against the best heuristic of as many forwards or more (up to
 ``--until`` of them, and any number), the oracle, and on small boards the exact bound. Differences are paired by puzzle.
 
-    python benchmarks/frontier.py --task sudoku6 --denoiser sudoku6-tiny --orders heuristics sudoku6-tiny-sets
+    python benchmarks/frontier.py --task sudoku6 --denoiser sudoku6-tiny --orders heuristics sudoku6-tiny-sets-rewards
 """
 
 from __future__ import annotations

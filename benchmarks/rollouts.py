@@ -1,6 +1,6 @@
 """What a UPO rollout costs beside its denoiser forwards, in boards x steps per second.
 
-    python benchmarks/rollouts.py [--denoiser sudoku6-tiny --policy sudoku6-tiny-upo]
+    python benchmarks/rollouts.py [--denoiser sudoku6-tiny --policy sudoku6-tiny-rewards]
 
 Two loops over the same boards, taken in turn: a UPO rollout (denoiser, order policy, sampling, transition, recording),
 and a bare loop of the same number of denoiser forwards of the same size. The ratio is the share of a rollout that the
@@ -25,7 +25,7 @@ from unmask_env.process import Unmasking
 def main(
     task: str = "sudoku6",
     denoiser: str = "sudoku6-tiny",
-    policy: str = "sudoku6-tiny-upo",
+    policy: str = "sudoku6-tiny-rewards",
     boards: int = 256,
     repeats: int = 5,
     threads: int | None = None,

@@ -254,8 +254,11 @@ def check_mistake(done: Outcome, *parts: str) -> None:
             ["show", *TINY, "--order", "threshold", "--threshold", "0.5"],
             ["references carry theirs: threshold:theta=0.8"],
         ),
-        (["show", *TINY, "--order", "sudoku6-tiny-upo", "--threshold", "0.5"], ["--threshold is for learned policies"]),
-        (["show", *TINY, "--order", "sudoku6-tiny-sets", "--threshold", "1"], ["above 0 and below 1, not 1"]),
+        (
+            ["show", *TINY, "--order", "sudoku6-tiny-rewards", "--threshold", "0.5"],
+            ["--threshold is for learned policies"],
+        ),
+        (["show", *TINY, "--order", "sudoku6-tiny-sets-rewards", "--threshold", "1"], ["above 0 and below 1, not 1"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -429,7 +432,10 @@ def test_evaluate_by_difficulty(unmask, tmp_path: Path) -> None:
 
 
 def test_every_order_plays_the_kind_of_action_that_it_is_made_for(unmask, tmp_path: Path) -> None:
-    out, orders = tmp_path / "rows.json", ["margin", "fixed_k:k=4", "remdm:steps=6", "sudoku6-tiny-sets", "oracle_sets"]
+    out, orders = (
+        tmp_path / "rows.json",
+        ["margin", "fixed_k:k=4", "remdm:steps=6", "sudoku6-tiny-sets-rewards", "oracle_sets"],
+    )
     options = ("--limit", 6, "--orders", *orders, "--json", out)
     assert unmask("evaluate", *TINY, *options).code == 0
     rows = {row["order"]: row["nfe"] for row in json.loads(out.read_text())}
@@ -437,7 +443,7 @@ def test_every_order_plays_the_kind_of_action_that_it_is_made_for(unmask, tmp_pa
     blanks = (given.tokens == 6).sum(1).float()
     assert rows["margin"] == pytest.approx(float(blanks.mean()))
     assert rows["fixed_k:k=4"] == pytest.approx(float((blanks / 4).ceil().mean()))
-    assert max(rows["sudoku6-tiny-sets"], rows["oracle_sets"]) < rows["fixed_k:k=4"]
+    assert max(rows["sudoku6-tiny-sets-rewards"], rows["oracle_sets"]) < rows["fixed_k:k=4"]
     process = Unmasking(SUDOKU6, load_denoiser("sudoku6-tiny", SUDOKU6), Rules("set+remask"))
     played = process.rollout(
         reference("remdm:steps=6"), given[blanks.argsort(stable=True)], torch.Generator().manual_seed(0)
@@ -561,10 +567,10 @@ def check_shown(out: str, index: int, process: Unmasking, policy: Policy, genera
 @pytest.mark.parametrize("threshold", [None, 0.05, 0.9])
 def test_show_plays_sets(unmask, threshold: float | None) -> None:
     options = [] if threshold is None else ["--threshold", threshold]
-    done = unmask("show", *TINY, "--order", "sudoku6-tiny-sets", "--index", 3, "--delay", 0, *options)
+    done = unmask("show", *TINY, "--order", "sudoku6-tiny-sets-rewards", "--index", 3, "--delay", 0, *options)
     assert (done.code, done.err) == (0, "")
     process = Unmasking(SUDOKU6, load_denoiser("sudoku6-tiny", SUDOKU6), Rules("set"))
-    policy = load_policy("sudoku6-tiny-sets", SUDOKU6, process.denoiser)
+    policy = load_policy("sudoku6-tiny-sets-rewards", SUDOKU6, process.denoiser)
     played = check_shown(done.out, 3, process, policy if threshold is None else policy.at(threshold), None)
     blanks = int((SUDOKU6.heldout(4).tokens[3] == 6).sum())
     assert sum(len(step) for step in moves_of(done.out)) == blanks, "each blank once"
@@ -574,7 +580,7 @@ def test_show_plays_sets(unmask, threshold: float | None) -> None:
 def test_a_higher_threshold_fills_fewer_at_a_time(unmask) -> None:
     """On the same board, so at the first step."""
     outs = [
-        unmask("show", *TINY, "--order", "sudoku6-tiny-sets", "--delay", 0, "--threshold", threshold).out
+        unmask("show", *TINY, "--order", "sudoku6-tiny-sets-rewards", "--delay", 0, "--threshold", threshold).out
         for threshold in (0.05, 0.5, 0.99)
     ]
     low, middle, high = ({cell for cell, _, _ in moves_of(out)[0]} for out in outs)
@@ -595,7 +601,7 @@ def test_show_masks_again(unmask) -> None:
 def test_show_draws_symbols(unmask) -> None:
     """Of a policy that takes its mode: the filling alone is drawn, and the seed decides it."""
     one, same, other, greedy = (
-        unmask("show", *TINY, "--order", "sudoku6-tiny-upo", "--delay", 0, *options)
+        unmask("show", *TINY, "--order", "sudoku6-tiny-rewards", "--delay", 0, *options)
         for options in (
             ("--temperature", 3, "--seed", 1), ("--temperature", 3, "--seed", 1), ("--temperature", 3, "--seed", 2), (),
         )

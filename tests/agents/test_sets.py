@@ -367,7 +367,7 @@ def test_boards_to_learn_remasking_on_show_mistakes_and_what_was_masked_again() 
     task = tasks.get("sudoku6")
     denoiser, states = load_denoiser("sudoku6-tiny", task), States(task)
     instances = task.heldout(40, "validation")
-    player = load_policy("sudoku6-tiny-sets", task, denoiser)
+    player = load_policy("sudoku6-tiny-sets-rewards", task, denoiser)
     generator = torch.Generator().manual_seed(11)  # draws a low threshold
     states.collect_sets(Unmasking(task, denoiser, Rules("set+remask")), instances, generator, player)
     holes, filled = states.given == task.mask_id, states.tokens != task.mask_id

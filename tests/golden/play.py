@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tasks
-from agents.policy import PACKAGED_POLICIES, load_policy
+from agents.policy import load_policy
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import packaged
 from tasks import Task
@@ -29,6 +30,7 @@ from unmask_env.torchrl_env import UnmaskTorchEnv
 
 ENV, ROWS, SEED, STEPS = "Unmask/Sudoku4x4-v0", 3, 5, 40
 ORDER_SEED, FILL_SEED = 3, 7
+POLICIES = Path(__file__).parent / "policies"  # those of the time when the values were recorded
 SHOWN = ("tokens", "log_reference")
 
 Arrays = dict[str, np.ndarray]
@@ -93,9 +95,9 @@ def _learned_order(task: Task) -> Backbone:
 
 
 def _policy(name: str, threshold: float | None) -> Policy:
-    if name not in packaged(PACKAGED_POLICIES):
+    if name not in packaged(POLICIES):
         return reference(name)
-    policy = load_policy(name)
+    policy = load_policy(POLICIES / name)
     return policy if threshold is None else policy.at(threshold)
 
 
