@@ -16,7 +16,7 @@ from tests.oracles import enumeration
 from tests.toys import rollout
 from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
 from unmask_env.process import Unmasking
-from unmask_env.reference import MaxConfidence, Threshold
+from unmask_env.reference import Margin, MaxConfidence, Threshold
 from unmask_env.state import Denoised, Rules
 
 
@@ -381,3 +381,17 @@ def test_names_say_how_a_recurrent_denoiser_reads(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(IncompatibleDenoiserError, match="trained to read once, so it takes no 2 passes"):
         load_denoiser("sudoku4:passes=2", task)
+
+
+def test_the_packaged_recurrent_denoiser_beats_the_one_it_started_from() -> None:
+    """200 validation puzzles by margin, with hardly more passes than forwards."""
+    task = tasks.get("sudoku6")
+    instances = task.heldout(200, "validation")
+    failures = {}
+    for name in ("sudoku6-tiny", "sudoku6-recurrent"):
+        played = rollout(task, load_denoiser(name, task), Margin(), instances, record=True)
+        failures[name] = int((played.reward < 1).sum())
+    assert failures["sudoku6-recurrent"] < failures["sudoku6-tiny"] / 2
+    passes = sum((step.observation.denoised.passes * step.alive).sum().item() for step in played.steps)
+    forwards = int(played.nfe.sum())
+    assert forwards < passes < 1.05 * forwards
