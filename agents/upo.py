@@ -376,9 +376,8 @@ def play_groups(
         instances, fresh = replay.sample(config.puzzles, generator)
         played = process.rollout(behaviour, instances.repeat(config.group), *draws, record=True)
         return played, instances, torch.arange(config.puzzles) < fresh
-    instances, fresh = replay.sample(
-        config.puzzles * config.group, generator
-    )  # of which many may come to no such state
+    # Many instances may come to no such state, so as many are tried as are played below.
+    instances, fresh = replay.sample(config.puzzles * config.group, generator)
     above = getattr(policy, "config", config.policy).defer_above
     forks, found = uncertain_states(process, policy, instances, above, generator)
     rows = (~found).int().argsort(stable=True)[: config.puzzles]
