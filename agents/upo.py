@@ -60,8 +60,9 @@ class UPOConfig(RLConfig):
     """how a trajectory's steps combine: the released code sums, the paper writes a mean"""
     imitation: AtLeast0 | None = None
     """iterations before the others, in which a new policy of belief weight 1 imitates the reference on play of its own;
-    0: it is the reference, at belief weight 0, from where rewards hardly reach its reading. Default: 20; with ``init``,
-    and for stochastic references over sets, 0"""
+    0: it is the reference exactly, at belief weight 0. Default: 20; with ``init``, and for stochastic references over
+    sets, 0. On a weak 4x4 denoiser UPO gained 0.2 points from the bare reference, 3.1 at belief weight 1, 4.8 at belief
+    weight 1 with imitation, and 0.1 with imitation alone (benchmarks/results/upo-start.json)"""
     branch: bool = False
     """fork a group at an uncertain state of a shared greedy play, so that what its rewards differ by was decided from
     there on. The instances that come to one are learned from, the others are not"""
@@ -376,9 +377,8 @@ def play_groups(
         instances, fresh = replay.sample(config.puzzles, generator)
         played = process.rollout(behaviour, instances.repeat(config.group), *draws, record=True)
         return played, instances, torch.arange(config.puzzles) < fresh
-    instances, fresh = replay.sample(
-        config.puzzles * config.group, generator
-    )  # of which many may come to no such state
+    # Many instances may come to no such state, so as many are tried as are played below.
+    instances, fresh = replay.sample(config.puzzles * config.group, generator)
     above = getattr(policy, "config", config.policy).defer_above
     forks, found = uncertain_states(process, policy, instances, above, generator)
     rows = (~found).int().argsort(stable=True)[: config.puzzles]

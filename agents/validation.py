@@ -238,7 +238,7 @@ class Validation:
             say(
                 run,
                 f"{self.title}: in {PATIENCE} iterations no group was rewarded unequally, so nothing is learned; take "
-                "harder instances, more --puzzles, or a higher sampling --temperature",
+                "harder instances, more --puzzles or a larger --group",
             )
 
     def _conclude(self, run: Run) -> None:

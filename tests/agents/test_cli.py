@@ -618,8 +618,8 @@ def commands(weak: Path) -> dict[str, list[object]]:
     board = ["--env", "Unmask/Sudoku4x4-v0", "--denoiser", weak, "--layers", "1"]
     return {
         "upo": [
-            "train", "upo", "--iterations", "25", "--imitation", "0", "--puzzles", "3", "--group", "3", "--minibatches", "2",
-            *board, *shared,
+            "train", "upo", "--imitation", "3", "--iterations", "25", "--puzzles", "3", "--group", "3",
+            "--minibatches", "2", *board, *shared,
         ],
         "imitation": ["train", "imitation", "--puzzles", "30", "--steps", "60", "--batch", "8", *board, *logged],
         "mdm": [
@@ -659,7 +659,8 @@ def killed(weak: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def test_a_killed_run_resumes_to_the_same_weights(unmask, killed, weak: Path, tmp_path: Path, name: str) -> None:
     """As an uninterrupted run, to the byte."""
     command, out = commands(weak)[name], killed[name]
-    total = next(int(command[i + 1]) for i, word in enumerate(command) if word in ("--iterations", "--steps"))
+    lengths = ("--iterations", "--steps", "--imitation")
+    total = sum(int(command[i + 1]) for i, word in enumerate(command) if word in lengths)
     assert not (out / "model.safetensors").exists()
     assert 1 <= load_state(out / "state.safetensors")["step"] < total, "it was killed on the way"
     again = unmask(*command, "--out", out)

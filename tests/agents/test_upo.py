@@ -776,6 +776,16 @@ def test_a_new_policy_imitates_a_deterministic_reference_first(tmp_path: Path) -
     assert len(logged["reward/fresh"]) == 1
 
 
+def test_policies_over_sets_imitate_a_deterministic_rule(tmp_path: Path) -> None:
+    """Entries of p >= 0.55 are filled, the soft threshold of 0.9 would fill none of them at once."""
+    process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table))
+    rule = {"reference": "threshold:theta=0.55", "rules": Rules("set"), "imitation": 15, "iterations": 1}
+    upo.train(small(tmp_path / "run", beta=1.0, **rule), process)
+    values = scalars(tmp_path / "run")["imitation/cross_entropy"]
+    assert len(values) == 15
+    assert values[-1] < 0.3 * values[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "rounds"),
     [
