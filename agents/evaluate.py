@@ -271,7 +271,7 @@ def add_exact(
 def _view(title: str, caption: str, columns: Sequence[str]) -> Table:
     """An empty table of orders, whose ``columns`` hold numbers."""
     view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    view.add_column("order")
+    view.add_column("order", overflow="fold")
     for name in columns:
         view.add_column(name, justify="right", no_wrap=True)
     return view
