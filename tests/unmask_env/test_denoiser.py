@@ -16,7 +16,7 @@ from tests.oracles import enumeration
 from tests.toys import rollout
 from unmask_env.denoiser import FrozenDenoiser, TableDenoiser, load_denoiser
 from unmask_env.process import Unmasking
-from unmask_env.reference import Margin, MaxConfidence, Threshold
+from unmask_env.reference import LeftToRight, Margin, MaxConfidence, Threshold
 from unmask_env.state import Denoised, Rules
 
 
@@ -395,3 +395,15 @@ def test_the_packaged_recurrent_denoiser_beats_the_one_it_started_from() -> None
     passes = sum((step.observation.denoised.passes * step.alive).sum().item() for step in played.steps)
     forwards = int(played.nfe.sum())
     assert forwards < passes < 1.05 * forwards
+
+
+def test_the_packaged_recurrent_denoiser_of_4x4_fills_in_any_order_where_it_always_reads() -> None:
+    """Left to right, 200 validation puzzles: one pass fails on about a quarter."""
+    task = tasks.get("sudoku4")
+    instances = task.heldout(200, "validation")
+    failures = [
+        int((rollout(task, load_denoiser(name, task), LeftToRight(), instances).reward < 1).sum())
+        for name in ("sudoku4", "sudoku4-recurrent:read=always")
+    ]
+    assert failures[0] > 30
+    assert failures[1] < 5
