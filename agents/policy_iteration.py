@@ -76,7 +76,7 @@ class PolicyIterationConfig(TrainConfig):
     which is then worth its reward, or ``values`` of single decisions, each played out. Default: boards where rewards
     are 0 or 1; values where they are graded, drawn, or the objective is regularised (``sampled``)"""
     candidates: AtLeast2 | None = None
-    """positions that are tried at a state, drawn from the reference where there are more; default: 64, of sets 8"""
+    """positions that are tried at a state, drawn from the reference where there are more; default: 16, of sets 8"""
     retries: AtLeast0 = 16
     """samples of play until a board is rewarded"""
     error_cost: Positive = 20.0
@@ -473,7 +473,7 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
         labels = "values" if drawn or graded(process, config.seed) else "boards"
     if config.rules.actions == "set+remask" and labels == "values":
         labels = "boards"  # values of single decisions say nothing of masking again
-    candidates = config.candidates or (8 if sets else 64)
+    candidates = config.candidates or (8 if sets else 16)
     config = replace(config, labels=labels, candidates=candidates)
     return ready._replace(config=config, policy=policy)
 

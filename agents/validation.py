@@ -29,7 +29,7 @@ from unmask_env.state import Observation
 
 BATCH = 500  # instances per forward
 PATIENCE = 5  # iterations without an informative group before the run says so
-ADVICE = "try unmask train policy-iteration, more iterations or another --lr; more --validation-puzzles show less"
+ADVICE = "try more --puzzles, more --iterations or another --lr; more --validation-puzzles show smaller gains"
 
 
 # ---------------------------------------------------------------------- policies that are watched
