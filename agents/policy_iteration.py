@@ -462,17 +462,27 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
 
 
 def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
-    """The parts of the run, the settings that were left open filled in."""
-    sets = config.rules.actions != "single"
+    """The parts of the run, the settings that were left open filled in.
+
+    Raises:
+        UnmaskError: settings that do not fit each other.
+    """
+    sets, remasks = config.rules.actions != "single", config.rules.actions == "set+remask"
+    if sets and config.sampled:
+        raise UnmaskError("sampled is for single positions; over sets leave it out")
+    if remasks and config.labels == "values":
+        raise UnmaskError("values of single decisions say nothing of masking again; leave --labels out, or take boards")
+    if config.rules.remask_budget is not None:
+        raise UnmaskError(
+            "policy iteration does not count a remask_budget; leave it out, and give it to what comes after"
+        )
     ready = setup(config, process, belief_weight=1.0, beta=0.0 if sets else config.beta)
     config, process = ready.config, ready.process
     policy = start_sets(config, process) if sets else ready.policy
     labels = config.labels
     if labels == "auto":
-        drawn = config.sampled or process.temperature > 0
-        labels = "values" if drawn or graded(process, config.seed) else "boards"
-    if config.rules.actions == "set+remask" and labels == "values":
-        labels = "boards"  # values of single decisions say nothing of masking again
+        several = config.sampled or process.temperature > 0 or graded(process, config.seed)
+        labels = "values" if several and not remasks else "boards"
     candidates = config.candidates or (8 if sets else 16)
     config = replace(config, labels=labels, candidates=candidates)
     return ready._replace(config=config, policy=policy)

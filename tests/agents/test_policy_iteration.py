@@ -430,6 +430,24 @@ def test_where_nothing_can_be_learned_one_line_says_so(tmp_path) -> None:
             policy_iteration.train(config(tmp_path / labels, labels=labels), table(Never))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rules": Rules("set"), "sampled": True}, "sampled is for single positions"),
+        ({"rules": Rules("set+remask"), "labels": "values"}, "say nothing of masking again"),
+        ({"rules": Rules("set+remask", remask_budget=3)}, "does not count a remask_budget"),
+        ({"beta": 0.0}, "beta must be a number above 0, not 0.0"),
+        ({"candidates": 1}, "candidates must be a whole number of at least 2, not 1"),
+        ({"labels": "answers"}, "labels must be auto or values or boards, not 'answers'"),
+        ({"reference": "oracle"}, "is no reference for actions 'single'"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, changes, message) -> None:
+    with pytest.raises(UnmaskError, match=message):
+        policy_iteration.train(config(tmp_path / "x", **changes), table())
+    assert not (tmp_path / "x").exists()
+
+
 def test_policies_over_sets_play_one_by_one() -> None:
     process = replace(table(), rules=Rules("set"))
     policy = new_policy(SMALL, process.task, process.denoiser, 0, belief_weight=1.0, sets=True)
