@@ -185,7 +185,7 @@ def test_sampling_states(sudoku6) -> None:
     drawn = states.sample(sudoku6, 40, 0.25, torch.Generator().manual_seed(0))
     assert len(drawn.tokens) == 40
     assert torch.equal(drawn.given, drawn.answers), "what they began with is under the same symmetry"
-    assert torch.equal(drawn.remask_count, torch.zeros_like(given))
+    assert torch.equal(drawn.remask_count, torch.zeros_like(drawn.given))
     blank = drawn.tokens == sudoku6.mask_id
     assert torch.equal(drawn.tokens[~blank], drawn.answers[~blank])
     assert sudoku6.valid(drawn.answers, Instances(drawn.tokens, drawn.answers)).all()

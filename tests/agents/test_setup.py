@@ -246,6 +246,9 @@ class Tabular(FreePolicy, PyTorchModelHubMixin):
         super().__init__(vocab_size, length)
         self.vocab_size, self.length = vocab_size, length
 
+    def mark_trained(self, how: str) -> None:
+        """Not of interest here."""
+
     def take(self, graph: exact.Graph, table: exact.Table) -> "Tabular":
         """Chooses by a policy table from now on."""
         for level, log_prob in zip(graph.levels, table, strict=True):
@@ -333,7 +336,7 @@ def step_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
         monkeypatch.setattr(MaskedCategorical, "sample", lambda self, sample_shape=None: act(self._mask))
         monkeypatch.setattr(Categorical, "sample", lambda self, generator: one_of(act(self.log_probs > -torch.inf), 3))
         monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, betas: torch.optim.SGD(groups, lr))
-        monkeypatch.setattr(learner_setup, "_start", lambda *_: begun)
+        monkeypatch.setattr(learner_setup, "_start", lambda *_, **start: begun)
         monkeypatch.setattr(learner_setup, "reference", lambda _: target)
         sizes = {"puzzles": 256, "group": 2} if groups else {"num_envs": 16, "gae_lambda": 1.0}
         sizes |= {"imitation": 0} if name == "upo" else {}
