@@ -29,7 +29,7 @@ from pretrain.run import Run, set_learning_rate
 from tasks import Instances, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, AtLeast2, Positive, ShareBelow1, validate
 from unmask_env import exact
-from unmask_env.distributions import Distribution, NoClosedFormError
+from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, default_reference
 from unmask_env.reference import reference as named_reference
@@ -90,14 +90,23 @@ class Batch(NamedTuple):
 
 
 class Tempered(Policy):
-    """A policy at a sampling temperature: pi(a)^(1/T), renormalised."""
+    """A policy at a sampling temperature: pi(a)^(1/T), renormalised.
 
-    def __init__(self, policy: Policy, temperature: float) -> None:
-        self.policy, self.temperature = policy, temperature
+    Args:
+        certain: what is played on boards that the policy does not read, as there is nothing to decide: draws from its
+            base would only blur what a group's rewards say of its decisions. None: the policy's base.
+    """
+
+    def __init__(self, policy: Policy, temperature: float, certain: Policy | None = None) -> None:
+        self.policy, self.temperature, self.certain = policy, temperature, certain
         self.actions, self.reads_hidden = policy.actions, policy.reads_hidden
 
     def __call__(self, seen: Observation) -> Distribution:
-        return self.policy(seen).tempered(self.temperature)
+        pi = self.policy(seen).tempered(self.temperature)
+        if self.certain is None:
+            return pi
+        reads = self.policy.uncertain(seen).unsqueeze(1)
+        return Categorical(torch.where(reads, pi.log_probs, self.certain(seen).log_probs))
 
 
 def group_advantage(reward: Tensor, group: int, normalise: bool) -> Tensor:
@@ -283,7 +292,8 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     regulariser = check_regulariser(config, reference)
     if regulariser == "terminal_kl":
         exact.check_holes(process.task, look_ahead(process.task))
-    behaviour = Tempered(policy, config.temperature)
+    defers = reference.deterministic and isinstance(policy, OrderPolicy) and policy.actions == "single"
+    behaviour = Tempered(policy, config.temperature, reference if defers else None)
     optimizer = make_optimizer(config, policy)
     replay = Replay(process.task, config.replay_fraction)
     parts, title = {"policy": policy, "optimizer": optimizer, "replay": replay}, f"upo {process.task.name}"

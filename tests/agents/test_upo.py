@@ -395,6 +395,23 @@ def test_tempered_gradients_are_finite() -> None:
     assert policy.head.belief_weight.grad.any()
 
 
+def test_boards_that_a_policy_does_not_read_are_played_as_the_deterministic_reference_says() -> None:
+    """Where it reads, the policy is as it is; where it defers, it never draws another position."""
+    task = tasks.get("sudoku6")
+    process = Unmasking(task, load_denoiser("sudoku6-tiny", task))
+    policy = setup(config(reference="margin", policy=PolicyConfig(defer_above=0.97)), process).policy
+    played = process.rollout(Random(), task.heldout(6), torch.Generator().manual_seed(0), record=True)
+    seen = flatten(played, torch.zeros(6)).observation
+    behaviour, reads = Tempered(policy, 1.0, Margin()), policy.uncertain(seen)
+    assert reads.any()
+    assert (~reads).any()
+    log_probs = behaviour(seen).log_probs
+    assert torch.equal(log_probs[reads], policy(seen).log_probs[reads])
+    assert torch.equal(log_probs[~reads], Margin()(seen).log_probs[~reads])
+    assert not torch.equal(log_probs[~reads], policy(seen).log_probs[~reads])
+    assert behaviour(seen).cross_entropy(Margin()(seen)).isfinite().all()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_a_rollout_records_the_distribution_sampled_from(temperature: float) -> None:
     """What is recorded is the tempered log-probability, and the actions come from it."""
