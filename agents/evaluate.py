@@ -302,7 +302,7 @@ def table(results: Sequence[Result], title: str) -> Table:
         for values in result.metrics.values():
             low, high = interval(values)
             cells.append(_percent(float(values.mean())) + f" ({_percent(low)}-{_percent(high)})" * (not cells))
-        passes = float((result.passes + result.policy_passes).mean())
+        passes = float((result.passes + result.policy_passes).double().mean())
         how = f" ({result.trained})" * bool(result.trained)
         view.add_row(result.order + star + how, *cells, f"{result.nfe:.1f}", f"{passes:.1f}", f"{result.seconds:.1f}")
     return view

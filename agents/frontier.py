@@ -136,7 +136,7 @@ def table(points: Sequence[Point], title: str) -> Table:
         view.add_column(column, justify="left" if column in ("method", "setting") else "right")
     for point in sorted([*best_of(points, False), *best_of(points, True)], key=lambda p: p.result.nfe):
         low, high = interval(point.result.solved)
-        spent = (point.result.nfe, float((point.result.passes + point.result.policy_passes).mean()))
+        spent = (point.result.nfe, float((point.result.passes + point.result.policy_passes).double().mean()))
         cells = (*(f"{count:.2f}" for count in spent), f"{point.result.seconds:.1f}")
         cells += (f"{100 * _mean(point):.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
         setting = ", ".join(f"{name} {value}" for name, value in point.setting.items())
