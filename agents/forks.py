@@ -1,8 +1,8 @@
-"""Play that is forked: states in the middle of an episode, and a process that goes on from them."""
+"""States in the middle of an episode, to fork play at."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,19 +11,6 @@ from tasks import Instances
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy
 from unmask_env.state import State
-
-
-@dataclass(frozen=True)
-class _Forked(Unmasking):
-    start: State | None = None
-
-    def reset(self, instances: Instances) -> State:
-        return self.start
-
-
-def from_states(process: Unmasking, start: State) -> Unmasking:
-    """``process`` with the states ``start`` in place of the first states of its instances."""
-    return _Forked(process.task, process.denoiser, process.rules, process.temperature, start)
 
 
 @torch.no_grad()
@@ -40,14 +27,13 @@ def uncertain_states(
     kept, count = state, torch.zeros(len(state), device=process.device)
     while not bool(state.done.all()):
         seen = process.observe(state)
-        most = seen.confidence.masked_fill(~seen.fillable, 0.0).max(1).values
-        uncertain = (most < defer_above) & (seen.fillable.sum(1) > 1)
+        uncertain = ~seen.certain(defer_above).any(1) & (seen.fillable.sum(1) > 1)
         count += uncertain
         draw = torch.rand(len(state), generator=generator, device=process.device)
         rows = (uncertain & (draw * count < 1)).nonzero().squeeze(1)  # the k-th replaces the one before in 1 of k cases
         if kept.previous is None:  # what a first state has there is never looked at
             kept = replace(kept, previous=seen.denoised.without_hidden())
         kept = kept.put(rows, state[rows])
-        uniform = process.uniform(state, generator if process.temperature > 0 else None)
+        uniform = process.uniform(state, generator)
         state, _ = process.step(state, seen, policy(seen).mode(), uniform)
     return kept, count > 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from agents.policy import OrderPolicy, belief_log_prob, new_policy
 from agents.remask_policy import RemaskPolicy
-from agents.setup import TrainConfig, descend, finish, load_init, make_optimizer, process_of
+from agents.setup import TrainConfig, annealed, descend, finish, load_init, make_optimizer, process_of
 from agents.states import States
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
@@ -100,6 +100,12 @@ def belief_loss(seen: Observation, belief: Tensor, answers: Tensor) -> Tensor:
     return -log_prob.masked_fill(log_prob <= FLOOR, 0.0) if seen.denoised.log_probs is None else -log_prob
 
 
+def mean_cross_entropy(odds: Tensor, target: Tensor, among: Tensor) -> Tensor:
+    """Scalar: over positions ``among`` (N, L) bool, of Bernoulli variables with log-odds ``odds`` to ``target``."""
+    parts = F.binary_cross_entropy_with_logits(odds, target, reduction="none")
+    return (parts * among).sum() / among.sum().clamp(min=1)
+
+
 def imitation_loss(policy: OrderPolicy, target: Reference, seen: Observation, answers: Tensor) -> Tensor:
     """Scalar: cross-entropy -sum_i g(i) log pi(i) to the reference g, averaged over the batch.
 
@@ -141,8 +147,7 @@ def set_imitation_loss(
         believed = seen.fillable | seen.remaskable
     loss = fill.new_zeros(())
     for odds, added, label, mask in terms:
-        part = F.binary_cross_entropy_with_logits(odds + added, label.to(odds), reduction="none")
-        loss = loss + (part * mask).sum() / mask.sum().clamp(min=1)
+        loss = loss + mean_cross_entropy(odds + added, label.to(odds), mask)
     for belief in beliefs:
         reading = belief_loss(seen, belief, answers) * believed
         loss = loss + reading.sum() / believed.sum().clamp(min=1) / len(beliefs)
@@ -171,13 +176,13 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
         policy.train()
         for step in run.loop():
             generator = step_generator(device, config.seed, step, 2 << 16)
-            seen, answers = _batch(config, process, states, generator)
+            drawn = states.sample(task, config.batch, config.certain_fraction, generator)
+            seen, answers = drawn.observe(process), drawn.answers
             if config.rules.actions == "single":
                 loss = imitation_loss(trained, target, seen, answers)
             else:
                 loss = set_imitation_loss(trained, seen, answers, config.error_cost, trained is policy)
-            decay = 0.52 + 0.48 * math.cos(math.pi * step / config.steps)
-            rate = config.lr * decay * min(1.0, (step + 1) / 50)
+            rate = annealed(config.lr, step, config.steps)
             set_learning_rate(optimizer, rate)
             norm = descend(config, optimizer, list(trained.parameters()), loss)
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps or monitor.due(step + 1):
@@ -247,15 +252,3 @@ def _collect(config: ImitationConfig, process: Unmasking, policy: OrderPolicy | 
             "is, which learns them by heart; take more puzzles or fewer steps",
             stacklevel=3,
         )
-
-
-def _batch(
-    config: ImitationConfig, process: Unmasking, states: States, generator: torch.Generator
-) -> tuple[Observation, Tensor]:
-    """States under new symmetries as a policy sees them, and their answers (N, L)."""
-    task = process.task
-    drawn = states.sample(task, config.batch, config.certain_fraction, generator)
-    state = drawn.state(process)
-    # Which positions may be chosen does not depend on blocks here: a policy is to know all of them.
-    seen = replace(process, rules=replace(process.rules, block_length=None)).observe(state)
-    return replace(seen, history=None), drawn.answers

@@ -380,7 +380,7 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
         """(N, A) log-odds, of the rows that are not read those of filling what is certain."""
         if read == "always":
             return self.log_odds(seen)
-        certain = (seen.confidence >= self.config.defer_above) & seen.fillable
+        certain = seen.certain(self.config.defer_above)
         odds = torch.where(certain, CERTAIN_LOG_ODDS, -CERTAIN_LOG_ODDS)
         if not len(rows):
             return odds
@@ -388,8 +388,7 @@ class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
 
     def uncertain(self, seen: Observation) -> Tensor:
         """(N,) bool: boards in play where no fillable position's confidence reaches ``defer_above``."""
-        most = seen.confidence.masked_fill(~seen.fillable, 0.0).max(1).values
-        return (most < self.config.defer_above) & seen.fillable.any(1)
+        return ~seen.certain(self.config.defer_above).any(1) & seen.fillable.any(1)
 
     def log_odds(self, seen: Observation) -> Tensor:
         """(N, A) log-odds that each entry is in the set; of policies over sets."""

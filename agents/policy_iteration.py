@@ -24,14 +24,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from agents.imitation import CERTAIN_FRACTION, part_to_train, set_imitation_loss, start_sets
+from agents.imitation import CERTAIN_FRACTION, mean_cross_entropy, part_to_train, set_imitation_loss, start_sets
 from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
-from agents.setup import Setup, TrainConfig, descend, finish, make_optimizer, setup
-from agents.states import States, at_random_height
+from agents.setup import Setup, TrainConfig, annealed, descend, finish, make_optimizer, setup
+from agents.states import States, at_random_threshold
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.masking import gumbel
@@ -40,12 +39,11 @@ from tasks import Instances, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, AtLeast2, NotNegative, Positive
 from unmask_env.distributions import Categorical, ranked
 from unmask_env.process import Unmasking
-from unmask_env.reference import Policy, Reference, SoftmaxConfidence, SoftThreshold
+from unmask_env.reference import MaxConfidence, Policy, Reference, SoftmaxConfidence
 from unmask_env.state import Observation, Rules, State
 
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
-HEIGHT_BOARDS = 50  # boards of sets that are played at the same threshold
-WARMUP = 50  # steps over which the learning rate rises
+BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
 
 # ---------------------------------------------------------------------- settings
@@ -123,9 +121,13 @@ class Player:
             process = replace(process, rules=replace(rules, actions="set", remask_budget=None))
         return cls(process, policy, reference, defer_above, beta)
 
-    def certain(self, seen: Observation) -> Tensor:
-        """(N, L) bool: fillable positions that are as confident as ``defer_above``."""
-        return (seen.confidence >= self.defer_above) & seen.fillable
+    def uniform(self, group: Tensor, rows: Tensor | slice, generator: torch.Generator) -> Tensor | None:
+        """(R, L), the randomness of one step's filling of ``rows``, the same for rows of the same ``group`` (N,); None
+        where nothing is drawn."""
+        if self.process.temperature == 0:
+            return None
+        shape = (int(group.max()) + 1, self.process.task.length)
+        return torch.rand(shape, generator=generator, device=group.device)[group[rows]]
 
     def act(self, seen: Observation, certain: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """An action (N, L) bool, and what it costs (N,)."""
@@ -161,7 +163,7 @@ class Player:
         ended: list[tuple[Tensor, State]] = []
         while len(rows):
             seen = self.process.observe(state)
-            certain = self.certain(seen)
+            certain = seen.certain(self.defer_above)
             over = state.done | ~certain.any(1) if to_uncertain else state.done
             if bool(over.any()):
                 ended.append((rows[over], state[over]))
@@ -169,11 +171,7 @@ class Player:
                 if not len(rows):
                     break
             action, cost = self.act(seen, certain, generator if sample else None)
-            uniform = None
-            if self.process.temperature > 0:
-                shape = (int(group.max()) + 1, state.tokens.shape[1])
-                uniform = torch.rand(shape, generator=generator, device=reward.device)[group[rows]]
-            state, gained = self.process.step(state, seen, action, uniform)
+            state, gained = self.process.step(state, seen, action, self.uniform(group, rows, generator))
             reward[rows] += gained - cost
         if not ended:
             return state, reward
@@ -205,10 +203,7 @@ def values_of(
         action = torch.zeros(len(rows), g.shape[1], dtype=torch.bool, device=g.device)
         action = action.scatter(1, positions.unsqueeze(1), True)
         group = rows * times + torch.arange(len(rows), device=g.device) % times
-        uniform = None
-        if player.process.temperature > 0:
-            shape = (len(part) * times, g.shape[1])
-            uniform = torch.rand(shape, generator=generator, device=g.device)[group]
+        uniform = player.uniform(group, slice(None), generator)
         forked, reward = player.process.step(state[part][rows], seen[part][rows], action, uniform)
         reward = reward + player.play(forked, generator, config.sampled, group=group)[1]
         total = torch.zeros(len(part), g.shape[1], device=g.device)
@@ -286,7 +281,7 @@ def play_positions(
             hopeful = known & ((values > least.unsqueeze(1)) | ~matters.unsqueeze(1) | config.sampled)
             scores = player.reference(seen).entry_log_probs() + values / max(FOLLOWED, player.beta)
             chosen = Categorical.of(scores.masked_fill(~hopeful, 0.0)[rows], hopeful[rows]).sample(generator)
-            uniform = process.uniform(part[rows], generator if process.temperature > 0 else None)
+            uniform = process.uniform(part[rows], generator)
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
     return {"play/states": float(met), "play/informative": float(informative)}
@@ -320,14 +315,16 @@ def play_sets(
     if config.labels == "boards" and (task.one_answer or config.rules.actions == "set+remask"):
         board, rewarded = finished_boards(config, player, player.process.reset(instances), generator)
         won = Instances(instances.tokens[rewarded.cpu()], board[rewarded].cpu())
+        if not len(won):
+            return {"play/states": 0.0, "play/labelled": 0.0}
         new = States(task)
-        new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=HEIGHT_BOARDS)
+        new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=BOARDS_PER_THRESHOLD)
         columns = {name: column for name, column in vars(new).items() if name != "values"}
         states.add(config.capacity, **columns, values=torch.where(new.tokens == task.mask_id, 1.0, torch.nan))
         return {"play/states": float(len(new)), "play/labelled": float(rewarded.float().mean())}
     met = kept = 0
-    for rows in torch.arange(len(instances)).split(HEIGHT_BOARDS):
-        hasty = at_random_height(config.rules, policy, generator)
+    for rows in torch.arange(len(instances)).split(BOARDS_PER_THRESHOLD):
+        hasty = at_random_threshold(config.rules, policy, generator)
         filled = generator if process.temperature > 0 else None
         played = process.rollout(hasty, instances[rows], generator if hasty.sampled else None, filled, record=True)
         tokens = torch.cat([step.observation.tokens[step.alive] for step in played.steps])
@@ -384,12 +381,6 @@ def set_value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, error
     return mean_cross_entropy(fill, right, known) + believed
 
 
-def mean_cross_entropy(odds: Tensor, target: Tensor, among: Tensor) -> Tensor:
-    """Scalar: over positions ``among`` (N, L) bool, of Bernoulli variables with log-odds ``odds`` to ``target``."""
-    parts = F.binary_cross_entropy_with_logits(odds, target, reduction="none")
-    return (parts * among).sum() / among.sum().clamp(min=1)
-
-
 def loss_of(
     config: PolicyIterationConfig,
     process: Unmasking,
@@ -400,9 +391,7 @@ def loss_of(
     """Scalar: of a batch of states under new symmetries and with fresh forwards of the denoiser."""
     certain = CERTAIN_FRACTION[config.rules.actions]
     drawn = states.sample(process.task, config.batch, certain, generator)
-    # Which positions may be chosen does not depend on blocks here: a policy is to know all of them.
-    seen = replace(process, rules=replace(process.rules, block_length=None)).observe(drawn.state(process))
-    seen = replace(seen, history=None)
+    seen = drawn.observe(process)
     if config.rules.actions != "single" and config.labels == "boards":
         trained = part_to_train(policy, config.rules)
         return set_imitation_loss(trained, seen, drawn.answers, config.error_cost, trained is policy)
@@ -450,8 +439,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
             policy.train()
             generator = step_generator(process.device, config.seed, step, 5 << 16)
             loss = loss_of(config, process, policy, states, generator)
-            decay = 0.52 + 0.48 * math.cos(math.pi * step / total)
-            rate = config.lr * decay * min(1.0, (step + 1) / WARMUP)
+            rate = annealed(config.lr, step, total)
             set_learning_rate(optimizer, rate)
             norm = descend(config, optimizer, list(policy.parameters()), loss)
             if (step + 1) % config.log_every == 0 or step + 1 == total or monitor.due(step + 1):
@@ -476,24 +464,30 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
         raise UnmaskError(
             "policy iteration does not count a remask_budget; leave it out, and give it to what comes after"
         )
-    ready = setup(config, process, belief_weight=1.0, beta=0.0 if sets else config.beta)
-    config, process = ready.config, ready.process
-    policy = start_sets(config, process) if sets else ready.policy
+    start = {"make": start_sets} if sets else {"belief_weight": 1.0, "beta": config.beta}
+    ready = setup(config, process, **start)
+    config, process, policy = ready.config, ready.process, ready.policy
+    if not sets and policy.head.beta != config.beta:
+        made = f"of beta {policy.head.beta:g}" if policy.head.beta else "that has no values"
+        raise UnmaskError(
+            f"{config.init} is a policy {made}, and beta is {config.beta:g}; start from one of policy-iteration with "
+            "this --beta, or leave --init out"
+        )
     labels = config.labels
     if labels == "auto":
         several = config.sampled or process.temperature > 0 or graded(process, config.seed)
         labels = "values" if several and not remasks else "boards"
     candidates = config.candidates or (8 if sets else 16)
     config = replace(config, labels=labels, candidates=candidates)
-    return ready._replace(config=config, policy=policy)
+    return ready._replace(config=config)
 
 
 def graded(process: Unmasking, seed: int) -> bool:
-    """Whether some boards are rewarded with neither 0 nor 1, of a few that are filled by confidence."""
+    """Whether some boards are rewarded with neither 0 nor 1, of a few that are filled by confidence, one by one."""
     generator = torch.Generator(process.device).manual_seed(seed)
     filled = generator if process.temperature > 0 else None
     rules = replace(process.rules, actions="single", remask_budget=None)
-    played = replace(process, rules=rules).rollout(SoftThreshold(), process.task.sample(64, generator), None, filled)
+    played = replace(process, rules=rules).rollout(MaxConfidence(), process.task.sample(64, generator), None, filled)
     return not bool(((played.reward == 0) | (played.reward == 1)).all())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -136,10 +137,16 @@ def process_of(config: TrainConfig, process: Unmasking | None, temperature: floa
     return make_process(config.env, config.denoiser, temperature=temperature, device=device, **vars(config.rules))
 
 
-def setup(config: RLConfig, process: Unmasking | None = None, **start: Any) -> Setup:
+def setup(
+    config: RLConfig,
+    process: Unmasking | None = None,
+    make: Callable[[TrainConfig, Unmasking], OrderPolicy | RemaskPolicy] | None = None,
+    **start: Any,
+) -> Setup:
     """Check ``config`` and make what it names.
 
     Args:
+        make: makes the policy; default: ``config.init``, or one that equals the reference.
         start: more arguments of :func:`agents.policy.new_policy`, for policies of single positions. Without a
             ``belief_weight`` these equal their reference.
         process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
@@ -158,7 +165,8 @@ def setup(config: RLConfig, process: Unmasking | None = None, **start: Any) -> S
         require_learned(process)
     lr = config.lr if config.lr is not None else 1e-3 if config.init is None else 3e-5
     config = replace(config, lr=lr, reference=name)
-    return Setup(config, process, g, _start(config, g, process, **start).to(process.device))
+    policy = _start(config, g, process, **start) if make is None else make(config, process)
+    return Setup(config, process, g, policy.to(process.device))
 
 
 def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPolicy:
@@ -232,6 +240,11 @@ def make_optimizer(config: TrainConfig, *models: nn.Module) -> torch.optim.Optim
     """AdamW over ``models``, which decays their matrices."""
     groups = [group for model in models for group in decayed_groups(model, config.weight_decay)]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+
+
+def annealed(lr: float, step: int, steps: int) -> float:
+    """Learning rate of fits to labels: 50 steps of warm-up, and a cosine from ``lr`` down to a twenty-fifth of it."""
+    return lr * (0.52 + 0.48 * math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / 50)
 
 
 def descend(

@@ -15,14 +15,14 @@ from agents.remask_policy import RemaskPolicy
 from tasks import Instances, Task
 from unmask_env.process import Unmasking
 from unmask_env.reference import Oracle, Policy, SoftThreshold
-from unmask_env.state import Observation, Rules, State
+from unmask_env.state import Observation, Rules
 
 THRESHOLD_LOG_ODDS = {"set": (-4.0, 4.0), "set+remask": (-4.0, 0.5)}  # between which thresholds are drawn
 REMASK_RATES = (0.0, 0.3, 1.0)  # shares, by board, of the wrong symbols that are masked again for the player
 FALSE_REMASK_RATE = 0.36  # right symbols masked again for it in each forward, were the board full
 
 
-def at_random_height(rules: Rules, player: OrderPolicy | RemaskPolicy | None, generator: torch.Generator) -> Policy:
+def at_random_threshold(rules: Rules, player: OrderPolicy | RemaskPolicy | None, generator: torch.Generator) -> Policy:
     """``player`` at a random threshold, or a confidence threshold between 0.3 and 1: together, play of every haste."""
     height = float(torch.rand((), generator=generator, device=generator.device))
     if player is None:
@@ -40,11 +40,14 @@ class Sample(NamedTuple):
     remask_count: Tensor
     values: Tensor | None
 
-    def state(self, process: Unmasking) -> State:
-        """They as states of ``process``, whose history is not known."""
+    def observe(self, process: Unmasking) -> Observation:
+        """What a policy sees of them; their history is not known."""
+        # Which positions may be chosen does not depend on blocks here: a policy is to know all of them.
+        process = replace(process, rules=replace(process.rules, block_length=None))
         state = process.reset(Instances(self.given, self.answers))
         masked = self.tokens == process.task.mask_id
-        return replace(state, tokens=self.tokens, masked=masked, remask_count=self.remask_count)
+        state = replace(state, tokens=self.tokens, masked=masked, remask_count=self.remask_count)
+        return replace(process.observe(state), history=None)
 
 
 class States:
@@ -83,7 +86,7 @@ class States:
                 seen = process.observe(state)
                 answer = oracle.answer(seen)
                 right = Oracle(answer).right(seen)
-                uncertain = seen.confidence.masked_fill(~seen.fillable, 0.0).max(1).values < defer_above
+                uncertain = ~seen.certain(defer_above).any(1)
                 spared = torch.rand(uncertain.shape, generator=generator, device=uncertain.device) < 0.05
                 keep = (seen.fillable & ~right).any(1) & right.any(1) & (uncertain | spared)
                 kept.append((state.tokens[keep].cpu(), answer[keep].cpu(), uncertain[keep].cpu()))
@@ -121,7 +124,7 @@ class States:
         kept: list[tuple[Tensor, ...]] = []
         for rows in torch.arange(len(instances)).split(boards):
             part = instances[rows].to(process.device)
-            policy = at_random_height(rules, player, generator)
+            policy = at_random_threshold(rules, player, generator)
             draws = generator if policy.sampled else None
             oracle = Oracle(process.task.all_answers(part) if answers is None else answers[rows].to(process.device))
             rates = None

@@ -1,8 +1,8 @@
 """UPO: an order policy trained against a reference policy (Hong et al. 2025, arXiv 2510.05725).
 
-For each instance a group of G trajectories is
-sampled from the policy; a trajectory's advantage is its reward minus the group's mean; clipped ratios raise the
-probability of the actions of better trajectories; and a divergence holds the policy near the reference g:
+For each instance a group of G trajectories is sampled from the policy; a trajectory's advantage is its reward minus the
+group's mean; clipped ratios raise the probability of the actions of better trajectories; and a divergence holds the
+policy near the reference g:
 
     maximise  E[ r(x_0) ] - beta * D(pi || g)
 
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from agents.forks import from_states, uncertain_states
+from agents.forks import uncertain_states
 from agents.policy import OrderPolicy
 from agents.remask_policy import RemaskPolicy
 from agents.replay import Replay
@@ -393,7 +393,7 @@ def play_groups(
     forks, found = uncertain_states(process, policy, instances, above, generator)
     rows = (~found).int().argsort(stable=True)[: config.puzzles]
     start = forks[rows.repeat_interleave(config.group)]
-    played = from_states(process, start).rollout(behaviour, start.instances, *draws, record=True)
+    played = process.rollout(behaviour, start.instances, *draws, record=True, start=start)
     return played, instances[rows.to(instances.tokens.device)], (rows < fresh).cpu()
 
 

@@ -227,6 +227,7 @@ class Unmasking:
         generator: torch.Generator | None = None,
         fill_generator: torch.Generator | None = None,
         record: bool = False,
+        start: State | None = None,
     ) -> Rollout:
         """Fill every mask of ``instances``, one denoiser forward per step for all rows together.
 
@@ -238,6 +239,7 @@ class Unmasking:
             fill_generator: draws the symbols above temperature 0.
             record: keep observations, actions and their log-probabilities; hidden states only for policies that read
                 them.
+            start: states of ``instances`` to go on from; default: their first.
 
         Raises:
             UnmaskError: a fill_generator at temperature 0, or none above it.
@@ -245,7 +247,7 @@ class Unmasking:
         if (self.temperature > 0) != (fill_generator is not None):
             raise UnmaskError("sampled filling needs both a temperature above 0 and a fill_generator")
         policy = policy.for_instances(self.task, instances.to(self.device))
-        state, steps = self.reset(instances), []
+        state, steps = self.reset(instances) if start is None else start, []
         reward = torch.zeros(len(state), device=self.device)
         denoiser_passes, policy_passes = torch.zeros_like(state.steps), torch.zeros_like(state.steps)
         while not bool(state.done.all()):
@@ -263,7 +265,7 @@ class Unmasking:
         return Rollout(state, reward, steps, denoiser_passes, policy_passes)
 
     def uniform(self, state: State, generator: torch.Generator | None) -> Tensor | None:
-        """(N, L) in [0, 1), the randomness of one step's filling; None without a generator."""
-        if generator is None:
+        """(N, L) in [0, 1), the randomness of one step's filling; None without a generator or where none is drawn."""
+        if generator is None or self.temperature == 0:
             return None
         return torch.rand(state.tokens.shape, generator=generator, device=self.device)

@@ -350,6 +350,10 @@ class Observation:
         top = self.denoised.top_k_log_probs(2).exp()
         return top[..., 0] - top[..., 1]
 
+    def certain(self, above: float) -> Tensor:
+        """(N, L) bool: fillable positions whose confidence is at least ``above``."""
+        return (self.confidence >= above) & self.fillable
+
     @property
     def action_mask(self) -> Tensor:
         """(N, A) bool: the entries that an action may contain."""

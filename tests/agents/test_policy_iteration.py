@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,6 +24,7 @@ from agents.policy_iteration import (
     values_of,
 )
 from agents.states import States
+from pretrain.checkpoint import save_model
 from tasks import Instances, Task, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint, sequences
 from tests.toys import generator, one_of
@@ -49,7 +51,8 @@ class Likely(TableTask):
     one_answer = False
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
-        return (self.joint / self.joint.max())[tuple(tokens.unbind(1))].float()
+        seen = tokens.clamp(max=self.vocab_size - 1)  # rows that are not complete are asked about, too
+        return (self.joint / self.joint.max())[tuple(seen.unbind(1))].float()
 
 
 class Either(TableTask):
@@ -425,9 +428,37 @@ def test_where_nothing_can_be_learned_one_line_says_so(tmp_path) -> None:
         def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
             return torch.zeros(len(tokens))
 
-    for labels in ("boards", "values"):
-        with pytest.raises(UnmaskError, match="no state of 24 puzzles of table has a choice that changes the reward"):
-            policy_iteration.train(config(tmp_path / labels, labels=labels), table(Never))
+    for actions in ("single", "set"):
+        for labels in ("boards", "values"):
+            settings = config(tmp_path / f"{actions}-{labels}", labels=labels, rules=Rules(actions))
+            with pytest.raises(UnmaskError, match="no state of 24 puzzles of table has a choice that changes the rew"):
+                policy_iteration.train(settings, table(Never))
+
+
+def test_the_kind_of_label_follows_the_rewards(tmp_path) -> None:
+    for kind, expected in ((TableTask, "boards"), (Either, "boards"), (Graded, "values"), (Likely, "values")):
+        for actions in ("single", "set"):
+            out = tmp_path / f"{kind.__name__}-{actions}"
+            policy_iteration.train(config(out, rules=Rules(actions), iterations=1, steps=1), table(kind))
+            assert json.loads((out / "run.json").read_text())["labels"] == expected
+    drawn = config(tmp_path / "drawn", fill_temperature=1.0, iterations=1, steps=1)
+    policy_iteration.train(drawn, table(temperature=1.0))
+    assert json.loads((tmp_path / "drawn" / "run.json").read_text())["labels"] == "values"
+
+
+def test_a_run_goes_on_from_a_policy_with_values_of_the_same_beta(tmp_path) -> None:
+    process = table()
+    policy_iteration.train(config(tmp_path / "first"), process)
+    again = policy_iteration.train(config(tmp_path / "again", init=str(tmp_path / "first")), process)
+    assert again.trained == "rewards"
+    save_model(new_policy(SMALL, process.task, process.denoiser, 0), tmp_path / "plain")
+    for name, beta, message in (
+        ("plain", 1e-3, "a policy that has no values"),
+        ("first", 0.1, "of beta 0.001, and beta"),
+    ):
+        with pytest.raises(UnmaskError, match=message):
+            policy_iteration.train(config(tmp_path / "x", init=str(tmp_path / name), beta=beta), process)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
