@@ -39,7 +39,7 @@ from tasks import Instances, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, AtLeast2, NotNegative, Positive
 from unmask_env.distributions import Categorical, ranked
 from unmask_env.process import Unmasking
-from unmask_env.reference import MaxConfidence, Policy, Reference, SoftmaxConfidence
+from unmask_env.reference import Policy, Reference, SoftmaxConfidence
 from unmask_env.state import Observation, Rules, State
 
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
@@ -70,9 +70,9 @@ class PolicyIterationConfig(TrainConfig):
     lr: NotNegative = 2e-3
     weight_decay: NotNegative = 0.01
     labels: Literal["auto", "values", "boards"] = "auto"
-    """what a state is labelled with: ``boards``, the best finished board that play from it reached, every position of
-    which is then worth its reward, or ``values`` of single decisions, each played out. Default: boards where rewards
-    are 0 or 1; values where they are graded, drawn, or the objective is regularised (``sampled``)"""
+    """what a state is labelled with: ``boards``, the best finished board that play from it reached, every symbol of
+    which then counts as right, or ``values`` of single decisions, each played out. Default: boards; values where
+    symbols are drawn or the objective is regularised (``sampled``), as one board's luck says little of a choice"""
     candidates: AtLeast2 | None = None
     """positions that are tried at a state, drawn from the reference where there are more; default: 16, of sets 8"""
     retries: AtLeast0 = 16
@@ -475,20 +475,11 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
         )
     labels = config.labels
     if labels == "auto":
-        several = config.sampled or process.temperature > 0 or graded(process, config.seed)
-        labels = "values" if several and not remasks else "boards"
+        drawn = config.sampled or process.temperature > 0
+        labels = "values" if drawn and not remasks else "boards"
     candidates = config.candidates or (8 if sets else 16)
     config = replace(config, labels=labels, candidates=candidates)
     return ready._replace(config=config)
-
-
-def graded(process: Unmasking, seed: int) -> bool:
-    """Whether some boards are rewarded with neither 0 nor 1, of a few that are filled by confidence, one by one."""
-    generator = torch.Generator(process.device).manual_seed(seed)
-    filled = generator if process.temperature > 0 else None
-    rules = replace(process.rules, actions="single", remask_budget=None)
-    played = replace(process, rules=rules).rollout(MaxConfidence(), process.task.sample(64, generator), None, filled)
-    return not bool(((played.reward == 0) | (played.reward == 1)).all())
 
 
 def _play(

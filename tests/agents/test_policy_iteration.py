@@ -435,15 +435,14 @@ def test_where_nothing_can_be_learned_one_line_says_so(tmp_path) -> None:
                 policy_iteration.train(settings, table(Never))
 
 
-def test_the_kind_of_label_follows_the_rewards(tmp_path) -> None:
-    for kind, expected in ((TableTask, "boards"), (Either, "boards"), (Graded, "values"), (Likely, "values")):
-        for actions in ("single", "set"):
-            out = tmp_path / f"{kind.__name__}-{actions}"
-            policy_iteration.train(config(out, rules=Rules(actions), iterations=1, steps=1), table(kind))
-            assert json.loads((out / "run.json").read_text())["labels"] == expected
-    drawn = config(tmp_path / "drawn", fill_temperature=1.0, iterations=1, steps=1)
-    policy_iteration.train(drawn, table(temperature=1.0))
-    assert json.loads((tmp_path / "drawn" / "run.json").read_text())["labels"] == "values"
+def test_values_are_the_labels_where_chance_plays(tmp_path) -> None:
+    drawn, regularised = {"fill_temperature": 1.0}, {"sampled": True}
+    for number, (changes, expected) in enumerate(
+        (({}, "boards"), ({"rules": Rules("set")}, "boards"), (drawn, "values"), (regularised, "values"))
+    ):
+        out = tmp_path / str(number)
+        policy_iteration.train(config(out, iterations=1, steps=1, **changes), table(Graded))
+        assert json.loads((out / "run.json").read_text())["labels"] == expected
 
 
 def test_a_run_goes_on_from_a_policy_with_values_of_the_same_beta(tmp_path) -> None:
