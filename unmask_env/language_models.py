@@ -1,7 +1,9 @@
-"""Masked language models of the library ``transformers`` as frozen denoisers."""
+"""Masked language models of the library ``transformers``, and published masked diffusion ones, as frozen denoisers."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,19 +11,23 @@ import torch
 from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
-from tasks.errors import first_line
+from tasks.errors import first_line, library
+from unmask_env.families import configure, family_of
 from unmask_env.state import WHOLE, Denoised
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 
 class HFDenoiser:
-    """A masked language model, or a masked diffusion language model such as LLaDA or Dream, as the denoiser of a task
-    whose symbols are the tokens of the model's tokenizer (:class:`tasks.Lines`).
+    """A masked language model, or a masked diffusion language model such as LLaDA, Dream or SDAR, as the denoiser of a
+    task whose symbols are the tokens of the model's tokenizer (:class:`tasks.Lines`, :class:`tasks.MathWord`).
+
+    Published diffusion models of a known family (:mod:`unmask_env.families`) are loaded as the class of
+    ``transformers`` whose computation they are; none of their own code is run.
 
     Rows of different lengths may share a batch: padding, on whichever side, is moved to the right and hidden by the
-    attention mask, so that every row is what it is alone. A model that does not heed the mask (as LLaDA's released
-    code does not; this is tried out when it is loaded) is given rows of one length at a time, without padding.
+    attention mask, so that every row is what it is alone. A model that does not heed the mask (as own code may not;
+    this is tried out when it is loaded) is given rows of one length at a time, without padding.
 
     Args:
         source: a folder or a hub id; nothing else is downloaded. task: its ``vocab_size`` must be that of the
@@ -29,8 +35,12 @@ class HFDenoiser:
             ``left`` or ``right``, only those up to the first other token on that side are: where tokenizers have one
             token for padding and for the end, an answer holds it too.
         hidden: give the last hidden states too.
-        trust_remote_code: run the model's own code, where it brings some. Only for sources that you trust.
-        shifted: the logits at a position are of the next one, as Dream's are; None: by the model's type.
+        trust_remote_code: run the model's own code, where it brings some and is of no known family. Only for sources
+            that you trust.
+        shifted: the logits at a position are of the next one, as Dream's are; None: by the model's family.
+        adapter: a folder or hub id of a PEFT adapter of it. device_map: lay its layers out over devices, as
+            ``transformers`` does (``auto``; it takes ``accelerate``), instead of on ``device``.
+        load: more arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
         UnmaskError: the library is missing or the model cannot be read.
@@ -47,11 +57,17 @@ class HFDenoiser:
         hidden: bool = False,
         trust_remote_code: bool = False,
         shifted: bool | None = None,
+        adapter: str | None = None,
+        device_map: str | None = None,
+        load: Mapping[str, Any] | None = None,
     ) -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UnmaskError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
         self.device = torch.device(device)
-        self.model = _load(str(source), dtype, trust_remote_code).to(self.device).eval().requires_grad_(False)
+        options = {"dtype": getattr(torch, dtype), "device_map": device_map, **(load or {})}
+        model, of_next = _load(str(source), trust_remote_code, options)
+        model = model if adapter is None else _adapted(model, adapter)
+        self.model = (model if device_map is not None else model.to(self.device)).eval().requires_grad_(False)
         config = self.model.config
         self.length, self.vocab_size = task.length, task.vocab_size
         tokenizer = getattr(task, "tokenizer", None)
@@ -73,7 +89,7 @@ class HFDenoiser:
                 f"sequences of task {task.name} have {task.length} positions, the context of {source} {context}"
             )
         self.hidden_dim = config.hidden_size if hidden else None
-        self.shifted = str(config.model_type).lower() == "dream" if shifted is None else shifted
+        self.shifted = of_next if shifted is None else shifted
         self.calls = 0
         self.masks_padding = True
         self.masks_padding = self._heeds_the_mask()
@@ -114,6 +130,8 @@ class HFDenoiser:
     def _forward(self, ids: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits, in the model's precision, and float32 hidden states of (N, L) model tokens, padded on the right."""
         options: dict[str, Any] = {} if seen is None else {"attention_mask": seen.long()}
+        if (block := getattr(self.model.config, "block_length", None)) is not None:
+            options["attention_mask"] = _whole_blocks(block, ids, seen, self.model.dtype)
         out = self.model(input_ids=ids, output_hidden_states=self.hidden_dim is not None, **options)
         logits = out.logits
         if self.shifted:
@@ -160,22 +178,46 @@ def _context(model: torch.nn.Module) -> int | None:
     return None if most is None else int(most) - max(behind, default=0)
 
 
-def _load(source: str, dtype: str, trust_remote_code: bool) -> Any:
+def _whole_blocks(block: int, ids: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(N, 1, L, L) what attention adds: 0 for positions of the own block and of those before it, else -infinity."""
+    of = torch.arange(ids.shape[1], device=ids.device) // block  # (L,)
+    allowed = (of.unsqueeze(1) >= of).unsqueeze(0) if seen is None else (of.unsqueeze(1) >= of) & seen.unsqueeze(1)
+    allowed = allowed | torch.eye(len(of), dtype=torch.bool, device=ids.device)  # no row of padding is empty
+    added = torch.zeros(allowed.shape, dtype=dtype, device=ids.device)
+    return added.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1).expand(len(ids), -1, -1, -1)
+
+
+def _adapted(model: Any, adapter: str) -> Any:
+    peft = library("peft", "adapters take the library peft", "peft")
     try:
-        import transformers
-    except ImportError:
-        raise UnmaskError("models of transformers take the extra text; run: pip install 'unmask[text]'") from None
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        with warnings.catch_warnings(action="ignore"):  # of names that transformers will drop
+            return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except Exception as error:  # peft raises many types for what it cannot read
+        raise UnmaskError(f"cannot read the adapter {adapter}: {first_line(error)}") from None
+
+
+def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tuple[Any, bool]:
+    """The model, and whether its logits at a position are of the next one."""
+    transformers = library("transformers", "models of transformers take the extra text", "'unmask[text]'")
     transformers.utils.logging.disable_progress_bar()  # many lines for seconds of reading
     transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
+    options = options | {"output_loading_info": True, "use_safetensors": True}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        own_code = getattr(config, "auto_map", None) or {}
-        kinds = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
-        kind = next((kind for kind in kinds if kind in own_code), "AutoModelForMaskedLM")
-        model, report = getattr(transformers, kind).from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
-        )
+        published = transformers.PretrainedConfig.get_config_dict(source)[0]
+        family = family_of(published)
+        if family is not None:
+            config = configure(family, published, source)
+            options |= {"config": config, "key_mapping": dict(family.weights or {}) or None}
+            model, report = getattr(transformers, family.architecture).from_pretrained(source, **options)
+        else:
+            options["trust_remote_code"] = trust_remote_code
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            own_code = getattr(config, "auto_map", None) or {}
+            kinds = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
+            kind = next((kind for kind in kinds if kind in own_code), "AutoModelForMaskedLM")
+            model, report = getattr(transformers, kind).from_pretrained(source, **options)
+    except UnmaskError:
+        raise
     except Exception as error:  # transformers raises many types for what it cannot read
         reason = first_line(error)
         if "trust_remote_code" in str(error):
@@ -185,10 +227,15 @@ def _load(source: str, dtype: str, trust_remote_code: bool) -> Any:
                 f"{source} is a {config.model_type} without a head for masked tokens; it cannot fill holes"
             ) from None
         raise UnmaskError(f"cannot read the model {source}: {reason}") from None
-    missing = sorted(name for name in report["missing_keys"] if not name.endswith("bias"))
+    missing = sorted(name for name in report["missing_keys"] if family is not None or not name.endswith("bias"))
     if missing:
         raise IncompatibleDenoiserError(
             f"{source} lacks weights of a masked language model, {missing[0]} for example: its head was not saved, or "
             "is of another kind"
         )
-    return model
+    if family is not None and report["unexpected_keys"]:
+        raise IncompatibleDenoiserError(
+            f"{source} has weights that {family.architecture} has no place for, {sorted(report['unexpected_keys'])[0]} "
+            "for example: it is of another kind than its configuration says"
+        )
+    return model, family is not None and family.shifted

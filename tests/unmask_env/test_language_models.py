@@ -1,10 +1,14 @@
 """Models of transformers as denoisers: small random ones of each architecture, built here."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import tasks
@@ -12,6 +16,7 @@ from agents.evaluate import compare
 from tasks import IncompatibleDenoiserError, Lines, MathWord, UnmaskError
 from tests.toys import rollout
 from unmask_env.denoiser import load_denoiser
+from unmask_env.families import FAMILIES, configure
 from unmask_env.language_models import HFDenoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import reference
@@ -19,6 +24,8 @@ from unmask_env.reference import reference
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
+OWN = ("own", "own-shifted")
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
 LINES = ["a b c d e", "e d", "a a b", "c", "b c d e a b c", "d e a b", "a c e", "b d", "e e e e a a", "c b a"] * 8
 SMALL = {
@@ -32,8 +39,8 @@ SMALL = {
     "max_position_embeddings": 24,
 }
 
-# What LLaDA and Dream bring: a bidirectional Llama with rotary positions, in the repository's own code. As in LLaDA's
-# release, the attention mask is taken and not heeded; as in Dream's, the logits at a position are of the next one.
+# A model of no known family brings its own code. It takes the attention mask and does not heed it; the second kind's
+# logits at a position are of the next one.
 OWN_CODE = """
 import torch
 from torch import nn
@@ -74,7 +81,7 @@ class DiffusionModel(PreTrainedModel):
         x = x + nn.functional.scaled_dot_product_attention(turned(q)[:, None], turned(k)[:, None], v[:, None])[:, 0]
         x = x + self.mlp(x).relu()
         logits = self.head(x)
-        if self.config.model_type == "dream":
+        if self.config.model_type == "own-shifted":
             logits = torch.cat([logits[:, 1:], logits[:, :1]], 1)
         return MaskedLMOutput(logits=logits, hidden_states=(x,) if output_hidden_states else None)
 """
@@ -95,11 +102,50 @@ def tokenizer(path=None, more=0):
     return made
 
 
+def published(name, **changes):
+    """The configuration of a published model of a family, made small."""
+    if name == "llada":
+        return json.loads((FIXTURES / "llada-tiny-gqa" / "config.json").read_text()) | changes
+    config = json.loads((FIXTURES / "dream-tiny" / "config.json").read_text())
+    return config | {"model_type": {"dream": "Dream"}.get(name, name)} | changes
+
+
+def published_weights(family, model):
+    """What the family calls the weights of the class of transformers."""
+    backwards = {}
+    for pattern, there in (family.weights or {}).items():
+        here = pattern.removeprefix("^").replace(r"(\d+)", r"\1").replace("\\.", ".")
+        backwards["^" + there.replace(".", "\\.").replace("\\\\", "\\").replace(r"\1", r"(\d+)")] = here
+    names = {}
+    for name in model.state_dict():
+        names[name] = name
+        for pattern, here in backwards.items():
+            if re.search(pattern, name):
+                names[name] = re.sub(pattern, here, name)
+    return {names[name]: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def save_published(name, path, vocab_size):
+    small = {"vocab_size": vocab_size, "mask_token_id": 3, "pad_token_id": 0}
+    small |= {"embedding_size": vocab_size, "d_model": 16, "mlp_hidden_size": 32, "n_heads": 2, "n_kv_heads": 1}
+    small |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small |= {"max_sequence_length": 24, "max_position_embeddings": 24}
+    config, family = published(name, **small), FAMILIES[name]
+    made = configure(family, config, name)
+    made.initializer_range = 0.5
+    model = getattr(transformers, family.architecture)(made)
+    safetensors.torch.save_file(published_weights(family, model), path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
 def build(name, path, vocab_size=10):
     """A small random model of an architecture, saved at ``path``."""
     torch.manual_seed(0)
     path.mkdir(exist_ok=True)
-    if name in ("llada", "dream"):
+    if name in FAMILIES:
+        return save_published(name, path, vocab_size)
+    if name in OWN:
         (path / "modeling_own.py").write_text(OWN_CODE.replace("MODEL_TYPE", name))
         sys.path.insert(0, str(path))
         try:
@@ -134,7 +180,7 @@ def build(name, path, vocab_size=10):
     return str(path)
 
 
-ARCHITECTURES = ["bert", "albert", "roberta", "modernbert", "llada", "dream"]
+ARCHITECTURES = ["bert", "albert", "roberta", "modernbert", *OWN, *FAMILIES]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -143,7 +189,7 @@ def model(request, tmp_path_factory):
 
 
 def options(name):
-    return {"trust_remote_code": name in ("llada", "dream")}
+    return {"trust_remote_code": name in OWN, "shifted": True if name == "own-shifted" else None}
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -152,7 +198,7 @@ def test_a_row_is_what_it_is_alone_whatever_is_beside_it(model, side):
     name, path = model
     task = Lines(LINES, tokenizer(), length=12, side=side)
     denoiser = HFDenoiser(path, task, hidden=True, **options(name))
-    assert denoiser.masks_padding == (name not in ("llada", "dream"))
+    assert denoiser.masks_padding == (name not in OWN)
     instances = task.sample(16, torch.Generator().manual_seed(0))
     together = denoiser(instances.tokens)
     assert together.log_probs.shape == (16, 12, task.vocab_size)
@@ -169,7 +215,7 @@ def test_a_row_is_what_it_is_alone_whatever_is_beside_it(model, side):
     assert spread > 0.1, "the random model says something"
 
 
-@pytest.mark.parametrize("name", ["bert", "llada", "dream"])
+@pytest.mark.parametrize("name", ["bert", "own", "own-shifted", "llada", "dream"])
 def test_of_a_large_vocabulary_only_what_is_asked_for_is_made(name, tmp_path):
     """The shown symbols and the entropy are those of each row alone; elsewhere nothing is known."""
     task = Lines(LINES, tokenizer(more=190), length=12, side="left")
@@ -229,15 +275,15 @@ def test_the_context_of_models_that_count_positions_from_behind_the_paddings(kin
 def test_logits_of_the_next_position_are_shifted_back(tmp_path):
     """The Dream-type model is the LLaDA-type one with its logits rolled by one position."""
     task = Lines(LINES, tokenizer(), length=12)
-    plain = HFDenoiser(build("llada", tmp_path / "llada"), task, trust_remote_code=True)
-    shifted = HFDenoiser(build("dream", tmp_path / "dream"), task, trust_remote_code=True)
+    plain = HFDenoiser(build("own", tmp_path / "own"), task, trust_remote_code=True)
+    shifted = HFDenoiser(build("own-shifted", tmp_path / "next"), task, trust_remote_code=True, shifted=True)
     assert (plain.shifted, shifted.shifted) == (False, True)
     tokens = task.sample(4, torch.Generator().manual_seed(1)).tokens
     a, b = plain(tokens).log_probs, shifted(tokens).log_probs
     rows, columns = (tokens != task.pad_id).nonzero(as_tuple=True)
     rows, columns = rows[columns > 0], columns[columns > 0]  # nothing precedes the first
     torch.testing.assert_close(a[rows, columns], b[rows, columns])
-    unshifted = HFDenoiser(str(tmp_path / "dream"), task, trust_remote_code=True, shifted=False)
+    unshifted = HFDenoiser(str(tmp_path / "next"), task, trust_remote_code=True, shifted=False)
     assert (unshifted(tokens).log_probs[rows, columns] - a[rows, columns]).nan_to_num().abs().max() > 0.1
 
 
@@ -301,7 +347,7 @@ def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
     with pytest.raises(IncompatibleDenoiserError, match="gpt2 without a head for masked tokens"):
         HFDenoiser(str(tmp_path / "gpt2"), task)
     with pytest.raises(UnmaskError, match="trust_remote_code=True"):
-        HFDenoiser(build("llada", tmp_path / "llada"), task)
+        HFDenoiser(build("own", tmp_path / "own"), task)
     with pytest.raises(UnmaskError, match="cannot read the model"):
         HFDenoiser(str(tmp_path / "nothing"), task)
     with pytest.raises(UnmaskError, match="dtype must be"):
@@ -336,3 +382,150 @@ def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UnmaskError, match=r"pip install 'unmask\[text\]'"):
         HFDenoiser(path, task)
+
+
+class Tokens:
+    """A line of ``length`` tokens of a model, for what needs a task's sizes alone."""
+
+    name = "tokens"
+
+    def __init__(self, vocab_size, length):
+        self.vocab_size, self.length, self.mask_id = vocab_size, length, vocab_size
+
+
+@pytest.mark.parametrize("name", ["llada-tiny", "llada-tiny-gqa", "dream-tiny"])
+def test_a_published_checkpoint_gives_the_logits_of_its_own_code(name):
+    """Its own code is not run, which its configuration names and the folder does not hold."""
+    known = {key: torch.tensor(value) for key, value in np.load(FIXTURES / name / "expected.npz").items()}
+    logits, tokens = known["logits"], known["tokens"]
+    vocab_size = logits.shape[-1]
+    denoiser = HFDenoiser(FIXTURES / name, Tokens(vocab_size, tokens.shape[1]))
+    assert denoiser.masks_padding
+    if denoiser.shifted:
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+    torch.testing.assert_close(denoiser._forward(tokens, None)[0], logits, rtol=0, atol=1e-5)
+    logits[..., denoiser.mask_id] = -torch.inf
+    seen = denoiser(torch.where(tokens == denoiser.mask_id, vocab_size, tokens), torch.ones_like(tokens, dtype=bool))
+    values, _ = logits.log_softmax(-1).topk(16, -1)
+    torch.testing.assert_close(seen.top_log_probs, values, rtol=0, atol=1e-5)
+    short = known["short_tokens"]
+    padded = torch.cat([short, torch.zeros(1, tokens.shape[1] - short.shape[1], dtype=torch.int64)], 1)
+    real = torch.arange(tokens.shape[1]).unsqueeze(0) < short.shape[1]
+    expected = known["short_logits"]
+    if denoiser.shifted:
+        expected = torch.cat([expected[:, :1], expected[:, :-1]], 1)
+    found = denoiser._forward(padded, real)[0][:, : short.shape[1]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_attention_in_blocks_sees_its_own_block_and_those_before(tmp_path):
+    denoiser = HFDenoiser(build("sdar", tmp_path), Tokens(10, 12))
+    ids = torch.randint(4, 10, (1, 12), generator=torch.Generator().manual_seed(1))
+    later, within = ids.clone(), ids.clone()
+    later[0, 8:] = 3
+    within[0, 7] = 3
+    before = denoiser._forward(ids, None)[0]
+    assert torch.equal(denoiser._forward(later, None)[0][:, :8], before[:, :8])
+    assert not torch.allclose(denoiser._forward(within, None)[0][:, 4], before[:, 4])
+    assert torch.equal(denoiser._forward(within, None)[0][:, :4], before[:, :4])
+
+
+LLADA_8B = {
+    "d_model": 4096,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "n_layers": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "max_sequence_length": 4096,
+}
+DREAM_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "parameters", "weights"),
+    [("llada", LLADA_8B, 8_015_581_184, 3 + 32 * 9), ("dream", DREAM_7B, 7_615_616_512, 3 + 28 * 12)],
+)
+def test_the_published_sizes_have_the_published_weights(name, sizes, parameters, weights):
+    """Built without memory: names and shapes of all weights of LLaDA-8B and Dream-7B."""
+    config, family = published(name, **sizes), FAMILIES[name]
+    with torch.device("meta"):
+        model = getattr(transformers, family.architecture)(configure(family, config, name))
+    shapes = {key: tuple(weight.shape) for key, weight in published_weights(family, model).items()}
+    assert (len(shapes), sum(p.numel() for p in model.parameters())) == (weights, parameters)
+    wide, inner, vocab_size = (4096, 12288, 126464) if name == "llada" else (3584, 18944, 152064)
+    if name == "llada":
+        assert shapes["model.transformer.blocks.31.ff_proj.weight"] == (inner, wide)
+        assert shapes["model.transformer.blocks.0.ff_out.weight"] == (wide, inner)
+        assert shapes["model.transformer.wte.weight"] == shapes["model.transformer.ff_out.weight"] == (vocab_size, wide)
+        assert {re.sub(r"\.\d+\.", ".0.", key) for key in shapes} == set(llada_names())
+    else:
+        assert shapes["model.layers.27.self_attn.k_proj.bias"] == (512,)
+        assert shapes["model.layers.0.mlp.down_proj.weight"] == (wide, inner)
+        assert shapes["lm_head.weight"] == (vocab_size, wide)
+
+
+def llada_names():
+    with safetensors.safe_open(FIXTURES / "llada-tiny" / "model.safetensors", "pt") as file:
+        return [key for key in file.keys() if ".blocks." not in key or ".blocks.0." in key]  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alibi": True}, "alibi=True"),
+        ({"block_type": "sequential"}, "block_type='sequential'"),
+        ({"d_model": None}, "configuration"),
+        ({"n_heads": "many"}, "configuration"),
+        ({"num_experts": 64}, "trust_remote_code"),
+    ],
+)
+def test_variants_that_cannot_be_computed_are_one_line(change, message, tmp_path):
+    path = Path(build("llada", tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnmaskError, match=message) as refused:
+        HFDenoiser(path, Tokens(10, 12))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "shape"])
+def test_every_weight_has_its_place(fault, tmp_path):
+    path = Path(build("llada", tmp_path / "model"))
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    if fault == "missing":
+        del weights["model.transformer.blocks.1.k_proj.weight"]
+    elif fault == "left over":
+        weights["model.transformer.blocks.1.k_proj.bias"] = torch.zeros(8)
+    else:
+        weights["model.transformer.wte.weight"] = torch.zeros(11, 16)
+    safetensors.torch.save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnmaskError, match=r"k_proj|wte|embed_tokens|size") as refused:
+        HFDenoiser(path, Tokens(10, 12))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that it will drop
+def test_an_adapter_is_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    path = build("llada", tmp_path / "model")
+    base = HFDenoiser(path, Tokens(10, 12))
+    ids = torch.randint(4, 10, (2, 12), generator=torch.Generator().manual_seed(1))
+    plain = base._forward(ids, None)[0]
+    adapted = peft.get_peft_model(base.model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    expected = adapted(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = HFDenoiser(path, Tokens(10, 12), adapter=str(tmp_path / "adapter"))._forward(ids, None)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, plain)
+    with pytest.raises(UnmaskError, match="cannot read the adapter"):
+        HFDenoiser(path, Tokens(10, 12), adapter=str(tmp_path / "nowhere"))
