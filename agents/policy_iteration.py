@@ -31,7 +31,7 @@ from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
 from agents.setup import Setup, TrainConfig, annealed, descend, finish, make_optimizer, setup
 from agents.states import States, at_random_threshold
-from agents.validation import Validation
+from agents.validation import Validation, say
 from pretrain.checkpoint import step_generator
 from pretrain.masking import gumbel
 from pretrain.run import Run, set_learning_rate
@@ -432,10 +432,12 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 trusted = None if iteration == 0 and config.init is None else policy.eval()
                 played = _play(config, process, g, trusted, states, generator)
                 if not len(states):
-                    raise UnmaskError(_nothing_to_learn(config, process))
-                if config.rules.actions == "single":
+                    say(run, f"{title}: {_nothing_to_learn(config, process)}")
+                elif config.rules.actions == "single":
                     widen_value_range(policy, states)
                 run.log(played | {"play/kept": float(len(states))})
+            if not len(states):
+                continue
             policy.train()
             generator = step_generator(process.device, config.seed, step, 5 << 16)
             loss = loss_of(config, process, policy, states, generator)
@@ -446,7 +448,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
                 said = f"iteration {iteration + 1} loss {loss.item():.3f}"
                 monitor.report(run, policy, scalars, said, config.batch * config.log_every)
-    return finish(config, policy)
+    return finish(config, policy, "rewards" if len(states) else "")
 
 
 def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
@@ -504,6 +506,6 @@ def _play(
 
 def _nothing_to_learn(config: PolicyIterationConfig, process: Unmasking) -> str:
     return (
-        f"no state of {config.puzzles} puzzles of {process.task.name} has a choice that changes the reward, or play "
-        "earned none; take more puzzles, a lower --defer-above, or a reward that tells more boards apart"
+        f"no state of {config.puzzles} puzzles has a choice that changes the reward, or play earned none, so nothing "
+        "was learned; take more --puzzles, a higher --defer-above, or a reward that tells more boards apart"
     )
