@@ -1,45 +1,62 @@
-"""What a vocabulary of 126,464 symbols costs: bytes kept per recorded step and board, and the peak of a rollout.
+"""What a vocabulary of 126,464 symbols costs: time and memory of a rollout beside its bare forwards, and what is kept.
 
-    python benchmarks/memory.py --out benchmarks/results/memory.json
+    python benchmarks/memory.py --threads 1 --out benchmarks/results/memory.json
 
-Each peak is of a fresh process, above its loaded model; the bare forward takes all 32 masked positions at once.
+A random model in LLaDA's layout and with its vocabulary fills 32 masked positions of 96 and of 456, one per forward.
+*Bare* are the same forwards by hand, with logits and their 16 best at the masked positions; *whole* is one forward with
+the logits of all positions. Each peak is of a fresh process, above its loaded model.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
+import tempfile
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
-from common import report
+from common import interleaved, median_ratio, report
 from overhead import Letters
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tasks import Instances
+from unmask_env.language_models import HFDenoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import reference
-from unmask_env.state import Denoised
 
-VOCABULARY, LENGTH, MASKED, BOARDS = 126_464, 96, 32, 4
+VOCABULARY, LENGTHS, MASKED, BOARDS, WIDE, INNER, LAYERS = 126_464, (96, 456), 32, 4, 128, 384, 4
+PUBLISHED = {"model_type": "llada", "vocab_size": VOCABULARY, "embedding_size": VOCABULARY, "d_model": WIDE}
+PUBLISHED |= {"n_layers": LAYERS, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": INNER, "mask_token_id": 126_336}
+PUBLISHED |= {"max_sequence_length": 4096, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "weight_tying": False}
 
 
 class Words(Letters):
-    symbols, shape = tuple(map(str, range(VOCABULARY))), (1, LENGTH)
+    symbols = tuple(map(str, range(VOCABULARY)))
+
+    def __init__(self, length: int) -> None:
+        self.shape = (1, length)
 
 
-class Large:
-    hidden_dim, device, calls = None, torch.device("cpu"), 0
-    words, places = torch.randn(VOCABULARY, 64), torch.randn(LENGTH, 64)
-
-    def log_probs(self, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
-        return ((self.places[at] + self.words[tokens % VOCABULARY].mean(1)[rows]) @ self.words.T).log_softmax(-1)
-
-    def __call__(self, tokens: Tensor, where: Tensor) -> Denoised:
-        return Denoised.at(where, VOCABULARY, lambda rows, at: self.log_probs(tokens, rows, at))
+def checkpoint(folder: Path) -> None:
+    """A random model in LLaDA's layout."""
+    square, norm, outer = (WIDE, WIDE), (WIDE,), (VOCABULARY, WIDE)
+    block = {"attn_norm": norm, "ff_norm": norm, "attn_out": square, "ff_proj": (INNER, WIDE), "up_proj": (INNER, WIDE)}
+    block |= {"ff_out": (WIDE, INNER), "q_proj": square, "k_proj": square, "v_proj": square}
+    shapes = {"wte": outer, "ff_out": outer, "ln_f": norm}
+    shapes |= {f"blocks.{i}.{name}": shape for i in range(LAYERS) for name, shape in block.items()}
+    draws = torch.Generator().manual_seed(0)
+    weights = {
+        f"model.transformer.{name}.weight": torch.randn(shape, generator=draws) / WIDE**0.5
+        for name, shape in shapes.items()
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(PUBLISHED))
 
 
 def storages(value: object) -> dict[int, int]:
@@ -50,30 +67,59 @@ def storages(value: object) -> dict[int, int]:
     return {address: size for part in parts for address, size in storages(part).items()}
 
 
-def measure(what: str) -> float:
-    """Mebibytes of resident memory at most that ``bare`` or ``rollout`` adds, or kibibytes that ``recorded`` keeps."""
-    process, draws = Unmasking(Words(), Large()), torch.Generator().manual_seed(0)
-    answers = torch.randint(VOCABULARY, (BOARDS, LENGTH), generator=draws)
-    tokens = torch.where(torch.arange(LENGTH) >= LENGTH - MASKED, VOCABULARY, answers)
+def measure(what: str, folder: Path, length: int) -> Any:
+    """Mebibytes of resident memory at most that ``bare``, ``rollout`` or a ``whole`` forward adds; kibibytes per step
+    and board that ``recorded`` keeps; or the ratio in ``time`` of a rollout to its bare forwards."""
+    task = Words(length)
+    process, draws = Unmasking(task, HFDenoiser(folder, task)), torch.Generator().manual_seed(0)
+    model, mask = process.denoiser.model, PUBLISHED["mask_token_id"]
+    answers = torch.randint(mask, (BOARDS, length), generator=draws)
+    tokens = torch.where(torch.arange(length) >= length - MASKED, VOCABULARY, answers)
     played = (reference("softmax_confidence"), Instances(tokens, answers), draws)
+
+    @torch.no_grad()
+    def bare() -> None:
+        ids = tokens.clamp(max=mask)
+        for filled in range(MASKED):
+            states = model.base_model(input_ids=ids).last_hidden_state
+            model.lm_head(states[:, length - MASKED + filled :]).float().log_softmax(-1).topk(16, -1)
+
     if what == "recorded":
         return sum(storages(process.rollout(*played, record=True).steps).values()) / 2**10 / MASKED / BOARDS
+    if what == "time":
+        spent = interleaved({"bare": bare, "rollout": lambda: process.rollout(*played)}, 3)
+        return median_ratio(spent["rollout"], spent["bare"])
     # A child's ru_maxrss begins at its parent's size, so the level before is read elsewhere.
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    for _ in range(MASKED if what == "bare" else 0):
-        process.denoiser.log_probs(tokens, *(tokens == VOCABULARY).nonzero(as_tuple=True)).topk(16, -1)
-    if what == "rollout":
-        process.rollout(*played)
+    with torch.no_grad():
+        {"bare": bare, "rollout": lambda: process.rollout(*played), "whole": lambda: model(tokens.clamp(max=mask))}[
+            what
+        ]()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
 
 
-def main(measured: str = "", out: Path | None = None) -> None:
-    if measured:  # one of them, in this process
-        return print(measure(measured))
-    command, parts = [sys.executable, __file__, "--measured"], ("bare", "rollout", "recorded")
-    bare, rollout, kept = (round(float(subprocess.check_output([*command, part])), 1) for part in parts)
-    print(f"{kept} KiB per board and step (at most 64); bare forward {bare} MiB, rollout {rollout} MiB (at most 1.3 x)")
-    report(out, bare_mib=bare, rollout_mib=rollout, kib_per_board_and_step=kept, peak_ratio=round(rollout / bare, 3))
+def main(
+    measured: str = "",
+    folder: Path = Path(),
+    length: int = 0,
+    threads: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Args: measured, folder, length: one measurement, in this process."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    if measured:
+        return print(measure(measured, folder, length))
+    rows = []
+    with tempfile.TemporaryDirectory() as made:
+        checkpoint(Path(made))
+        for positions in LENGTHS:
+            command = [sys.executable, __file__, "--folder", made, "--length", str(positions), "--measured"]
+            threaded = ["--threads", str(torch.get_num_threads())]
+            parts = ("bare", "whole", "rollout", "recorded", "time")
+            found = {part: round(float(subprocess.check_output([*command, part, *threaded])), 2) for part in parts}
+            rows.append({"positions": positions, "peak_ratio": round(found["rollout"] / found["bare"], 2)} | found)
+            print(rows[-1])
+    report(out, rows=rows, at_most={"recorded": 64, "peak_ratio": 1.3, "time": 1.15})
 
 
 if __name__ == "__main__":

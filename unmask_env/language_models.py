@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, library
-from unmask_env.families import configure, family_of
+from unmask_env.families import Family, configure, family_of
 from unmask_env.state import WHOLE, Denoised
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -65,9 +65,12 @@ class HFDenoiser:
             raise UnmaskError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
         self.device = torch.device(device)
         options = {"dtype": getattr(torch, dtype), "device_map": device_map, **(load or {})}
-        model, of_next = _load(str(source), trust_remote_code, options)
+        model, family = _load(str(source), trust_remote_code, options)
         model = model if adapter is None else _adapted(model, adapter)
         self.model = (model if device_map is not None else model.to(self.device)).eval().requires_grad_(False)
+        self._head = (
+            self.model.get_output_embeddings() if family is not None else None
+        )  # applied where logits are asked for
         config = self.model.config
         self.length, self.vocab_size = task.length, task.vocab_size
         tokenizer = getattr(task, "tokenizer", None)
@@ -89,7 +92,7 @@ class HFDenoiser:
                 f"sequences of task {task.name} have {task.length} positions, the context of {source} {context}"
             )
         self.hidden_dim = config.hidden_size if hidden else None
-        self.shifted = of_next if shifted is None else shifted
+        self.shifted = (family is not None and family.shifted) if shifted is None else shifted
         self.calls = 0
         self.masks_padding = True
         self.masks_padding = self._heeds_the_mask()
@@ -107,15 +110,15 @@ class HFDenoiser:
         order = real.long().argsort(dim=1, descending=True, stable=True)  # what is not padding first, in its order
         ids, counts = ids.gather(1, order), real.sum(1)
         if self.masks_padding:
-            logits, hidden = self._forward(ids, torch.arange(ids.shape[1], device=ids.device) < counts.unsqueeze(1))
+            states, hidden = self._body(ids, torch.arange(ids.shape[1], device=ids.device) < counts.unsqueeze(1))
         else:
-            logits, hidden = self._one_length_at_a_time(ids, counts)
+            states, hidden = self._one_length_at_a_time(ids, counts)
         back = order.argsort(1)  # (N, L) where each position went
         if hidden is not None:
             hidden = hidden.gather(1, back.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
         def log_probs_at(rows: Tensor, positions: Tensor) -> Tensor:
-            chosen = logits[rows, back[rows, positions]][..., : self.vocab_size].float()
+            chosen = self._logits(states[rows, back[rows, positions]])[..., : self.vocab_size].float()
             if self.mask_id < self.vocab_size:
                 chosen[..., self.mask_id] = -torch.inf  # a mask is no answer
             return chosen.log_softmax(-1)
@@ -127,27 +130,38 @@ class HFDenoiser:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         return Denoised.of(log_probs_at(rows, positions), hidden)
 
-    def _forward(self, ids: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits, in the model's precision, and float32 hidden states of (N, L) model tokens, padded on the right."""
+    def _body(self, ids: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Of (N, L) model tokens, padded on the right: what :meth:`_logits` makes logits of, and float32 hidden states,
+        where they are asked for."""
         options: dict[str, Any] = {} if seen is None else {"attention_mask": seen.long()}
         if (block := getattr(self.model.config, "block_length", None)) is not None:
             options["attention_mask"] = _whole_blocks(block, ids, seen, self.model.dtype)
-        out = self.model(input_ids=ids, output_hidden_states=self.hidden_dim is not None, **options)
-        logits = out.logits
+        if self._head is not None:
+            states = last = self.model.base_model(input_ids=ids, **options).last_hidden_state
+        else:
+            out = self.model(input_ids=ids, output_hidden_states=self.hidden_dim is not None, **options)
+            states, last = out.logits, out.hidden_states[-1] if self.hidden_dim is not None else None
         if self.shifted:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
-        return logits, None if self.hidden_dim is None else out.hidden_states[-1].float()
+            states = torch.cat([states[:, :1], states[:, :-1]], 1)
+        return states, None if self.hidden_dim is None else last.float()
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """(..., V), in the model's precision."""
+        return states if self._head is None else self._head(states)
 
     def _one_length_at_a_time(self, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = torch.zeros(*ids.shape, self.model.config.vocab_size, dtype=self.model.dtype, device=ids.device)
-        hidden = None if self.hidden_dim is None else torch.zeros(*ids.shape, self.hidden_dim, device=ids.device)
+        parts: dict[int, tuple[Tensor, Tensor | None]] = {}
         for count in counts.unique().tolist():
-            rows = (counts == count).nonzero().squeeze(1)
-            own, states = self._forward(ids[rows, :count], None)
-            logits[rows, :count] = own[..., : logits.shape[-1]]
-            if hidden is not None and states is not None:
-                hidden[rows, :count] = states
-        return logits, hidden
+            parts[count] = self._body(ids[counts == count, :count], None)
+
+        def together(of: Callable[[tuple[Tensor, Tensor | None]], Tensor]) -> Tensor:
+            first = of(next(iter(parts.values())))
+            whole = first.new_zeros(*ids.shape, first.shape[-1])
+            for count, part in parts.items():
+                whole[counts == count, :count] = of(part)
+            return whole
+
+        return together(lambda part: part[0]), None if self.hidden_dim is None else together(lambda part: part[1])
 
     def _heeds_the_mask(self) -> bool:
         """Whether padding leaves a short sequence's logits as they are without it."""
@@ -158,10 +172,10 @@ class HFDenoiser:
         ids = torch.randint(self.vocab_size, (1, self.length), generator=generator).to(self.device)
         seen = torch.arange(self.length, device=self.device).unsqueeze(0) < short
         try:
-            padded = self._forward(ids, seen)[0][:, :short].float().log_softmax(-1)
+            padded = self._logits(self._body(ids, seen)[0][:, :short]).float().log_softmax(-1)
         except TypeError:  # it takes no attention mask
             return False
-        alone = self._forward(ids[:, :short], None)[0].float().log_softmax(-1)
+        alone = self._logits(self._body(ids[:, :short], None)[0]).float().log_softmax(-1)
         return bool((padded - alone).abs().max() < (1e-3 if self.model.dtype == torch.float32 else 0.3))
 
 
@@ -196,8 +210,8 @@ def _adapted(model: Any, adapter: str) -> Any:
         raise UnmaskError(f"cannot read the adapter {adapter}: {first_line(error)}") from None
 
 
-def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tuple[Any, bool]:
-    """The model, and whether its logits at a position are of the next one."""
+def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tuple[Any, Family | None]:
+    """The model, and its family if it has one."""
     transformers = library("transformers", "models of transformers take the extra text", "'unmask[text]'")
     transformers.utils.logging.disable_progress_bar()  # many lines for seconds of reading
     transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
@@ -238,4 +252,4 @@ def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tupl
             f"{source} has weights that {family.architecture} has no place for, {sorted(report['unexpected_keys'])[0]} "
             "for example: it is of another kind than its configuration says"
         )
-    return model, family is not None and family.shifted
+    return model, family

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tasks import Instances, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, Range, validate
@@ -110,10 +111,11 @@ class Denoised:
     log_probs: Tensor | None = None
     hidden: Tensor | None = None
     order_weights: Tensor | None = None
-    _symbols: Tensor | None = None
-    _values: Tensor | None = None
+    _symbols: Tensor | None = None  # (N, W, K) int32
+    _values: Tensor | None = None  # (N, W, K)
     _entropy: Tensor | None = None
     passes: Tensor | None = None
+    _places: Tensor | None = None  # (N, L) int32, where among W each position is kept, -1: nowhere; None: W = L
 
     @classmethod
     def of(cls, log_probs: Tensor, hidden: Tensor | None = None, order_weights: Tensor | None = None) -> Denoised:
@@ -123,9 +125,8 @@ class Denoised:
             return cls(vocab_size, log_probs, hidden, order_weights)
         values, symbols = log_probs.topk(SHOWN, -1)
         probabilities = log_probs.exp()
-        return cls(
-            vocab_size, None, hidden, order_weights, symbols, values, -torch.xlogy(probabilities, probabilities).sum(-1)
-        )
+        entropy = -torch.xlogy(probabilities, probabilities).sum(-1)
+        return cls(vocab_size, None, hidden, order_weights, symbols.int(), values, entropy)
 
     @classmethod
     def at(
@@ -141,16 +142,20 @@ class Denoised:
         Args:
             log_probs_at: rows (M,) and positions (M,) to their (M, V) float32 log-probabilities.
         """
-        symbols = torch.zeros(*where.shape, SHOWN, dtype=torch.long, device=where.device)
-        values = torch.full(symbols.shape, FLOOR, device=where.device)
+        places = (where.cumsum(1) - 1).masked_fill(~where, -1).int()
+        kept = (len(where), max(1, int(places.max()) + 1), SHOWN)
+        symbols = torch.zeros(kept, dtype=torch.int32, device=where.device)
+        values = torch.full(kept, FLOOR, device=where.device)
         entropy = torch.zeros(where.shape, device=where.device)
         for some in where.nonzero().split(max(1, CHUNK // vocab_size)):
             rows, positions = some.unbind(1)
-            log_probs = log_probs_at(rows, positions)  # (M, V), the only tensor of this size
-            values[rows, positions], symbols[rows, positions] = log_probs.topk(SHOWN, -1)
-            log_probs = log_probs.exp_()
-            entropy[rows, positions] = -torch.special.xlogy(log_probs, log_probs).sum(-1)
-        return cls(vocab_size, None, hidden, None, symbols, values, entropy)
+            log_probs = log_probs_at(rows, positions)  # (M, V), of this size there is one more
+            best, indices = log_probs.topk(SHOWN, -1)
+            at = places[rows, positions].long()
+            values[rows, at], symbols[rows, at] = best, indices.int()
+            log_probs = log_probs.clamp_(min=-1e4)  # 0 log 0 = 0
+            entropy[rows, positions] = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+        return cls(vocab_size, None, hidden, None, symbols, values, entropy, _places=places)
 
     @classmethod
     def shown(
@@ -166,13 +171,19 @@ class Denoised:
         dense = None
         if symbols.shape[-1] == vocab_size:  # blank boards name symbol 0 K times: the others get the floor
             dense = torch.full_like(log_probs, FLOOR).scatter(-1, symbols, log_probs)
-        return cls(vocab_size, dense, hidden, order_weights, symbols, log_probs, entropy)
+        return cls(vocab_size, dense, hidden, order_weights, symbols.int(), log_probs, entropy)
 
     # ------------------------------------------------------------------ the shown parts
+    def _spread(self, kept: Tensor, elsewhere: float) -> Tensor:
+        """(N, L, ...) from what is kept of the positions asked for (N, W, ...)."""
+        if self._places is None:
+            return kept
+        index = self._places.clamp(min=0).long().unsqueeze(-1).expand(-1, -1, kept.shape[-1])
+        return kept.gather(1, index).masked_fill((self._places < 0).unsqueeze(-1), elsewhere)
+
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
-        if self._symbols is not None:
-            return self._values, self._symbols
+        """Of log-probabilities that are kept whole."""
         # As a stable sort, in a third of its time: one integer holds a number's bits and, below them, its index.
         bits = self.log_probs.clamp(max=0.0).abs().view(torch.int32).long() << 7
         key = bits | torch.arange(self.vocab_size, device=bits.device)
@@ -181,18 +192,14 @@ class Denoised:
         return self.log_probs.gather(-1, symbols), symbols
 
     @property
-    def _is_sorted(self) -> bool:
-        return self.log_probs is None or "_sorted" in vars(self)
-
-    @property
     def top_symbols(self) -> Tensor:
         """(N, L, K) int64, the most likely first; equally likely ones in the order of their numbers."""
-        return self._sorted[1]
+        return self._sorted[1] if self._symbols is None else self._spread(self._symbols, 0).long()
 
     @property
     def top_log_probs(self) -> Tensor:
         """(N, L, K) float32, falling."""
-        return self._sorted[0]
+        return self._sorted[0] if self._values is None else self._spread(self._values, FLOOR)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -207,17 +214,23 @@ class Denoised:
 
     def top_k_log_probs(self, k: int) -> Tensor:
         """(N, L, k) log-probabilities of the k most likely symbols, falling; k at most K."""
-        return self._values[..., :k] if self.log_probs is None else self.log_probs.topk(k, -1).values
+        if self.log_probs is not None:
+            return self.log_probs.topk(k, -1).values
+        return self._spread(self._values[..., :k], FLOOR)
 
     @cached_property
     def best(self) -> Tensor:
         """(N, L) int64, the most likely symbol, the lowest number where several tie."""
-        return self._sorted[1][..., 0] if self._is_sorted else self.log_probs.argmax(-1)
+        if self._symbols is not None:
+            return self._spread(self._symbols[..., :1], 0)[..., 0].long()
+        return self._sorted[1][..., 0] if "_sorted" in vars(self) else self.log_probs.argmax(-1)
 
     @cached_property
     def best_log_prob(self) -> Tensor:
         """(N, L) log-probability of :attr:`best`."""
-        return self._sorted[0][..., 0] if self._is_sorted else self.log_probs.max(-1).values
+        if self._values is not None:
+            return self._spread(self._values[..., :1], FLOOR)[..., 0]
+        return self._sorted[0][..., 0] if "_sorted" in vars(self) else self.log_probs.max(-1).values
 
     def log_prob_of(self, symbols: Tensor) -> Tensor:
         """Log-probability of ``symbols`` (N, L) or (N, L, M), of the same shape; -inf for those that are not shown."""
@@ -225,8 +238,8 @@ class Denoised:
         if self.log_probs is not None:
             answer = self.log_probs.gather(-1, asked)
         else:
-            same = self._symbols.unsqueeze(-2) == asked.unsqueeze(-1)  # (N, L, M, K)
-            answer = self._values.unsqueeze(-2).masked_fill(~same, -torch.inf).amax(-1)
+            same = self.top_symbols.unsqueeze(-2) == asked.unsqueeze(-1)  # (N, L, M, K)
+            answer = self.top_log_probs.unsqueeze(-2).masked_fill(~same, -torch.inf).amax(-1)
         return answer if symbols.ndim == 3 else answer.squeeze(-1)
 
     def draw(self, temperature: float, uniform: Tensor | None) -> Tensor:
@@ -240,8 +253,8 @@ class Denoised:
             return self.best
         log_probs, symbols = self.log_probs, None
         if log_probs is None:
-            symbols, order = self._symbols.sort(-1)
-            log_probs = self._values.gather(-1, order)
+            symbols, order = self.top_symbols.sort(-1)
+            log_probs = self.top_log_probs.gather(-1, order)
         cumulative = (log_probs / temperature).softmax(-1).cumsum(-1)
         # The total is 1 up to rounding; staying below it keeps symbols of probability 0 out.
         at = (uniform * (1 - 1e-6)).unsqueeze(-1) * cumulative[..., -1:]
@@ -264,6 +277,8 @@ class Denoised:
 def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> Any:
     """One dataclass of several of its kind, field by field: tensors by ``how``, dataclasses likewise, others as
     they are. A field that one of them lacks is None."""
+    if isinstance(parts[0], Denoised):
+        parts = _alike(parts)
     joined = {}
     for field in fields(parts[0]):
         values = [getattr(part, field.name) for part in parts]
@@ -276,6 +291,25 @@ def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> An
         else:
             joined[field.name] = _join(values, how)
     return type(parts[0])(**joined)
+
+
+def _alike(parts: Sequence[Denoised]) -> Sequence[Denoised]:
+    """They, keeping equally many positions."""
+    if len({part._places is None for part in parts}) > 1:  # one keeps all: the others, too
+        return [
+            part
+            if part._places is None
+            else replace(part, _symbols=part.top_symbols.int(), _values=part.top_log_probs, _places=None)
+            for part in parts
+        ]
+    if parts[0]._places is None or len({part._values.shape[1] for part in parts}) == 1:
+        return parts
+    most = max(part._values.shape[1] for part in parts)
+    more = [(0, 0, 0, most - part._values.shape[1]) for part in parts]
+    return [
+        replace(part, _symbols=pad(part._symbols, wider), _values=pad(part._values, wider))
+        for part, wider in zip(parts, more, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------- what everybody sees

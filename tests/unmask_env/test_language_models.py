@@ -188,6 +188,10 @@ def model(request, tmp_path_factory):
     return request.param, build(request.param, tmp_path_factory.mktemp(request.param))
 
 
+def logits_of(denoiser, ids, seen):
+    return denoiser._logits(denoiser._body(ids, seen)[0])
+
+
 def options(name):
     return {"trust_remote_code": name in OWN, "shifted": True if name == "own-shifted" else None}
 
@@ -205,7 +209,7 @@ def test_a_row_is_what_it_is_alone_whatever_is_beside_it(model, side):
     assert (together.log_probs[..., 3] == -torch.inf).all(), "the mask is no answer"
     for row, tokens in enumerate(instances.tokens):
         real = tokens != task.pad_id
-        found = denoiser._forward(torch.where(tokens[real] == task.mask_id, 3, tokens[real]).unsqueeze(0), None)[0][0]
+        found = logits_of(denoiser, torch.where(tokens[real] == task.mask_id, 3, tokens[real]).unsqueeze(0), None)[0]
         found[:, 3] = -torch.inf
         expected = found.log_softmax(-1)
         finite = expected > -torch.inf
@@ -229,7 +233,7 @@ def test_of_a_large_vocabulary_only_what_is_asked_for_is_made(name, tmp_path):
     assert denoised.hidden.shape == (8, 12, 16)
     for row, board in enumerate(tokens):
         real = board != task.pad_id
-        alone = denoiser._forward(torch.where(board[real] == task.mask_id, 3, board[real]).unsqueeze(0), None)[0][0]
+        alone = logits_of(denoiser, torch.where(board[real] == task.mask_id, 3, board[real]).unsqueeze(0), None)[0]
         alone[:, 3] = -torch.inf
         log_probs = alone.log_softmax(-1)[where[row][real]]
         values, symbols = log_probs.topk(16, -1)
@@ -257,7 +261,7 @@ def test_an_answer_may_hold_the_token_of_padding(tmp_path):
     for row, each in enumerate(tokens):
         start = int((each != task.pad_id).long().argmax())
         alone = torch.where(each[start:] == task.mask_id, denoiser.mask_id, each[start:]).unsqueeze(0)
-        expected = denoiser._forward(alone, None)[0][0, :, : task.vocab_size]
+        expected = logits_of(denoiser, alone, None)[0, :, : task.vocab_size]
         expected[:, denoiser.mask_id] = -torch.inf
         torch.testing.assert_close(found[row, start:], expected.log_softmax(-1), rtol=0, atol=1e-5)
 
@@ -403,7 +407,7 @@ def test_a_published_checkpoint_gives_the_logits_of_its_own_code(name):
     assert denoiser.masks_padding
     if denoiser.shifted:
         logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
-    torch.testing.assert_close(denoiser._forward(tokens, None)[0], logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(denoiser, tokens, None), logits, rtol=0, atol=1e-5)
     logits[..., denoiser.mask_id] = -torch.inf
     seen = denoiser(torch.where(tokens == denoiser.mask_id, vocab_size, tokens), torch.ones_like(tokens, dtype=bool))
     values, _ = logits.log_softmax(-1).topk(16, -1)
@@ -414,7 +418,7 @@ def test_a_published_checkpoint_gives_the_logits_of_its_own_code(name):
     expected = known["short_logits"]
     if denoiser.shifted:
         expected = torch.cat([expected[:, :1], expected[:, :-1]], 1)
-    found = denoiser._forward(padded, real)[0][:, : short.shape[1]]
+    found = logits_of(denoiser, padded, real)[:, : short.shape[1]]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -424,10 +428,10 @@ def test_attention_in_blocks_sees_its_own_block_and_those_before(tmp_path):
     later, within = ids.clone(), ids.clone()
     later[0, 8:] = 3
     within[0, 7] = 3
-    before = denoiser._forward(ids, None)[0]
-    assert torch.equal(denoiser._forward(later, None)[0][:, :8], before[:, :8])
-    assert not torch.allclose(denoiser._forward(within, None)[0][:, 4], before[:, 4])
-    assert torch.equal(denoiser._forward(within, None)[0][:, :4], before[:, :4])
+    before = logits_of(denoiser, ids, None)
+    assert torch.equal(logits_of(denoiser, later, None)[:, :8], before[:, :8])
+    assert not torch.allclose(logits_of(denoiser, within, None)[:, 4], before[:, 4])
+    assert torch.equal(logits_of(denoiser, within, None)[:, :4], before[:, :4])
 
 
 LLADA_8B = {
@@ -520,11 +524,11 @@ def test_an_adapter_is_merged(tmp_path):
     path = build("llada", tmp_path / "model")
     base = HFDenoiser(path, Tokens(10, 12))
     ids = torch.randint(4, 10, (2, 12), generator=torch.Generator().manual_seed(1))
-    plain = base._forward(ids, None)[0]
+    plain = logits_of(base, ids, None)
     adapted = peft.get_peft_model(base.model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
     expected = adapted(input_ids=ids).logits
     adapted.save_pretrained(tmp_path / "adapter")
-    found = HFDenoiser(path, Tokens(10, 12), adapter=str(tmp_path / "adapter"))._forward(ids, None)[0]
+    found = logits_of(HFDenoiser(path, Tokens(10, 12), adapter=str(tmp_path / "adapter")), ids, None)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(found, plain)
     with pytest.raises(UnmaskError, match="cannot read the adapter"):

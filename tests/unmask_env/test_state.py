@@ -80,3 +80,30 @@ def test_observations_are_cut_and_joined_whatever_the_vocabulary() -> None:
         picked = seen[torch.tensor([2, 0])]
         assert torch.equal(picked.top_log_probs, seen.top_log_probs[[2, 0]])
         assert picked.denoised.vocab_size == vocab_size
+
+
+def test_forwards_that_keep_different_numbers_of_positions_are_joined() -> None:
+    """Also with one that keeps them all; everything that is asked of the whole is what each part says."""
+    log_probs = torch.randn(6, 5, 200, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    where = torch.zeros(6, 5, dtype=torch.bool)
+    where[0, 4] = where[1, 1] = where[2:, 1:4] = True
+
+    def at(rows: slice) -> Denoised:
+        some = log_probs[rows]
+        return Denoised.at(where[rows], 200, lambda r, p: some[r, p].clone())
+
+    def whole(rows: slice) -> Denoised:
+        dense = at(rows)
+        return Denoised.shown(200, dense.top_symbols, dense.top_log_probs, dense.entropy)
+
+    first, last = slice(0, 2), slice(2, 6)
+    assert at(first)._values.shape[1] < at(last)._values.shape[1]
+    symbols, uniform = torch.full((6, 5), 7), torch.rand(6, 5, generator=torch.Generator().manual_seed(1))
+    for parts in ([at(first), at(last)], [whole(first), at(last)], [at(first), whole(last)]):
+        joined = Denoised.join(parts, torch.cat)
+        for expected in (whole(slice(0, 6)), at(slice(0, 6))[torch.arange(6)]):
+            for name in ("top_symbols", "top_log_probs", "entropy", "best", "best_log_prob"):
+                assert torch.equal(getattr(joined, name), getattr(expected, name)), name
+            assert torch.equal(joined.top_k_log_probs(3), expected.top_k_log_probs(3))
+            assert torch.equal(joined.log_prob_of(symbols), expected.log_prob_of(symbols))
+            assert torch.equal(joined.draw(1.0, uniform), expected.draw(1.0, uniform))
