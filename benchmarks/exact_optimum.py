@@ -97,11 +97,15 @@ class Neighbours(TableDenoiser):
 
 
 class Problem(NamedTuple):
-    """``steps`` are those of two episodes: what the PPOs play per iteration, on as many boards as make about 1,000."""
+    """``steps`` are those of two episodes: what the PPOs play per iteration, on as many boards as make about 1,000.
+    ``continuations`` and ``kept``: how often policy iteration plays each candidate to the end, and the iterations whose
+    states it fits: noise is averaged by either, and boards that play at length are better kept."""
 
     process: Unmasking
     tau: float
     steps: int
+    continuations: int = 16
+    kept: int = 1
 
 
 def correlated(vocab_size: int, length: int, seed: int) -> Tensor:
@@ -116,7 +120,7 @@ def sudoku(runs: Path, boards: int) -> Problem:
     task = Sudoku(2, 2, blanks=7, reward="cell_accuracy")
     # Of the first three, the one where the reference does worst.
     board = Fixed(task, task.heldout(3)[2:] if boards == 1 else task.heldout(boards))
-    return Problem(Unmasking(board, load_denoiser(pretrain(settings), board)), 0.05, 14)
+    return Problem(Unmasking(board, load_denoiser(pretrain(settings), board)), 0.05, 14, 4, 4)
 
 
 def letters(runs: Path, boards: int) -> Problem:
@@ -128,7 +132,7 @@ def letters(runs: Path, boards: int) -> Problem:
 def sampled(runs: Path, boards: int) -> Problem:
     joint = correlated(3, 4, seed=0)
     likely = Word((joint >= joint.flatten().sort(descending=True).values[1]).float())  # the two likeliest words
-    return Problem(Unmasking(likely, Neighbours(joint, likely), temperature=1.0), 0.2, 8)
+    return Problem(Unmasking(likely, Neighbours(joint, likely), temperature=1.0), 0.2, 8, 256, 4)
 
 
 def misled(runs: Path, boards: int) -> Problem:
@@ -157,8 +161,11 @@ def entropy_bonus(config: SB3PPOConfig, process: Unmasking) -> OrderPolicy:
     return policy
 
 
-def recipes(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
+def recipes(
+    common: dict[str, Any], posed: Problem, groups: int = 16
+) -> dict[str, tuple[Callable[..., OrderPolicy], Any]]:
     """Per learner its function and settings."""
+    steps = posed.steps
     ppo = common | {"num_envs": 64 if steps > 10 else 128, "steps": steps, "epochs": 4, "iterations": 120}
     ppo |= {"gae_lambda": 1.0}
     grouped = common | {"puzzles": groups, "group": 16, "epochs": 2, "iterations": 80}
@@ -166,9 +173,10 @@ def recipes(common: dict[str, Any], steps: int, groups: int = 16) -> dict[str, t
     uniform = ppo | {"reference": "random"}
     own = {name: value for name, value in common.items() if name != "anneal"}
     iterated = own | {"labels": "values", "sampled": True, "iterations": 12, "puzzles": 128, "steps": 200}
-    iterated |= {"capacity": 128 * steps // 2, "levels": steps // 2}
+    iterated |= {"capacity": posed.kept * 128 * steps // 2, "levels": steps // 2}
+    iterated |= {"continuations": posed.continuations, "validate_every": 0}
     return {
-        "policy iteration": (policy_iteration.train, PolicyIterationConfig(**iterated, continuations=groups)),
+        "policy iteration": (policy_iteration.train, PolicyIterationConfig(**iterated)),
         "UPO, step_kl": (upo.train, UPOConfig(**upos, regulariser="step_kl")),
         "MaskablePPO": (sb3_ppo.train, SB3PPOConfig(**ppo)),
         "TorchRL PPO": (torchrl_ppo.train, TorchRLPPOConfig(**ppo)),
@@ -230,12 +238,12 @@ def main(
         common |= {"policy": PolicyConfig(copy=False, dim=32, layers=2, defer_above=2.0, num_passes=1)}
         # A sampled reward of 0 or 1 is noisy, and a small beta makes small differences count.
         groups = 64 if posed.process.temperature else 16
-        for name in recipes({"out": "", **common}, posed.steps):
+        for name in recipes({"out": "", **common}, posed):
             if (name, beta, seed) in known or (learners and name not in learners):
                 continue
             folder = runs / f"{problem}{boards}" / f"{name} {beta} {seed}".replace(", ", "-").replace(" ", "-")
             shutil.rmtree(folder, ignore_errors=True)
-            train, config = recipes({"out": str(folder), **common}, posed.steps, groups)[name]
+            train, config = recipes({"out": str(folder), **common}, posed, groups)[name]
             started = time.perf_counter()
             policy = train(config, posed.process).eval()
             seconds = time.perf_counter() - started

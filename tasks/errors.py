@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 
+LONGEST = 300  # characters of a message
+
+
 class UnmaskError(ValueError):
-    """A user's mistake. The message says what was wrong, what is allowed and what to do."""
+    """A user's mistake. The message says in one line what was wrong, what is allowed and what to do; of a long one the
+    middle is left out."""
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 103]} … {line[-100:]}")
 
 
 class UnknownNameError(UnmaskError):
