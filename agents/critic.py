@@ -30,7 +30,7 @@ class Critic(nn.Module):
         self.num_features = min(FEATURES, vocab_size)
         self.symbols = nn.Embedding(2 if self.by_rank else vocab_size + 1, dim)
         self.likely = nn.Embedding(SHOWN if self.by_rank else vocab_size, dim)
-        self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
+        self.positions = CoordinateEmbedding(coordinates, dim)
         self.feature_head = nn.Linear(2 * self.num_features + 4, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)

@@ -25,7 +25,7 @@ from agents.show import boards_of
 from pretrain.checkpoint import write_atomically, write_json
 from pretrain.run import resolve_device
 from tasks import Instances
-from tasks.settings import AtLeast1, Seed, validate
+from tasks.settings import AtLeast1, Seed, Threads, validate
 from unmask_env import make_process, render
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, customary, reference
@@ -53,7 +53,7 @@ class DemoConfig:
     """of AdamW in each"""
     seed: Seed = 0
     device: str = "cpu"
-    threads: AtLeast1 | None = None
+    threads: Threads | None = None
 
 
 def train(config: DemoConfig) -> OrderPolicy | RemaskPolicy:

@@ -22,7 +22,7 @@ from agents.decoding import Read, Thresholds, most_likely_set
 from pretrain.backbone import Backbone, Reader
 from pretrain.checkpoint import CheckpointError, load_model
 from tasks import Task, UnmaskError
-from tasks.settings import AtLeast1, validate
+from tasks.settings import Depth, Width, validate
 from unmask_env.denoiser import Denoiser
 from unmask_env.distributions import Bernoulli, Categorical, Distribution, PlackettLuce, log_complement, log_odds
 from unmask_env.reference import MaxConfidence, Policy, Reference, SoftThreshold, TopK, reference
@@ -45,12 +45,12 @@ class PolicyConfig:
     copy: bool = True
     """start from a copy of the denoiser's embeddings, last blocks and head, where it has them (dim and heads are then
     the denoiser's)"""
-    layers: AtLeast1 | None = None
+    layers: Depth | None = None
     """transformer blocks; default: all of the denoiser's, or 3 when not copying"""
-    dim: AtLeast1 = 48
+    dim: Width = 48
     """on a line of positions attention sees distances where this is a multiple of 2 heads"""
-    heads: AtLeast1 = 4
-    num_passes: AtLeast1 = 2
+    heads: Depth = 4
+    num_passes: Depth = 2
     """how often the policy reads the board, each time with its last belief in place of the masks; weights are shared"""
     defer_above: float = 0.97
     """confidence of a fillable position from which on the base decides, and nothing is read; above 1: never (policies

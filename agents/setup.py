@@ -18,7 +18,7 @@ from agents.remask_policy import RemaskPolicy
 from pretrain.checkpoint import save_model
 from pretrain.run import decayed_groups, resolve_device
 from tasks import Instances, Task, UnmaskError
-from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, Share, ShareBelow1, validate
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Share, ShareBelow1, Threads, validate
 from unmask_env import make_process
 from unmask_env.process import Unmasking
 from unmask_env.reference import Learned, Reference, default_reference, reference, require_full_support, require_learned
@@ -43,10 +43,10 @@ class TrainConfig:
     """whether actions are single positions or sets, and what forwards cost"""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     weight_decay: NotNegative = 0.0
-    grad_clip: NotNegative = 1.0
+    grad_clip: Positive = 1.0
     seed: Seed = 0
     device: str = "cpu"
-    threads: AtLeast1 | None = None
+    threads: Threads | None = None
     resume: Literal["never", "must", "auto"] = "never"
     """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
     save_every: AtLeast1 = 10

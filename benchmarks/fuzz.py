@@ -4,9 +4,9 @@
 
 Kinds: command lines (one wrong flag, or words at random), configurations and weights of models, training states, puzzle
 files, tables, lines, problems and texts, and answers to word problems and to Countdown. Each input starts from a good
-one and is damaged: bytes changed, cut or repeated, values replaced by others. It runs in a process of its own, which is killed when nothing has
-come for ``--deadline`` seconds. A message of more than one line or of more than 300 characters counts as a fault, and
-so does any error that is not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
+one and is damaged: bytes changed, cut or repeated, values replaced by others. It runs in a process of its own, which is
+killed when nothing has come for ``--deadline`` seconds. A message of more than one line or of more than 300 characters
+counts as a fault, and so does any error that is not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pretrain import orders
 from pretrain.masking import blocks_of
 from pretrain.orders import OrderName
 from pretrain.uniform import Prediction, Uniform, tilt
+from tasks.settings import MOST_DEEP
 
 
 class Output(NamedTuple):
@@ -73,15 +74,15 @@ def turn(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class CoordinateEmbedding(nn.Module):
-    """The sum of one learned embedding per coordinate: (L, C) integers in, (L, D) out.
+    """The sum of one learned embedding per coordinate: (L, C) integers, as nested lists, in, (L, D) out.
 
     On Sudoku this (row + column + box) is what makes the rules learnable in a few hundred steps.
     """
 
-    def __init__(self, coordinates: Tensor, dim: int) -> None:
+    def __init__(self, coordinates: Sequence[Sequence[int]], dim: int) -> None:
         super().__init__()
-        self.register_buffer("coordinates", coordinates.long(), persistent=False)
-        self.tables = nn.ModuleList(nn.Embedding(int(column.max()) + 1, dim) for column in coordinates.unbind(1))
+        self.register_buffer("coordinates", torch.tensor(coordinates).long(), persistent=False)
+        self.tables = nn.ModuleList(nn.Embedding(max(column) + 1, dim) for column in zip(*coordinates, strict=True))
 
     def forward(self) -> Tensor:
         return sum(table(column) for table, column in zip(self.tables, self.coordinates.unbind(1), strict=True))
@@ -202,7 +203,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
             )
         if block_length is not None and not 1 <= block_length <= len(coordinates):
             raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
-        if num_passes < 1 or (num_passes > 1 and (noise, order, block_length) != ("mask", "none", None)):
+        if not 1 <= num_passes <= MOST_DEEP or (
+            num_passes > 1 and (noise, order, block_length) != ("mask", "none", None)
+        ):
             raise ValueError(
                 f"num_passes must be at least 1, and 1 with uniform noise, an order or blocks, not {num_passes}"
             )
@@ -219,7 +222,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
             own = torch.block_diag(*(torch.ones(1, size) for size in vocabularies)).bool()
         self.register_buffer("own", own, persistent=False)
         self.symbols = nn.Embedding(vocab_size + 1, dim)
-        self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
+        self.positions = CoordinateEmbedding(coordinates, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size)
@@ -348,7 +351,7 @@ class Reader(nn.Module):
         super().__init__()
         self.vocab_size, self.num_passes, self.rotary = vocab_size, num_passes, rotary
         self.symbols = nn.Embedding(vocab_size, dim)
-        self.positions = CoordinateEmbedding(torch.tensor(coordinates), dim)
+        self.positions = CoordinateEmbedding(coordinates, dim)
         self.hidden = nn.Linear(hidden_dim, dim, bias=False) if hidden_dim else None
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)

@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tasks import UnknownNameError, UnmaskError
+from tasks.errors import first_line
 
 PACKAGED_DENOISERS = Path(__file__).parent / "models"
 Model = TypeVar("Model", bound=nn.Module)
@@ -98,28 +99,43 @@ def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, pac
             raise CheckpointError(
                 f"no {kind} at {name}: {file} is missing; needed is a folder with config.json and model.safetensors"
             )
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}/config.json is no {kind}'s: it holds no settings")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{folder}/config.json is no {kind}'s: it holds no settings")
         with safe_open(folder / "model.safetensors", "pt") as file:
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder}/config.json is not JSON ({error})") from None
     except SafetensorError as error:
         raise CheckpointError(f"{folder}/model.safetensors is truncated or not safetensors ({error})") from None
     classes = cls if isinstance(cls, tuple) else (cls,)
+    make = next((one for one in classes if _required(one) <= config.keys()), classes[-1])
     try:
-        model = next((one for one in classes if _required(one) <= config.keys()), classes[-1])(**config)
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder} is no {kind}: its config.json does not fit ({error})") from None
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        if not 0 <= (config.get("layers") or 0) <= len(stored):
+            raise ValueError(f"layers is {config['layers']}, and there are {len(stored)} tensors")
+        with torch.device("meta"):  # sizes that nothing is stored of cost nothing
+            empty = make(**config)
+    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is no {kind}: its config.json does not fit ({first_line(error)})") from None
+    expected = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
     if stored != expected:
         odd = sorted(stored.items() ^ expected.items())[0][0]
         raise CheckpointError(f"{folder} is no {kind} of its config.json: tensor {odd!r} differs")
+    model = make(**config)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        model.load_state_dict({key: file.get_tensor(key) for key in stored})
+        weights = {key: file.get_tensor(key) for key in stored}
+    for key, value in weights.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise CheckpointError(f"{folder}/model.safetensors: tensor {key!r} holds values that are no finite numbers")
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds. Raises :class:`CheckpointError` where it is none, or nested beyond reading."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers of thousands of digits
+        raise CheckpointError(f"{path} is not JSON ({first_line(error)})") from None
 
 
 def _required(cls: type) -> set[str]:
@@ -154,7 +170,7 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {"value": value}
 
 
-def _unpack(value: dict, tensors: dict[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     match value:
         case {"tensor": key}:
             return tensors[key]
@@ -194,8 +210,8 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a safetensors file but not a training state of this package")
     try:
         return _unpack(json.loads(packed), tensors)
-    except (json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path} is a damaged training state ({error})") from None
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} is a damaged training state ({first_line(error)})") from None
 
 
 def step_generator(device: torch.device | str, *key: int) -> torch.Generator:

@@ -19,7 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.checkpoint import CheckpointError, load_state, save_state, write_json
 from tasks import UnmaskError
-from tasks.settings import AtLeast1, check
+from tasks.errors import first_line
+from tasks.settings import Threads, check
 
 MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads"}  # settings that do not change what is learned
 
@@ -35,7 +36,7 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
         UnmaskError: an unknown device, CUDA where there is none, or fewer than one thread.
     """
     if threads is not None:
-        check("threads", threads, AtLeast1)
+        check("threads", threads, Threads)
         torch.set_num_threads(threads)
     try:
         resolved = torch.device(device)
@@ -80,8 +81,11 @@ class Run:
         described["kind"] = type(settings).__name__  # two kinds of run may have the same settings
         if settings.resume == "must" or (settings.resume == "auto" and state_file.exists()):
             state = load_state(state_file)
-            if not {"settings", "parts", "step"} <= state.keys():
+            kinds = {"settings": dict, "parts": dict, "step": int}
+            if not isinstance(state, dict) or not all(isinstance(state.get(key), kinds[key]) for key in kinds):
                 raise CheckpointError(f"{state_file} is not the state of a run")
+            if not 0 <= state["step"] <= steps:
+                raise CheckpointError(f"{state_file} is at step {state['step']} of a run of {steps}: it is damaged")
             differing = [
                 f"{key} was {json.dumps(value)}, is {json.dumps(described.get(key))}"
                 for key, value in state["settings"].items()
@@ -95,9 +99,10 @@ class Run:
             try:
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise CheckpointError(f"{state_file} does not belong to this run ({reason})") from None
+            except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{state_file} does not belong to this run ({first_line(error)})") from None
+            if (name := self._not_finite()) is not None:
+                raise CheckpointError(f"{state_file} is damaged: the {name} has weights that are not finite")
             self.step = state["step"]
         elif state_file.exists():
             raise UnmaskError(f"{self.out} already holds a run; add --resume auto to go on, or name another --out")
@@ -160,13 +165,19 @@ class Run:
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self._stop = bool(flag)
 
-    def _require_finite(self) -> None:
+    def _not_finite(self) -> str | None:
+        """The part that has weights that are not finite."""
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
-                raise UnmaskError(
-                    f"the {name} has weights that are not finite after step {self.step}; {self.out} keeps the state of "
-                    "the save before. Try a lower lr in another --out"
-                )
+                return name
+        return None
+
+    def _require_finite(self) -> None:
+        if (name := self._not_finite()) is not None:
+            raise UnmaskError(
+                f"the {name} has weights that are not finite after step {self.step}; {self.out} keeps the state of "
+                "the save before. Try a lower lr in another --out"
+            )
 
     def log(self, values: dict[str, float], note: str = "") -> None:
         """Scalars of the current step to TensorBoard; ``note`` beside the progress bar."""

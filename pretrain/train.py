@@ -21,7 +21,19 @@ from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import losses_of_passes, masked_diffusion_loss
 from pretrain.objectives.uniform import uniform_loss
 from pretrain.run import Run, decayed_groups, distributed, resolve_device, set_learning_rate
-from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, Share, ShareBelow1, validate
+from tasks.settings import (
+    AtLeast0,
+    AtLeast1,
+    Depth,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    ShareBelow1,
+    Threads,
+    Width,
+    validate,
+)
 
 
 @dataclass(frozen=True)
@@ -35,20 +47,20 @@ class PretrainConfig:
     steps: AtLeast1 = 4000
     batch: AtLeast1 = 256
     """sequences per step, over all processes"""
-    dim: AtLeast1 = 96
-    layers: AtLeast1 = 4
-    heads: AtLeast1 = 4
+    dim: Width = 96
+    layers: Depth = 4
+    heads: Depth = 4
     lr: NotNegative = 2e-3
     warmup: AtLeast0 = 100
     """steps of linear warm-up"""
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: NotNegative = 0.01
-    grad_clip: NotNegative = 1.0
+    grad_clip: Positive = 1.0
     ema: ShareBelow1 = 0.998
     """decay of the exponential moving average of the weights, which is what is saved"""
     seed: Seed = 0
     device: str = "cpu"
-    threads: AtLeast1 | None = None
+    threads: Threads | None = None
     """CPU threads; the default is torch's"""
     bf16: bool = False
     compile: bool = False
@@ -95,7 +107,7 @@ class PretrainConfig:
 class MDMConfig(PretrainConfig):
     """Masked diffusion: every position alike."""
 
-    passes: AtLeast1 = 1
+    passes: Depth = 1
     """how often the denoiser reads a sequence, each time with its last belief in place of the masks; weights are
     shared, and the loss is the mean over the passes"""
     init: str | None = None

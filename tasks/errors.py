@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-
 LONGEST = 300  # characters of a message
 
 

@@ -21,11 +21,14 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 from tasks.errors import UnmaskError
 
 P, R = ParamSpec("P"), TypeVar("R")
+# Beyond these nothing is meant: what is larger is a slip, and would run out of memory or never end.
+MOST, MOST_WIDE, MOST_DEEP, MOST_THREADS = 10**9, 2**16, 1000, 1024
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be: from ``least`` to ``most``, and strictly ``above`` and ``below``."""
+    """The numbers that a setting may be: from ``least`` to ``most``, and strictly ``above`` and ``below``. Messages
+    mention a ``most`` of :data:`MOST` only to who exceeds it."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -37,18 +40,22 @@ class Range:
 
     def __str__(self) -> str:
         if -math.inf < self.least and self.most < math.inf:
-            return f"between {self.least:g} and {self.most:g}"
-        bounds = {"at least": self.least, "above": self.above, "below": self.below, "at most": self.most}
+            return f"at least {self.least:g}" if self.most == MOST else f"between {self.least:g} and {self.most:g}"
+        most = math.inf if self.most == MOST else self.most
+        bounds = {"at least": self.least, "above": self.above, "below": self.below, "at most": most}
         shown = {word: "2**63" if bound == 2**63 else f"{bound:g}" for word, bound in bounds.items()}
         return " and ".join(f"{word} {shown[word]}" for word, bound in bounds.items() if math.isfinite(bound))
 
 
-AtLeast1 = Annotated[int, Range(least=1)]
-AtLeast2 = Annotated[int, Range(least=2)]
-AtLeast0 = Annotated[int, Range(least=0)]
+AtLeast1 = Annotated[int, Range(least=1, most=MOST)]
+AtLeast2 = Annotated[int, Range(least=2, most=MOST)]
+AtLeast0 = Annotated[int, Range(least=0, most=MOST)]
+Width = Annotated[int, Range(least=1, most=MOST_WIDE)]
+Depth = Annotated[int, Range(least=1, most=MOST_DEEP)]
+Threads = Annotated[int, Range(least=1, most=MOST_THREADS)]
 Seed = Annotated[int, Range(least=0, below=2**63)]
-NotNegative = Annotated[float, Range(least=0)]
-Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0, most=1e9)]
+Positive = Annotated[float, Range(above=0, most=1e9)]
 Share = Annotated[float, Range(least=0, most=1)]
 InnerShare = Annotated[float, Range(above=0, below=1)]
 ShareBelow1 = Annotated[float, Range(least=0, below=1)]
@@ -116,6 +123,6 @@ def check(name: str, value: Any, kind: Any) -> None:
     number = isinstance(value, int if base is int else int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and bounds.holds(value)):
         what = "a whole number" if base is int else "a number"
-        said = str(bounds)
-        joint = " of " if said.startswith("at least") else " "
+        said = f"at most {MOST:g}" if number and math.inf > value > bounds.most == MOST else str(bounds)
+        joint = " of " if said.startswith("at ") else " "
         raise UnmaskError(f"{name} must be {what}{joint if said else ''}{said}, not {value!r}")

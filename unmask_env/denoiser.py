@@ -15,7 +15,7 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.uniform import ALPHA_MIN
 from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
-from tasks.settings import AtLeast1, check
+from tasks.settings import AtLeast1, Depth, check
 from unmask_env.language_models import HFDenoiser
 from unmask_env.state import CHUNK, WHOLE, Denoised
 
@@ -62,7 +62,7 @@ class FrozenDenoiser:
         model: Backbone,
         task: Task,
         device: torch.device | str = "cpu",
-        passes: AtLeast1 | None = None,
+        passes: Depth | None = None,
         read: Read = "unsure",
     ) -> None:
         task.check_denoiser(model.vocab_size, model.length, model.fingerprint)

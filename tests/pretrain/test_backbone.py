@@ -41,7 +41,7 @@ def test_parameter_count_by_hand():
 
 
 def test_positions_share_the_embeddings_of_their_coordinates():
-    embedding = CoordinateEmbedding(torch.tensor(GRID), 8)
+    embedding = CoordinateEmbedding(GRID, 8)
     positions = embedding().view(2, 3, 8)
     rows, columns = (table.weight for table in embedding.tables)
     torch.testing.assert_close(positions, rows[:, None] + columns[None])

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -234,6 +235,70 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"layers": ' + "1" * 5000 + "}", "{" * 3000, '{"a":' * 100_000, "\ud800", "NaN"],
+    ids=["brackets", "digits", "braces", "deep", "surrogate", "number"],
+)
+def test_a_config_beyond_reading(folder, content):
+    (folder / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert_one_line(caught, str(folder / "config.json"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": 10**6},
+        {"layers": -1},
+        {"layers": None},
+        {"layers": True},
+        {"layers": 1.5},
+        {"dim": 10**9},
+        {"dim": 2**80},
+        {"vocab_size": 10**12},
+        {"heads": 0},
+        {"coordinates": [[10**15, 0]] * 4},
+        {"coordinates": None},
+        {"coordinates": [[0], [0, 1]]},
+        {"coordinates": [["a", "b"]]},
+        {"num_passes": 10**9},
+        {"order": {}},
+        {"fingerprint": []},
+    ],
+    ids=str,
+)
+def test_crafted_sizes_are_refused_at_once(folder, change):
+    """Nothing of such a size is ever made."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    started = time.perf_counter()
+    if change == {"fingerprint": []} or change == {"layers": True}:  # what they say fits
+        load(folder)
+    else:
+        with pytest.raises(CheckpointError) as caught:
+            load(folder)
+        assert_one_line(caught, "denoiser")
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.tensor(math.nan), torch.tensor(math.inf), torch.tensor(3), torch.tensor(True), torch.tensor(1 + 1j)],
+    ids=["nan", "infinite", "integers", "bools", "complex"],
+)
+def test_weights_that_are_no_finite_numbers(folder, weight):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    weights[name] = weight.expand(weights[name].shape).contiguous()
+    save_file(weights, path)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert_one_line(caught, name, "finite")
+
+
 def test_a_model_on_the_hub(hub):
     loaded = load("owner/name")
     assert not loaded.training
@@ -406,6 +471,29 @@ def test_foreign_states(folder, tmp_path):
     save_file({"a": torch.ones(1)}, foreign, metadata={"unmask_state": json.dumps({"odd": 1})})
     with pytest.raises(CheckpointError, match="not a training state"):
         load_state(foreign)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        "[" * 100000,
+        "1" * 5000,
+        '{"pairs": [[1]]}',
+        '{"pairs": "xx"}',
+        '{"pairs": [[[], {"value": 1}]]}',
+        "[]",
+        "null",
+        '{"tensor": "9"}',
+        '{"tensor": []}',
+        '{"list": 3}',
+        "{}",
+    ],
+)
+def test_states_whose_description_is_damaged(packed, tmp_path):
+    save_file({"0": torch.ones(2)}, tmp_path / "state.safetensors", {"unmask_state": packed})
+    with pytest.raises(CheckpointError) as caught:
+        load_state(tmp_path / "state.safetensors")
+    assert_one_line(caught, "training state")
 
 
 def test_checkpoint_errors_are_the_users_errors():
