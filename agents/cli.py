@@ -159,6 +159,10 @@ def main(args: Sequence[str] | None = None) -> None:
             fail(str(error))
         if isinstance(error, Interrupted):
             fail(str(error), 130)
+        if isinstance(error, MemoryError) or re.search(
+            "allocate memory|out of memory", str(error)
+        ):  # torch's own types
+            fail("not enough memory; take fewer instances (--limit, --puzzles), a smaller --batch, or a smaller model")
         raise
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import tasks
 from agents.belief import BeliefFills
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
-from pretrain.checkpoint import packaged, write_json
+from pretrain.checkpoint import check_writable, packaged, write_json
 from pretrain.run import resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, check, validate
@@ -373,12 +373,6 @@ class EvaluateCommand(PlayCommand):
     """what ``exact`` measures divergences from"""
 
 
-def require_file(path: Path | None, option: str) -> None:
-    """Raises :class:`tasks.UnmaskError` for a folder where a file is to be written."""
-    if path is not None and path.is_dir():
-        raise UnmaskError(f"{option} {path} is a folder; name a file")
-
-
 def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instances, str]:
     """The process, the instances and the title of the table. Raises :class:`tasks.UnmaskError`."""
     validate(command)
@@ -394,7 +388,7 @@ def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instance
 
 def run(command: EvaluateCommand) -> None:
     """``unmask evaluate``."""
-    require_file(command.json, "--json")
+    check_writable(command.json, "--json")
     process, instances, title = prepare(command, "single")
     names = customary(process.rules.actions) if command.orders is None else command.orders
     if not names:

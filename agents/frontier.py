@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from agents.evaluate import PlayCommand, Result, compare, interval, paired_difference, prepare, require_file
+from agents.evaluate import PlayCommand, Result, compare, interval, paired_difference, prepare
 from agents.policy import load_policy
-from pretrain.checkpoint import write_atomically, write_json
+from pretrain.checkpoint import check_writable, write_atomically, write_json
 from tasks import Instances, UnknownNameError, UnmaskError
 from tasks.settings import AtLeast1
 from unmask_env.process import Unmasking
@@ -187,7 +187,7 @@ def run(command: FrontierCommand) -> None:
     """``unmask frontier``."""
     if command.out.suffix != ".png":
         raise UnmaskError(f"--out is a picture; {command.out} must end in .png")
-    require_file(command.out, "--out")
+    check_writable(command.out, "--out")
     process, instances, title = prepare(command, "set")
     chosen = methods(command.orders or ("heuristics",), process)
     points = sweep(process, chosen, instances, command.seed, command.batch, progress=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from agents.critic import Critic, new_critic
 from agents.policy import OrderPolicy
-from agents.setup import PPOConfig, finish, per_episode, seeded, setup_on_policy
+from agents.setup import PPOConfig, finish, per_episode, publisher, seeded, setup_on_policy
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, decayed_groups
@@ -159,7 +159,9 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
     model.set_logger(Logger(folder=None, output_formats=[]))
     parts = {"policy": policy, "critic": critic, "optimizer": model.policy.optimizer}
     title = f"ppo-sb3 {process.task.name}"
-    run, monitor = Run(config, config.iterations, parts, title), Validation(config, process, ready.reference, title)
+    monitor = Validation(config, process, ready.reference, title)
+    parts |= {"validation": monitor}
+    run = Run(config, config.iterations, parts, title, publish=publisher(config, policy))
     with run:
         for iteration in run.loop():
             rate = config.learning_rate(iteration)

@@ -283,13 +283,23 @@ def minibatch_epochs(
     return {name: sum(values) / len(values) for name, values in logged.items()}
 
 
+def publisher(
+    config: TrainConfig, policy: OrderPolicy | RemaskPolicy, how: Callable[[], str] = lambda: "rewards"
+) -> Callable[[int], None]:
+    """What writes the policy to ``config.out`` after so many steps; ``how`` it learned, if from answers or rewards."""
+
+    def publish(steps: int) -> None:
+        if steps > 0 and how():
+            policy.mark_trained(how())
+        save_model(policy, Path(config.out))
+
+    return publish
+
+
 def finish(config: TrainConfig, policy: OrderPolicy | RemaskPolicy, how: str = "rewards") -> OrderPolicy | RemaskPolicy:
     """The trained policy, saved in ``config.out``; ``how`` it learned, if from answers or rewards."""
-    policy.eval()
-    if how:
-        policy.mark_trained(how)
-    save_model(policy, Path(config.out))
-    return policy
+    publisher(config, policy, lambda: how)(1)
+    return policy.eval()
 
 
 @contextmanager

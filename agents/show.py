@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tasks
 from agents.evaluate import BoardCommand, generators, load_order, played_by, require_suited
+from pretrain.checkpoint import check_writable
 from tasks import Instances, UnmaskError
 from tasks.settings import InnerShare, NotNegative, validate
 from unmask_env import render
@@ -46,6 +47,7 @@ def boards_of(played: Rollout) -> list[Tensor]:
 def run(command: ShowCommand) -> None:
     """``unmask show``."""
     validate(command)
+    check_writable(command.gif, "--gif")
     task = tasks.get(command.task)
     heldout = task.heldout()
     if not 0 <= command.index < len(heldout):

@@ -33,6 +33,7 @@ from agents.setup import (
     make_optimizer,
     minibatch_epochs,
     per_episode,
+    publisher,
     seeded,
     setup_on_policy,
 )
@@ -176,7 +177,9 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
     )
     batches = iter(collector)
     title = f"{'grpo' if grouped else 'ppo'}-torchrl {process.task.name}"
-    run, monitor = Run(config, config.iterations, parts, title), Validation(config, process, ready.reference, title)
+    monitor = Validation(config, process, ready.reference, title)
+    parts |= {"validation": monitor}
+    run = Run(config, config.iterations, parts, title, publish=publisher(config, policy))
     try:
         with run:
             for iteration in run.loop():

@@ -22,7 +22,7 @@ from agents.forks import uncertain_states
 from agents.policy import OrderPolicy
 from agents.remask_policy import RemaskPolicy
 from agents.replay import Replay
-from agents.setup import RLConfig, Setup, finish, look_ahead, make_optimizer, minibatch_epochs, setup
+from agents.setup import RLConfig, Setup, finish, look_ahead, make_optimizer, minibatch_epochs, publisher, setup
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
@@ -296,9 +296,10 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     behaviour = Tempered(policy, config.temperature, reference if defers else None)
     optimizer = make_optimizer(config, policy)
     replay = Replay(process.task, config.replay_fraction)
-    parts, title = {"policy": policy, "optimizer": optimizer, "replay": replay}, f"upo {process.task.name}"
-    run = Run(config, config.imitation + config.iterations, parts, title)
+    title = f"upo {process.task.name}"
     monitor = Validation(config, process, reference, title)
+    parts = {"policy": policy, "optimizer": optimizer, "replay": replay, "validation": monitor}
+    run = Run(config, config.imitation + config.iterations, parts, title, publish=publisher(config, policy))
     with run:
         for step in run.loop():
             iteration = step - config.imitation

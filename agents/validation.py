@@ -9,6 +9,7 @@ with run:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from agents.evaluate import paired_difference
 from agents.policy import OrderPolicy
 from agents.setup import TrainConfig, load_init
+from pretrain.checkpoint import save_model
 from pretrain.run import Run
 from tasks import Instances, UnmaskError
 from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
@@ -109,7 +111,8 @@ class Validation:
     """Follows a training run on validation instances, always the same and played greedily. It has random streams of
     its own, so the numbers of training do not depend on it.
 
-    A run is compared with where it began: with ``config.init``, else with the reference.
+    A run is compared with where it began: with ``config.init``, else with the reference. The policy of the best score
+    is kept in the folder ``best`` of the run's.
 
     Args:
         config: its ``validate_every`` (0: never) and ``validation_puzzles``.
@@ -126,7 +129,8 @@ class Validation:
         self._start: Played | None = None
         self._latest: Played | None = None
         self._uninformative = 0
-        self._since = time.perf_counter()
+        self._best = -math.inf
+        self._since, self._from = time.perf_counter(), -1
 
     def _instances(self) -> Instances | None:
         task, count = self.process.task, self.config.validation_puzzles
@@ -194,16 +198,19 @@ class Validation:
         or beside the progress bar of a terminal.
 
         Args:
-            said: begins the line. steps: boards times steps of the iteration, for the throughput.
+            said: begins the line. steps: boards times steps of an iteration, for the throughput.
         """
         done = run.step + 1
         seconds = time.perf_counter() - self._since
         if steps:
-            scalars["throughput/steps_per_second"] = steps / seconds
+            scalars["throughput/steps_per_second"] = steps * (done - max(self._from, run.begun)) / seconds
         if self.instances is not None and self._reference is None:
             self._say_if_perfect(run)
         if self.due(done) or (self.instances is not None and done == run.steps):
             scalars |= self.scores(policy)
+            if run.main and scalars["validation/policy"] > self._best:
+                self._best = scalars["validation/policy"]
+                save_model(policy, run.out / "best")
         note = f"{said}{self._note()}"
         if "learning_rate" in scalars:
             note += f" lr {scalars['learning_rate']:.1e}"
@@ -213,7 +220,14 @@ class Validation:
         self._watch_groups(run, scalars)
         if done == run.steps and self.gains and self._latest is not None:
             self._conclude(run)
-        self._since = time.perf_counter()
+        self._since, self._from = time.perf_counter(), done
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs: the best score."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._best = float(state["best"])
 
     def _note(self) -> str:
         if self._reference is None:

@@ -5,6 +5,7 @@ Only safetensors and JSON are ever read: no pickle is loaded from a file that a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -36,16 +37,41 @@ class CheckpointError(UnmaskError):
 
 # ---------------------------------------------------------------------- atomic writes
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` fills a temporary file beside ``path``; it is flushed to disk, then renamed over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """``write`` fills a temporary file beside ``path``; it is flushed to disk, then renamed over ``path``.
+
+    Raises:
+        UnmaskError: the file cannot be written, for example on a full disk.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UnmaskError(f"cannot write {path}: {error.strerror or first_line(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Before long work: a file can be written at ``path``, if any; folders that are missing are made.
+
+    Raises:
+        UnmaskError: it cannot; ``option`` is what the message calls it.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UnmaskError(f"{option} {path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent), contextlib.suppress(FileNotFoundError):
+            os.close(os.open(path, os.O_WRONLY))  # a file that is there may be written over
+    except OSError as error:
+        raise UnmaskError(f"cannot write {option} {path}: {error.strerror}; name another file") from None
 
 
 def write_json(path: Path, value: Any) -> None:

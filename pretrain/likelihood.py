@@ -28,7 +28,7 @@ from torch import Tensor
 import tasks
 from pretrain import masking, uniform
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, write_json
+from pretrain.checkpoint import PACKAGED_DENOISERS, check_writable, load_model, write_json
 from pretrain.masking import PolynomialSchedule
 from pretrain.objectives.masked import cross_entropies, integrand
 from pretrain.objectives.uniform import Corrupted, loss_at, prior_divergence
@@ -183,8 +183,7 @@ def run(command: LikelihoodCommand) -> None:
     """``unmask likelihood``."""
     validate(command)
     device = resolve_device(command.device)
-    if command.json is not None and command.json.is_dir():
-        raise UnmaskError(f"--json {command.json} is a folder; name a file")
+    check_writable(command.json, "--json")
     task = tasks.get(command.task)
     model = load_model(Backbone, command.denoiser, PACKAGED_DENOISERS, "denoiser").to(device).eval()
     task.check_denoiser(model.vocab_size, model.length, model.fingerprint)

@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,10 +24,12 @@ from tasks.errors import first_line
 from tasks.settings import Threads, check
 
 MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads"}  # settings that do not change what is learned
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOPPING = "stopping after this step and saving; once more stops without saving"
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
-    """Ctrl-C: the state was saved; the same command with --resume auto goes on."""
+    """Ctrl-C, SIGTERM or SIGHUP: the state was saved; the same command with --resume auto goes on."""
 
 
 def resolve_device(device: str, threads: int | None = None) -> torch.device:
@@ -54,26 +57,40 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
 class Run:
     """Drives a loop over ``steps`` steps in the folder ``out``; use as a context manager.
 
-    Files: ``run.json`` (settings), ``state.safetensors`` (everything to resume from), ``tb/`` (TensorBoard).
+    Files: ``run.json`` (settings), ``state.safetensors`` (everything to resume from), ``tb/`` (TensorBoard), and the
+    model, as it was at the last save. While a run is going on no other can begin in its folder.
+
+    A resumed run may be longer: ``iterations``, or ``steps`` where there are none, may grow. What depends on its
+    length, such as a learning rate that falls to its end, is from there on what it is in the longer run.
 
     Args:
         settings: a frozen dataclass with ``out``, ``resume`` and ``save_every``; saved as ``run.json``.
         steps: length of the loop.
         parts: named objects with ``state_dict`` and ``load_state_dict`` that make up the state.
         main: False on the other processes of a distributed run: they neither write nor show anything.
+        publish: writes the model, told the number of steps done; called before each save of the state.
 
     Raises:
-        UnmaskError: ``out`` already holds a run and ``resume`` is never, or holds one with other settings.
+        UnmaskError: ``out`` already holds a run and ``resume`` is never, holds one with other settings or a model of
+            another origin, or another run is going on in it.
         CheckpointError: there is nothing to resume, or it is damaged.
     """
 
-    def __init__(self, settings: Any, steps: int, parts: dict[str, Any], title: str, main: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Any,
+        steps: int,
+        parts: dict[str, Any],
+        title: str,
+        main: bool = True,
+        publish: Callable[[int], None] | None = None,
+    ) -> None:
         self.settings, self.steps, self.parts, self.main = settings, steps, parts, main
+        self.publish = publish
         self.out = Path(settings.out)
         self.step = 0
         self._stop = False
-        if self.out.exists() and not self.out.is_dir():
-            raise UnmaskError(f"{self.out} is a file; name a folder with --out")
+        _check_place(settings)
         self._flag_device = _process_device()
         self._title = title
         state_file = self.out / "state.safetensors"
@@ -86,10 +103,12 @@ class Run:
                 raise CheckpointError(f"{state_file} is not the state of a run")
             if not 0 <= state["step"] <= steps:
                 raise CheckpointError(f"{state_file} is at step {state['step']} of a run of {steps}: it is damaged")
+            length = "iterations" if "iterations" in described else "steps"
             differing = [
                 f"{key} was {json.dumps(value)}, is {json.dumps(described.get(key))}"
                 for key, value in state["settings"].items()
                 if key not in MAY_CHANGE and described.get(key) != value
+                if not (key == length and described[key] > value)
             ]
             if differing:
                 raise UnmaskError(
@@ -106,9 +125,11 @@ class Run:
             self.step = state["step"]
         elif state_file.exists():
             raise UnmaskError(f"{self.out} already holds a run; add --resume auto to go on, or name another --out")
-        self._described = described
+        self._described, self.begun = described, self.step
+        self._lock = _lock(self.out) if main else None
         if main:
             write_json(self.out / "run.json", described)
+            _next_second(self.out / "tb")
             self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step)
             self.progress = Progress(
                 TextColumn("{task.description}"),
@@ -121,29 +142,36 @@ class Run:
 
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
+            self._old_handlers = {number: signal.signal(number, self._interrupt) for number in STOPS}
         if self.main:
             self.progress.start()
             self._bar = self.progress.add_task(self._title, total=self.steps, completed=self.step, note="")
             if not (self.out / "state.safetensors").exists():
                 self.save()  # so that --resume works from the first moment on
+            elif self.publish is not None and self.step == self.steps:
+                self.publish(self.step)  # nothing is left to do but that
         return self
 
     def __exit__(self, *exception: object) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._old_handler)
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
         if self.main:
             self.progress.stop()
             self.writer.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
+        if self.main:
+            os.write(2, f"\nunmask: {STOPPING}\n".encode())  # at once: a lock of print's may be held
 
     def loop(self) -> Iterator[int]:
-        """The steps still to do. After each: save when due; on Ctrl-C save and raise :class:`Interrupted`. Weights that
-        are not finite are an :class:`UnmaskError` in place of the save."""
+        """The steps still to do. After each: save when due; on Ctrl-C, SIGTERM or SIGHUP save and raise
+        :class:`Interrupted`. Weights that are not finite are an :class:`UnmaskError` in place of the save."""
         while self.step < self.steps:
             yield self.step
             self.step += 1
@@ -194,12 +222,58 @@ class Run:
 
     def save(self) -> None:
         if self.main:
+            if self.publish is not None:
+                self.publish(self.step)
             state = {
                 "step": self.step,
                 "settings": self._described,
                 "parts": {name: part.state_dict() for name, part in self.parts.items()},
             }
             save_state(self.out / "state.safetensors", state)
+
+
+def _check_place(settings: Any) -> None:
+    """Raises :class:`tasks.UnmaskError` where ``out`` is no place for a run: a file, or a model that none made."""
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise UnmaskError(f"{out} is a file; name a folder with --out")
+    for name in ("denoiser", "init"):
+        source = getattr(settings, name, None)
+        if isinstance(source, str) and out.exists() and out.resolve() == Path(source.partition(":")[0]).resolve():
+            raise UnmaskError(f"--{name} and --out are the same folder, {out}; name another --out")
+    models = [file for file in ("config.json", "model.safetensors") if (out / file).exists()]
+    if models and not (out / "state.safetensors").exists():
+        raise UnmaskError(f"{out} holds a model that no run here made ({models[0]}); name another --out")
+
+
+def _next_second(folder: Path) -> None:
+    """Wait until TensorBoard's new file is named after, and so read after, those that are there."""
+    newest = max((file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")), default="0")
+    while newest.isdigit() and time.time() < int(newest) + 1 <= time.time() + 2:
+        time.sleep(0.05)
+
+
+def _lock(out: Path) -> int | None:
+    """A lock of the folder that dies with its process; None where the system has none.
+
+    Raises:
+        UnmaskError: another process holds it, or nothing can be written there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UnmaskError(f"cannot write in {out}: {error.strerror}; name another --out") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise UnmaskError(f"another run is going on in {out}; wait for it, or name another --out") from None
+    return file
 
 
 def distributed(device: torch.device) -> tuple[int, int, torch.device]:

@@ -350,6 +350,28 @@ def losses(means: Sequence[float]) -> dict[str, float]:
     return {"loss": sum(means) / len(means)} | each
 
 
+class RunningMean:
+    """Of what was added since it was last taken; a part of a run's state, so that it covers the steps that it says."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total, self.count = torch.zeros((), device=device), 0
+
+    def add(self, value: Tensor) -> None:
+        self.total, self.count = self.total + value.detach(), self.count + 1
+
+    def take(self) -> list[float]:
+        """The mean, of each entry."""
+        means = [value / self.count for value in self.total.reshape(-1).tolist()]
+        self.total, self.count = torch.zeros_like(self.total), 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.count = state["total"].to(self.total.device), int(state["count"])
+
+
 def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone:
     """Train a denoiser on ``task.clean`` and save its moving average in ``config.out``.
 
@@ -372,10 +394,14 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     model = new_backbone(config, task).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(parameter_groups(config, model), lr=config.lr, betas=(0.9, 0.99))
-    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    run = Run(
-        config, config.steps, parts, f"pretrain {task.name} ({parameter_count(model):,} parameters)", main=rank == 0
-    )
+    mean = RunningMean(device)
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "mean": mean}
+    title = f"pretrain {task.name} ({parameter_count(model):,} parameters)"
+
+    def publish(steps: int) -> None:
+        save_model(averaged.module, Path(config.out), half=config.half)
+
+    run = Run(config, config.steps, parts, title, main=rank == 0, publish=publish)
     if config.compile:
         model.compile()
         model.passes = torch.compile(model.passes)
@@ -386,7 +412,6 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
         objective = DistributedDataParallel(objective, find_unused_parameters=late)
     precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
 
-    total, counted = torch.zeros((), device=device), 0
     model.train()
     with run:
         for step in run.loop():
@@ -400,13 +425,10 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             set_learning_rate(optimizer, learning_rate(config, step))
             optimizer.step()
             averaged.update_parameters(model)
-            total, counted = total + bound, counted + 1
+            mean.add(bound)
             if (step + 1) % config.log_every == 0:
-                means = [value / counted for value in total.reshape(-1).tolist()]  # one per pass
-                total, counted = torch.zeros_like(total), 0
+                means = mean.take()  # one per pass
                 note = "loss " + " ".join(f"{value:.4f}" for value in means)
                 run.log(losses(means) | {"grad_norm": float(norm), "lr": learning_rate(config, step)}, note)
     trained: Backbone = averaged.module
-    if rank == 0:
-        save_model(trained, Path(config.out), half=config.half)
     return trained.eval()

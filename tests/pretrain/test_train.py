@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tasks
@@ -49,15 +51,15 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 class Stopping(Sudoku):
-    """Presses Ctrl-C while the batch of the given step is drawn."""
+    """Presses Ctrl-C, or sends another signal, while the batch of the given step is drawn."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, number: int = signal.SIGINT) -> None:
         super().__init__(2, 2)
-        self.left = at
+        self.left, self.number = at, number
 
     def clean(self, n: int, generator: torch.Generator) -> torch.Tensor:
         if self.left == 0:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
         self.left -= 1
         return super().clean(n, generator)
 
@@ -130,9 +132,67 @@ def test_ctrl_c_and_resume_end_with_the_same_weights(finished, tmp_path, at):
         pretrain(small(out), task=Stopping(at))
     assert signal.getsignal(signal.SIGINT) is before, "the handler is given back"
     assert load_state(out / "state.safetensors")["step"] == at + 1
-    assert not (out / "model.safetensors").exists()
+    load_model(Backbone, out, PACKAGED_DENOISERS, "denoiser")  # a stopped run leaves its model
     pretrain(small(out, resume="must"))
     assert_equal_runs(finished, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_a_run_as_ctrl_c_does(finished, tmp_path, number, capfd):
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match="stopped at step 5 of 12"):
+        pretrain(small(out), task=Stopping(4, number))
+    assert "stopping after this step and saving; once more stops without saving" in capfd.readouterr().err
+    assert signal.getsignal(number) == signal.SIG_DFL
+    pretrain(small(out, resume="must"))
+    assert_equal_runs(finished, out)
+
+
+def test_a_stopped_run_logs_the_means_of_all_its_steps(finished, tmp_path):
+    """The mean of steps 1 to 10 is logged at step 10, also where the run was stopped at step 6."""
+    logged = []
+    for folder, at in (("whole", None), ("run", 5)):
+        config = small(tmp_path / folder, log_every=10, save_every=100)
+        if at is not None:
+            with pytest.raises(Interrupted):
+                pretrain(config, task=Stopping(at))
+            config = replace(config, resume="must")
+        pretrain(config)
+        events = EventAccumulator(str(tmp_path / folder / "tb"))
+        events.Reload()
+        logged.append([(event.step, event.value) for event in events.Scalars("loss")])
+    assert len(logged[0]) == 1
+    assert logged[0] == logged[1]
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    out = tmp_path / "run"
+
+    class Twice(Sudoku):
+        def clean(self, n, generator):
+            with pytest.raises(UnmaskError, match=r"another run is going on in .*; wait for it, or name another --out"):
+                pretrain(small(out, resume="auto"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(small(out), task=Twice(2, 2))
+    pretrain(small(out, resume="auto"))  # its lock died with it
+
+
+@pytest.mark.parametrize("what", ["init", "foreign", "weights"])
+def test_a_model_of_another_origin_is_not_written_over(finished, tmp_path, what):
+    out = tmp_path / "model"
+    shutil.copytree(finished, out)
+    if what != "init":
+        (out / "state.safetensors").unlink()
+    if what == "weights":
+        (out / "config.json").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    message = "--init and --out are the same folder" if what == "init" else "holds a model that no run here made"
+    for resume in ("never", "auto"):
+        with pytest.raises(UnmaskError, match=message):
+            pretrain(small(out, resume=resume, init=str(out) if what == "init" else None))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_twice_and_with_settings_that_may_change(finished, tmp_path):
@@ -175,7 +235,7 @@ def test_kill_9_and_resume_end_with_the_same_weights(tmp_path):
             process.wait()
     assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert 0 < load_state(state)["step"] < 300, "killed between its first and its last step"
-    assert not (Path(config.out) / "model.safetensors").exists()
+    load_model(Backbone, config.out, PACKAGED_DENOISERS, "denoiser")
     pretrain(replace(config, resume="must"))
     pretrain(replace(config, out=str(tmp_path / "whole")))
     assert_equal_runs(tmp_path / "whole", Path(config.out))
