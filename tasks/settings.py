@@ -121,7 +121,7 @@ def check(name: str, value: Any, kind: Any) -> None:
         return
     bounds = next((extra for extra in extras if isinstance(extra, Range)), Range())
     number = isinstance(value, int if base is int else int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and bounds.holds(value)):
+    if not (number and (isinstance(value, int) or math.isfinite(value)) and bounds.holds(value)):
         what = "a whole number" if base is int else "a number"
         said = f"at most {MOST:g}" if number and math.inf > value > bounds.most == MOST else str(bounds)
         joint = " of " if said.startswith("at ") else " "

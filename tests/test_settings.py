@@ -108,3 +108,13 @@ def test_messages_by_hand() -> None:
         with pytest.raises(UnmaskError) as caught:
             validate(made(kind, **changes))
         assert str(caught.value) == message
+
+
+def test_a_long_message_is_cut_in_its_middle() -> None:
+    with pytest.raises(UnmaskError) as caught:
+        validate(made(upo.UPOConfig, epochs=10**400))
+    message = str(caught.value)
+    assert len(message) == 300
+    assert message.startswith("epochs must be a whole number of at most 1e+09, not 1000")
+    assert " … " in message
+    assert str(UnmaskError("two\n  lines")) == "two lines"
