@@ -9,7 +9,7 @@ import torch
 import tasks
 from tasks import Countdown, UnmaskError
 from tasks.countdown import check_steps
-from tests.oracles.arithmetic import check_expression
+from tasks.reasoning import check_expression
 
 
 @pytest.mark.parametrize(
