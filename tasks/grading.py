@@ -1,7 +1,8 @@
 """Whether a text holds the right answer of a mathematical problem, by ``math-verify`` in processes of its own.
 
-Some texts keep the library busy for ever. The processes (:mod:`tasks.grading_worker`) therefore end at a deadline, which
-counts as wrong, and are replaced. They start with the first answer, serve all tasks, and end with the process that asks.
+Some texts keep the library busy for ever. The processes (:mod:`tasks.grading_worker`) therefore end at a deadline,
+which counts as wrong, and are replaced. They start with the first answer, serve all tasks, and end with the process
+that asks.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class _Worker(subprocess.Popen[bytes]):
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("grading_worker.py")
-        # -P: beside the script are modules of common names. A session of its own: Ctrl-C is for the parent. A fixed hash:
-        # the order of sets must not change a verdict.
+        # -P: beside the script are modules of common names. A session of its own: Ctrl-C is for the parent. A fixed
+        # hash: the order of sets must not change a verdict.
         try:
             super().__init__(
                 [sys.executable, "-P", str(script)],

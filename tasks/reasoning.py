@@ -22,16 +22,17 @@ SEEDS = {"train": 0, "validation": 10**9, "test": 2 * 10**9}  # problem i is dra
 LONGEST = 200  # characters of an expression that are worth reading
 NUMBER = re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?")
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-# Kinds with a scorer of their own (version 0.1.25) that gives full marks to one answer alone, of the first ones in any case.
-CASELESS = frozenset(
-    "chain_sum color_cube_rotation decimal_chain_sum dice family_relationships figlet_font "
-    "gsm_symbolic letter_jumble needle_haystack products rectangle_count sentence_reordering "
-    "spell_backward tsumego zebra_puzzles".split()
-)
-ONE_ANSWER = CASELESS | frozenset(
-    "ab binary_matrix calendar_arithmetic circuit_logic emoji_mystery futoshiki manipulate_matrix mini_sudoku path_star "
-    "self_reference spiral_matrix string_insertion sudoku survo word_sorting".split()
-)
+# Kinds with a scorer of their own (version 0.1.25) that gives full marks to one answer alone, or to that in any case.
+CASELESS = {
+    *("chain_sum", "color_cube_rotation", "decimal_chain_sum", "dice", "family_relationships", "figlet_font"),
+    *("gsm_symbolic", "letter_jumble", "needle_haystack", "products", "rectangle_count", "sentence_reordering"),
+    *("spell_backward", "tsumego", "zebra_puzzles"),
+}
+ONE_ANSWER = CASELESS | {
+    *("ab", "binary_matrix", "calendar_arithmetic", "circuit_logic", "emoji_mystery", "futoshiki", "manipulate_matrix"),
+    *("mini_sudoku", "path_star", "self_reference", "spiral_matrix", "string_insertion", "sudoku", "survo"),
+    *("word_sorting",),
+}
 
 
 class Problem(NamedTuple):
