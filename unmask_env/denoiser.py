@@ -54,7 +54,7 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
             f"{name} returned a {type(denoised).__name__}; it must return unmask_env.state.Denoised.of(log_probs)"
         )
     whole, n, length = denoised.log_probs is not None, *tokens.shape
-    values = denoised.log_probs if whole else denoised.top_log_probs
+    values = denoised.log_probs if whole else denoised._values
     shape, dtype = tuple(getattr(values, "shape", ())), getattr(values, "dtype", type(values).__name__)
     wide = task.vocab_size if whole else (shape or (0,))[-1]
     if shape != (n, length, wide) or dtype != torch.float32 or denoised.vocab_size != task.vocab_size:
@@ -62,9 +62,9 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
             f"{name} returned log-probabilities of shape {shape} and type {dtype} over {denoised.vocab_size} symbols; "
             f"task {task.name} needs ({n}, {length}, {task.vocab_size}), torch.float32"
         )
-    rows = {"hidden states": denoised.hidden, "order weights": denoised.order_weights, "passes": denoised.passes}
-    for what, part in rows.items():
-        if part is not None and part.shape[:2] != tokens.shape[: part.ndim]:
+    parts = {"hidden states": denoised.hidden, "order weights": denoised.order_weights, "passes": denoised.passes}
+    for (what, part), ndim in zip(parts.items(), (3, 2, 1), strict=True):
+        if part is not None and (part.ndim != ndim or part.shape[:2] != tokens.shape[:ndim]):
             raise IncompatibleDenoiserError(
                 f"{name} returned {what} of shape {tuple(part.shape)} for {n} boards of {length} positions"
             )
