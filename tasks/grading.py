@@ -28,6 +28,7 @@ DEADLINE = 2.0  # seconds of processor time
 Deadline = Annotated[float, Range(least=0.1, most=600)]
 MOST = 8  # processes
 OVERTIME = (-signal.SIGPROF, -signal.SIGALRM)  # how a process ends at its deadline
+KEPT = 4096  # verdicts: metrics ask what the reward has asked before
 BOXED = "\\boxed{"
 
 
@@ -46,11 +47,18 @@ def grade(asked: Sequence[tuple[str, str]], deadline: float = DEADLINE) -> list[
         (text, answer): bool(_bare(answer)) and _bare(answer) in (_bare(found), _bare(_boxed(found)))
         for (text, answer), found in marked.items()
     }
-    left = [pair for pair in marked if not verdicts[pair]]
-    if left:
+    requests = {
+        pair: json.dumps([_readings(found), pair[1], deadline]) for pair, found in marked.items() if not verdicts[pair]
+    }
+    judged = {request: _judged[request] for request in requests.values() if request in _judged}
+    new = [request for request in dict.fromkeys(requests.values()) if request not in judged]
+    if new:
         check_library()
-    requests = [json.dumps([_readings(marked[pair]), pair[1], deadline]) for pair in left]
-    verdicts.update(zip(left, _pool.ask(requests), strict=True))
+        judged |= zip(new, _pool.ask(new), strict=True)
+    verdicts |= {pair: judged[request] for pair, request in requests.items()}
+    _judged.update(judged)
+    for request in [*_judged][:-KEPT]:
+        _judged.pop(request, None)
     return [verdicts[pair] for pair in asked]
 
 
@@ -199,6 +207,7 @@ class _Pool:
         return code
 
 
+_judged: dict[str, bool] = {}  # by request, the latest last
 _pool = _Pool()
 atexit.register(_pool.end)
 os.register_at_fork(after_in_child=_pool.forget)
