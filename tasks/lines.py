@@ -24,9 +24,11 @@ class Lines(Infilling):
 
     Args:
         source: a UTF-8 file, of which the last tenth of the lines is for validation and test in equal parts; or lines.
-        tokenizer: a folder or a hub id of a tokenizer of ``transformers``, or one of its fast tokenizers.
+        tokenizer: a folder or a hub id of a tokenizer of ``transformers``, or one of them. One without offsets (the
+            slow kind) reads the parts between tabs one by one.
         length: positions; the default is the longest line's. hide: share of the tokens that may be hidden.
         side: where padding goes.
+        trust_remote_code: run the tokenizer's own code, where it brings some. Only for sources that you trust.
 
     Attributes:
         pad_id: the token of positions that are padding, on the ``pad_side``; they are never hidden.
@@ -46,12 +48,13 @@ class Lines(Infilling):
         length: AtLeast1 | None = None,
         hide: ShareAbove0 = 0.5,
         side: Literal["right", "left"] = "right",
+        trust_remote_code: bool = False,
     ) -> None:
         # What the user wrote is read before the tokenizer, which may have to come from a hub.
         lines = _read(source) if isinstance(source, str) else dict(enumerate(source, 1))
         if len(lines) < len(SPLITS):
             raise UnmaskError(f"at least {len(SPLITS)} lines are needed, one for each split, not {len(lines)}")
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
         self.pad_id: int = self.tokenizer.pad_token_id
         self.pad_side, self.symbols = side, all_tokens(self.tokenizer)
         encoded = {number: self._encode(number, line) for number, line in lines.items()}
@@ -75,14 +78,27 @@ class Lines(Infilling):
     def _encode(self, number: int, line: str) -> tuple[list[int], list[bool]]:
         parts = line.split(ANSWER)
         asked = [len(parts) == 1 or i % 2 == 1 for i, part in enumerate(parts) for _ in part]  # per character
-        pieces = self.tokenizer("".join(parts), return_special_tokens_mask=True, return_offsets_mapping=True)
-        may = [
-            not special and end > 0 and asked[end - 1]
-            for special, (_, end) in zip(pieces["special_tokens_mask"], pieces["offset_mapping"], strict=True)
-        ]
+        if getattr(self.tokenizer, "is_fast", False):
+            pieces = self.tokenizer("".join(parts), return_special_tokens_mask=True, return_offsets_mapping=True)
+            ids = pieces["input_ids"]
+            may = [
+                not special and end > 0 and asked[end - 1]
+                for special, (_, end) in zip(pieces["special_tokens_mask"], pieces["offset_mapping"], strict=True)
+            ]
+        else:
+            ids, may = self._in_parts(parts)
         if not any(may):
             raise UnmaskError(f"line {number} has nothing to hide")
-        return pieces["input_ids"], may
+        return ids, may
+
+    def _in_parts(self, parts: list[str]) -> tuple[list[int], list[bool]]:
+        """By a tokenizer that does not tell which characters a token comes from: each part for itself."""
+        pieces = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
+        text = [token for piece in pieces for token in piece]
+        asked = [len(parts) == 1 or i % 2 == 1 for i, piece in enumerate(pieces) for _ in piece]  # per token
+        ids = list(self.tokenizer.build_inputs_with_special_tokens(text))
+        before = next(at for at in range(len(ids) + 1) if ids[at : at + len(text)] == text)
+        return ids, [False] * before + asked + [False] * (len(ids) - before - len(text))
 
     def _hide(self, lines: tuple[Tensor, Tensor], generator: torch.Generator) -> Instances:
         answers, hideable = lines
@@ -122,8 +138,11 @@ def _read(source: str) -> dict[int, str]:
     return lines
 
 
-def load_tokenizer(source: str | Any) -> Any:
+def load_tokenizer(source: str | Any, trust_remote_code: bool = False) -> Any:
     """A tokenizer of ``transformers`` by folder or hub id; one that is loaded already is returned as it is.
+
+    Args:
+        trust_remote_code: run its own code, where it brings some. Nothing asks in the terminal.
 
     Raises:
         UnmaskError: the library is missing, it cannot be read, or it has no padding token.
@@ -131,12 +150,19 @@ def load_tokenizer(source: str | Any) -> Any:
     if isinstance(source, str):
         transformers = library("transformers", "tokenizers of models take the extra text", "'unmask[text]'")
         try:
-            source = transformers.AutoTokenizer.from_pretrained(source)
+            source = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises many types for what it cannot read
-            raise UnmaskError(f"cannot read the tokenizer {source}: {first_line(error)}") from None
+            raise UnmaskError(f"cannot read the tokenizer {source}: {unread(error)}") from None
     if source.pad_token_id is None:
         raise UnmaskError("the tokenizer has no padding token; set its pad_token")
     return source
+
+
+def unread(error: Exception) -> str:
+    """Why ``transformers`` could not read something, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it brings its own code, which runs only with trust_remote_code=True; is its source to be trusted?"
+    return first_line(error)
 
 
 def all_tokens(tokenizer: Any) -> tuple[str, ...]:

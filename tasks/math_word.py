@@ -6,37 +6,28 @@ written there is right if the answer found in it equals the problem's (library `
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tasks import reasoning
-from tasks.errors import UnmaskError, library, read_text
+from tasks.errors import UnmaskError, first_line, read_text
+from tasks.grading import DEADLINE, Deadline, check_library, grade
 from tasks.lines import all_tokens, load_tokenizer
+from tasks.reasoning import Problem
 from tasks.settings import AtLeast1, checked
 from tasks.task import DATA, SPLITS, Instances, Task, random_rows
 from tasks.text import load_datasets
 
 SAMPLE = DATA / "math_sample.jsonl"
-LONGEST = 4000  # characters of an answer that are read
-TOWER = re.compile(r"(\*\*|\^)[\s{(]*[^\s})]*(\*\*|\^)|(\*\*|\^)[\s{(]*\d{4}|!\s*!|\d{4}\s*!")  # takes for ever
-
-
-class Problem(NamedTuple):
-    """``answer`` is the final one alone; ``solution`` how to get there."""
-
-    question: str
-    solution: str
-    answer: str
-
-    def is_right(self, text: str) -> bool:
-        return is_right(text, self.answer)
+# Tokens that end what a chat model says, where the tokenizer does not tell.
+ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eom_id|>", "<|end|>", "<turn|>")
 
 
 def read_problem(record: dict[str, Any]) -> Problem:
@@ -46,8 +37,11 @@ def read_problem(record: dict[str, Any]) -> Problem:
         UnmaskError: it is neither.
     """
     question, answer = record.get("question", record.get("problem")), record.get("answer")
-    if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
-        raise UnmaskError(f"a problem needs 'question' or 'problem', and 'answer', as text; it has {sorted(record)}")
+    if not all(isinstance(text, str) and text.strip() for text in (question, answer)):
+        names = ", ".join(sorted(record))[:100]
+        raise UnmaskError(
+            f"a problem needs 'question' or 'problem', and 'answer', as text; it has {names or 'nothing'}"
+        )
     if "problem" in record:
         return Problem(question.strip(), str(record.get("solution", answer)), answer.strip())
     _, marked, final = answer.rpartition("####")
@@ -57,26 +51,8 @@ def read_problem(record: dict[str, Any]) -> Problem:
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Whether the answer found in ``text`` equals ``answer``: the last number or formula, or what is marked as it
-    (``\\boxed{}``, ``####``). Text is parsed, never run; towers of powers count as wrong.
-
-    Raises:
-        UnmaskError: the library is missing.
-    """
-    math_verify = library("math_verify", "checking answers takes the extra text", "'unmask[text]'")
-    if len(text) > LONGEST or TOWER.search(text):
-        return False
-    marked = text.rpartition("####")[2] if "####" in text else text
-    try:
-        return bool(
-            math_verify.verify(
-                math_verify.parse(f"${answer}$", parsing_timeout=None),
-                math_verify.parse(marked, parsing_timeout=None),
-                timeout_seconds=None,
-            )
-        )
-    except (ValueError, TypeError, RecursionError, OverflowError, ZeroDivisionError):
-        return False
+    """Whether the answer found in ``text`` equals ``answer``: :func:`tasks.grading.grade` of one."""
+    return grade([(text, answer)])[0]
 
 
 class MathWord(Task):
@@ -85,10 +61,12 @@ class MathWord(Task):
     Args:
         source: ``sample`` (30 short problems written for this package), a file of JSON lines, of which a tenth each is
             for validation and test, ``hf:`` and a dataset id, whose splits are used, or ``gym:`` and a kind of problem
-            of reasoning-gym, which then scores the answers (1,000 for training, 200 for validation and test each).
+            of reasoning-gym with one right answer, or Countdown (1,000 for training, 200 for validation and test each).
         tokenizer: a folder or hub id of a tokenizer of ``transformers``, or one of them. One with a chat template is
             asked in its form.
         answer_length: tokens of the answer region. subset: of a dataset.
+        deadline: seconds that grading an answer may take; one that takes longer is wrong.
+        trust_remote_code: run the tokenizer's own code, where it brings some. Only for sources that you trust.
 
     Attributes:
         pad_id: the token of padding, left of shorter prompts (``pad_side``).
@@ -106,11 +84,15 @@ class MathWord(Task):
         tokenizer: str | Any = None,
         answer_length: AtLeast1 = 64,
         subset: str | None = None,
+        deadline: Deadline = DEADLINE,
+        trust_remote_code: bool = False,
     ) -> None:
         if tokenizer is None:
             raise UnmaskError("name the model's tokenizer: math:sample,tokenizer=FOLDER_OR_ID")
         splits = _read(source, subset)  # before the tokenizer, which may have to come from a hub
-        self.tokenizer = load_tokenizer(tokenizer)
+        if any(problem.check is None for problems in splits.values() for problem in problems):
+            check_library()  # before a run, not at its first answer
+        self.tokenizer, self.deadline = load_tokenizer(tokenizer, trust_remote_code), deadline
         self.name, self.pad_id, self.pad_side = "math", int(self.tokenizer.pad_token_id), "left"
         self.symbols = all_tokens(self.tokenizer)
         prompts = {split: [self._prompt(p.question) for p in problems] for split, problems in splits.items()}
@@ -118,23 +100,40 @@ class MathWord(Task):
         self.shape = (1, self.prompt_length + answer_length)
         end = self.tokenizer.eos_token_id
         fill = self.pad_id if end is None else end
+        self._ends = {fill, *self._end_of_turn()} | ({self.tokenizer.sep_token_id} if end is None else set())
         self._answers: dict[str, Tensor] = {}
-        self._right: dict[tuple[int, ...], Callable[[str], bool]] = {}  # by prompt
+        self._problems: dict[tuple[int, ...], Problem] = {}  # by prompt
         for split, problems in splits.items():
             rows = []
             for prompt, problem in zip(prompts[split], problems, strict=True):
                 given = [self.pad_id] * (self.prompt_length - len(prompt)) + prompt
                 solution = self.tokenizer.encode(" " + problem.solution, add_special_tokens=False)[:answer_length]
                 rows.append(given + solution + [fill] * (answer_length - len(solution)))
-                self._right[tuple(given)] = problem.is_right
+                self._problems[tuple(given)] = problem
             self._answers[split] = torch.tensor(rows, dtype=torch.int64)
 
     def _prompt(self, question: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
-            asked = [{"role": "user", "content": question}]
-            text = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            return self.tokenizer.encode(self._chat(question), add_special_tokens=False)
         return self.tokenizer.encode(f"Question: {question}\nAnswer:", add_special_tokens=False)
+
+    def _chat(self, question: str, *replies: str) -> str:
+        """Question and replies in the form of the chat template, with its prompt for a reply where there is none."""
+        said = [{"role": "user", "content": question}, *({"role": "assistant", "content": text} for text in replies)]
+        try:
+            return self.tokenizer.apply_chat_template(said, add_generation_prompt=not replies, tokenize=False)
+        except Exception as error:  # templates are programs, in as many forms as there are models
+            raise UnmaskError(f"the tokenizer's chat template fails: {first_line(error)}") from None
+
+    def _end_of_turn(self) -> set[int]:
+        """The tokens that end a reply, as the chat template says or by their usual names."""
+        ends = {self.symbols.index(name) for name in ENDS_OF_TURN if name in self.symbols}
+        if getattr(self.tokenizer, "chat_template", None):
+            with contextlib.suppress(UnmaskError):  # a template may know no replies
+                behind = self._chat("a", "reply").rpartition("reply")[2]
+                first = self.tokenizer.encode(behind, add_special_tokens=False)[:1]
+                ends |= {*first} & {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        return ends
 
     def _split(self, split: str) -> Tensor:
         if split not in self._answers:  # MATH-500, for example, is for testing alone
@@ -149,17 +148,24 @@ class MathWord(Task):
         return self.first(n, self.behind_prompt(self._split(split)), f"{split} problems")
 
     def written(self, tokens: Tensor) -> str:
-        """The text of the answer region of one sequence."""
-        return self.tokenizer.decode(tokens[self.prompt_length :].tolist(), skip_special_tokens=True)
+        """The text of the answer region of one sequence, up to its first end token or end of a turn."""
+        answer = itertools.takewhile(lambda token: token not in self._ends, tokens[self.prompt_length :].tolist())
+        return self.tokenizer.decode([*answer], skip_special_tokens=True)
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
         """1 where the answer is complete and right."""
-        prompts = instances.tokens[:, : self.prompt_length].tolist()
-        right = [
-            bool((row != self.mask_id).all()) and self._right[tuple(prompt)](self.written(row))
-            for row, prompt in zip(tokens.cpu(), prompts, strict=True)
-        ]
-        return torch.tensor(right, dtype=torch.float32, device=tokens.device)
+        right = (tokens != self.mask_id).all(1).tolist()
+        prompts, tokens = instances.tokens[:, : self.prompt_length].tolist(), tokens.cpu()
+        graded = {}  # by row, text and answer
+        for row in [row for row, complete in enumerate(right) if complete]:
+            problem, text = self._problems[tuple(prompts[row])], self.written(tokens[row])
+            if problem.check is None:
+                graded[row] = text, problem.answer
+            else:
+                right[row] = problem.check(text)
+        for row, verdict in zip(graded, grade([*graded.values()], self.deadline), strict=True):
+            right[row] = verdict
+        return torch.tensor(right, dtype=torch.float32, device=instances.tokens.device)
 
     def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
         return {"solved": self.reward(tokens, instances)}
@@ -171,7 +177,7 @@ class MathWord(Task):
         return "".join("_" * len(run) if hole else self.tokenizer.decode(run) for hole, run in runs)
 
 
-def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem | reasoning.Scored]]:
+def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem]]:
     if source.startswith("gym:"):
         kind, sizes = source.removeprefix("gym:"), (1000, 200, 200)
         return {split: reasoning.problems(kind, n, split) for split, n in zip(SPLITS, sizes, strict=True)}

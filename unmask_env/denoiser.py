@@ -21,6 +21,7 @@ from unmask_env.state import CHUNK, WHOLE, Denoised
 
 Read = Literal["unsure", "always"]
 SURE = 0.97  # confidence from which on a masked position is sure
+TOLERANCE = 1e-3  # of what probabilities sum to
 HUGGING_FACE = "hf:"  # before the names of models of transformers
 
 
@@ -36,6 +37,48 @@ class Denoiser(Protocol):
     device: torch.device
 
     def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised: ...
+
+
+def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: Tensor, where: Tensor | None) -> None:
+    """Hold what a denoiser says of ``tokens`` (N, L) to its form, and to being probabilities where it counts.
+
+    Args:
+        where: (N, L) bool, the positions whose values are looked at; None: none, which costs next to nothing.
+
+    Raises:
+        IncompatibleDenoiserError: naming the denoiser and what is wrong, in one line.
+    """
+    name = f"the denoiser {type(denoiser).__name__}"
+    if not isinstance(denoised, Denoised):
+        raise IncompatibleDenoiserError(
+            f"{name} returned a {type(denoised).__name__}; it must return unmask_env.state.Denoised.of(log_probs)"
+        )
+    whole, n, length = denoised.log_probs is not None, *tokens.shape
+    values = denoised.log_probs if whole else denoised._values
+    shape, dtype = tuple(getattr(values, "shape", ())), getattr(values, "dtype", type(values).__name__)
+    wide = task.vocab_size if whole else (shape or (0,))[-1]
+    if shape != (n, length, wide) or dtype != torch.float32 or denoised.vocab_size != task.vocab_size:
+        raise IncompatibleDenoiserError(
+            f"{name} returned log-probabilities of shape {shape} and type {dtype} over {denoised.vocab_size} symbols; "
+            f"task {task.name} needs ({n}, {length}, {task.vocab_size}), torch.float32"
+        )
+    parts = {"hidden states": denoised.hidden, "order weights": denoised.order_weights, "passes": denoised.passes}
+    for (what, part), ndim in zip(parts.items(), (3, 2, 1), strict=True):
+        if part is not None and (part.ndim != ndim or part.shape[:2] != tokens.shape[:ndim]):
+            raise IncompatibleDenoiserError(
+                f"{name} returned {what} of shape {tuple(part.shape)} for {n} boards of {length} positions"
+            )
+    if where is None:
+        return
+    totals = values[where].exp().sum(-1)  # NaN where one is
+    fine = (totals < 1 + TOLERANCE) & ((totals > 1 - TOLERANCE) | (totals == 0) | (not whole))  # 0: no such board
+    if not bool(fine.all()):
+        row, position = where.nonzero()[(~fine).nonzero()[0, 0]].tolist()
+        total = float(totals[~fine][0])
+        raise IncompatibleDenoiserError(
+            f"{name} returned log-probabilities that sum to {total:.4g}, not 1, at row {row}, position {position}; "
+            "normalise them, as log_softmax does"
+        )
 
 
 class FrozenDenoiser:

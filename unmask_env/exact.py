@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
 from unmask_env.distributions import masked_log_softmax
-from unmask_env.process import Unmasking
+from unmask_env.process import Unmasking, checked_reward
 from unmask_env.reference import Policy, Random
 from unmask_env.state import Denoised, Observation
 
@@ -148,7 +148,8 @@ def _mean_reward(task: Task, observation: Observation, start: Tensor, by_start: 
         rows = (~observation.masked.any(1) & (count[start] > nth)).nonzero().squeeze(1)
         if not len(rows):
             break
-        reward[rows] += task.reward(observation.tokens[rows], by_start[first[start[rows]] + nth]).double()
+        instances = by_start[first[start[rows]] + nth]
+        reward[rows] += checked_reward(task, observation.tokens[rows], instances).double()
     return reward / count[start]
 
 

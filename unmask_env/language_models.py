@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, library
+from tasks.lines import unread
 from unmask_env.families import Family, configure, family_of
 from unmask_env.state import WHOLE, Denoised
 
@@ -63,22 +65,16 @@ class HFDenoiser:
     ) -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UnmaskError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
-        self.device = torch.device(device)
+        self.name, self.device = str(source), torch.device(device)
         options = {"dtype": getattr(torch, dtype), "device_map": device_map, **(load or {})}
-        model, family = _load(str(source), trust_remote_code, options)
+        model, family = _load(self.name, trust_remote_code, options)
         model = model if adapter is None else _adapted(model, adapter)
         self.model = (model if device_map is not None else model.to(self.device)).eval().requires_grad_(False)
-        self._head = (
-            self.model.get_output_embeddings() if family is not None else None
-        )  # applied where logits are asked for
+        # Of a family it is applied where logits are asked for.
+        self._head = None if family is None else self.model.get_output_embeddings()
         config = self.model.config
         self.length, self.vocab_size = task.length, task.vocab_size
-        tokenizer = getattr(task, "tokenizer", None)
-        self.mask_id = getattr(config, "mask_token_id", None)
-        if self.mask_id is None:
-            self.mask_id = getattr(tokenizer, "mask_token_id", None)
-        if self.mask_id is None:
-            raise IncompatibleDenoiserError(f"{source} has no mask token: neither its configuration nor its tokenizer")
+        self.mask_id = self._mask_of(str(source), getattr(task, "tokenizer", None))
         self.pad_id: int | None = getattr(task, "pad_id", None)
         self.pad_side: str | None = getattr(task, "pad_side", None)
         if config.vocab_size < task.vocab_size:
@@ -96,6 +92,20 @@ class HFDenoiser:
         self.calls = 0
         self.masks_padding = True
         self.masks_padding = self._heeds_the_mask()
+
+    def _mask_of(self, source: str, tokenizer: Any) -> int:
+        """The tokenizer's mask token; the configuration's, which may be a default of its kind, where that has none."""
+        told, config = (getattr(having, "mask_token_id", None) for having in (tokenizer, self.model.config))
+        mask_id = config if told is None else told
+        if mask_id is None:
+            raise IncompatibleDenoiserError(f"{source} has no mask token: neither its configuration nor its tokenizer")
+        said = f"the mask token is {told} by the tokenizer and {config} by the configuration of {source}"
+        most = self.model.config.vocab_size
+        if not (isinstance(mask_id, int) and 0 <= mask_id < most):
+            raise IncompatibleDenoiserError(f"{said}; it must be between 0 and {most - 1}, as the model's tokens are")
+        if None not in (told, config) and told != config:
+            logging.getLogger(__name__).warning("%s; %s is used", said, mask_id)
+        return mask_id
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
@@ -136,11 +146,22 @@ class HFDenoiser:
         options: dict[str, Any] = {} if seen is None else {"attention_mask": seen.long()}
         if (block := getattr(self.model.config, "block_length", None)) is not None:
             options["attention_mask"] = _whole_blocks(block, ids, seen, self.model.dtype)
-        if self._head is not None:
-            states = last = self.model.base_model(input_ids=ids, **options).last_hidden_state
-        else:
-            out = self.model(input_ids=ids, output_hidden_states=self.hidden_dim is not None, **options)
-            states, last = out.logits, out.hidden_states[-1] if self.hidden_dim is not None else None
+        try:
+            if self._head is not None:
+                states = last = self.model.base_model(input_ids=ids, **options).last_hidden_state
+            else:
+                out = self.model(input_ids=ids, output_hidden_states=self.hidden_dim is not None, **options)
+                states, last = out.logits, out.hidden_states[-1] if self.hidden_dim is not None else None
+        except Exception as error:  # code of hundreds of models, and devices that run out of memory
+            said = f"{type(error).__name__}: {first_line(error)}"[:150]
+            raise UnmaskError(
+                f"the model {self.name} fails on {ids.shape[0]} x {ids.shape[1]} tokens: {said}"
+            ) from None
+        if states.shape[:2] != ids.shape or (self._head is None and states.shape[-1] < self.vocab_size):
+            raise UnmaskError(
+                f"the model {self.name} answers {tuple(ids.shape)} tokens with logits of shape {tuple(states.shape)}; "
+                f"({', '.join(map(str, ids.shape))}, at least {self.vocab_size}) are needed"
+            )
         if self.shifted:
             states = torch.cat([states[:, :1], states[:, :-1]], 1)
         return states, None if self.hidden_dim is None else last.float()
@@ -173,8 +194,10 @@ class HFDenoiser:
         seen = torch.arange(self.length, device=self.device).unsqueeze(0) < short
         try:
             padded = self._logits(self._body(ids, seen)[0][:, :short]).float().log_softmax(-1)
-        except TypeError:  # it takes no attention mask
-            return False
+        except UnmaskError as error:
+            if isinstance(error.__context__, TypeError):  # it takes no attention mask
+                return False
+            raise
         alone = self._logits(self._body(ids[:, :short], None)[0]).float().log_softmax(-1)
         return bool((padded - alone).abs().max() < (1e-3 if self.model.dtype == torch.float32 else 0.3))
 
@@ -233,14 +256,11 @@ def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tupl
     except UnmaskError:
         raise
     except Exception as error:  # transformers raises many types for what it cannot read
-        reason = first_line(error)
-        if "trust_remote_code" in str(error):
-            reason = "it brings its own code, which runs only with trust_remote_code=True; is its source to be trusted?"
-        elif "Unrecognized configuration class" in str(error):
+        if "Unrecognized configuration class" in str(error):
             raise IncompatibleDenoiserError(
                 f"{source} is a {config.model_type} without a head for masked tokens; it cannot fill holes"
             ) from None
-        raise UnmaskError(f"cannot read the model {source}: {reason}") from None
+        raise UnmaskError(f"cannot read the model {source}: {unread(error)}") from None
     missing = sorted(name for name in report["missing_keys"] if family is not None or not name.endswith("bias"))
     if missing:
         raise IncompatibleDenoiserError(

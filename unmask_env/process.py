@@ -22,9 +22,21 @@ from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import NotNegative, validate
-from unmask_env.denoiser import Denoiser
+from unmask_env.denoiser import Denoiser, check_denoised
 from unmask_env.reference import Policy
 from unmask_env.state import SINGLE, WHOLE, History, InvalidActionError, Observation, Rollout, Rules, State, Step
+
+
+def checked_reward(task: Task, tokens: Tensor, instances: Instances) -> Tensor:
+    """(N,) the task's reward. Raises :class:`tasks.UnmaskError` for one of another shape, NaN or infinite."""
+    reward = task.reward(tokens, instances)
+    shape = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+    if shape != (len(tokens),):
+        raise UnmaskError(f"the reward of task {task.name} must be a tensor of shape ({len(tokens)},), not {shape}")
+    if not bool(reward.isfinite().all()):
+        row = int((~reward.isfinite()).nonzero()[0])
+        raise UnmaskError(f"the reward of task {task.name} must be finite; at row {row} it is {float(reward[row])}")
+    return reward
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,11 @@ class Unmasking:
         index = torch.arange(self.task.length, device=self.device) - self.task.prompt_length
         return index.clamp(min=0) // self.rules.block_length
 
+    @cached_property
+    def _looked_at(self) -> list[bool]:
+        """Not empty once the values of a denoiser's answer were checked: once is enough."""
+        return []
+
     # ------------------------------------------------------------------ the three parts of a step
     def reset(self, instances: Instances) -> State:
         """The first state of each instance: its masks are to be filled."""
@@ -110,6 +127,10 @@ class Unmasking:
             denoised = self.denoiser(state.tokens)
         else:  # only where something may happen: elsewhere a vocabulary of this size is not worth its memory
             denoised = self.denoiser(state.tokens, fillable if remaskable is None else fillable | remaskable)
+        first = not self._looked_at and bool(fillable.any())
+        check_denoised(self.denoiser, denoised, self.task, state.tokens, fillable if first else None)
+        if first:
+            self._looked_at.append(True)
         left = None
         if self.rules.remask_budget is not None:
             left = self.rules.remask_budget - state.remask_count.sum(1)
@@ -197,7 +218,7 @@ class Unmasking:
         reward = torch.zeros(len(state), device=self.device)
         if not bool(complete.any()):
             return reward
-        reward = torch.where(complete, self.task.reward(state.tokens, state.instances), reward)
+        reward = torch.where(complete, checked_reward(self.task, state.tokens, state.instances).float(), reward)
         if self.rules.speed > 0:
             holes = (state.instances.tokens == self.task.mask_id).sum(1)
             reward = torch.where(complete, self.rules.shaped(reward, state.steps, holes), reward)

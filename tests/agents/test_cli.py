@@ -661,7 +661,7 @@ def test_a_killed_run_resumes_to_the_same_weights(unmask, killed, weak: Path, tm
     command, out = commands(weak)[name], killed[name]
     lengths = ("--iterations", "--steps", "--imitation")
     total = sum(int(command[i + 1]) for i, word in enumerate(command) if word in lengths)
-    assert not (out / "model.safetensors").exists()
+    assert (out / "model.safetensors").exists(), "a killed run leaves its model"
     assert 1 <= load_state(out / "state.safetensors")["step"] < total, "it was killed on the way"
     again = unmask(*command, "--out", out)
     check_mistake(again, "already holds a run; add --resume auto")

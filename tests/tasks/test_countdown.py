@@ -9,7 +9,7 @@ import torch
 import tasks
 from tasks import Countdown, UnmaskError
 from tasks.countdown import check_steps
-from tests.oracles.arithmetic import check_expression
+from tasks.reasoning import check_expression
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,9 @@ from tests.oracles.arithmetic import check_expression
         ("1+2=3 ,3+3=6", [1, 2, 3], 6, False),
         ("__import__('os')", [1, 2, 3], 6, False),
         ("9**9**9", [9, 9, 9], 6, False),
+        ("45-\u0667=38,38+12=50", [12, 7, 45], 50, False),  # digits of other scripts are none of the symbols
+        ("\uff14\uff15-7=38,38+12=50", [12, 7, 45], 50, False),
+        ("\u200345-7=38,38+12=50\n", [12, 7, 45], 50, False),
     ],
 )
 def test_steps_by_hand(answer, numbers, target, right):

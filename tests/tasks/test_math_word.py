@@ -1,5 +1,6 @@
 """Word problems: formats, what counts as right, prompts and answer regions."""
 
+import copy
 import json
 import time
 
@@ -59,7 +60,7 @@ def test_malicious_answers_are_wrong_and_quick(text):
     is_right("1", "2")  # the first call loads grammars
     started = time.process_time()
     assert not is_right(text, "387420489")
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 0.5  # here; others do the work
 
 
 def test_the_samples_own_solutions_are_right(tokenizer):
@@ -93,14 +94,83 @@ def test_prompts_are_given_and_the_answer_region_is_hidden(tokenizer):
 
 
 def test_a_chat_template_is_used(tokenizer):
-    import copy
-
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[model]"
     task = MathWord("sample", chat, answer_length=3)
     text = task.draw(task.heldout(1).tokens[0])
     assert text.startswith("[user] ")
     assert text.endswith("[model]___")
+
+
+def end_of(task, *parts):
+    """The reward of an answer of these parts: text, or a token."""
+    ids = []
+    for part in parts:
+        ids += task.tokenizer.encode(part, add_special_tokens=False) if isinstance(part, str) else [part]
+    instances = task.heldout(1, "train")
+    tokens = instances.answers.clone()
+    right = next(iter(task._problems.values())).answer
+    assert right == "5"
+    tokens[0, task.prompt_length :] = torch.tensor((ids + [ids[-1]] * 40)[: task.length - task.prompt_length])
+    return float(task.reward(tokens, instances))
+
+
+@pytest.fixture
+def five(tmp_path):
+    (tmp_path / "five.jsonl").write_text('{"question": "2 + 3?", "answer": "#### 5"}\n' * 3)
+    return str(tmp_path / "five.jsonl")
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<stop>{% endfor %}[model]"
+
+
+@pytest.mark.parametrize(
+    ("special", "template"),
+    [("<end>", None), ("<|eot_id|>", None), ("<|im_end|>", None), ("<stop>", TEMPLATE), ("<pad>", "no end")],
+)
+def test_an_answer_ends_at_its_first_end_token(tokenizer, five, special, template):
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": [special]})
+    if template == "no end":
+        own.eos_token = None
+    else:
+        own.chat_template = template
+    end, task = own.convert_tokens_to_ids(special), MathWord(five, own, answer_length=20)
+    assert end_of(task, "#### 5", end, " so 99") == 1
+    assert end_of(task, "#### 1", end, " #### 5") == 0
+    assert end_of(task, end, "#### 5") == 0
+    assert end_of(task, "it is 5", end, end, "x") == 1
+
+
+def test_a_template_that_fails_is_one_line(tokenizer, five):
+    own = copy.deepcopy(tokenizer)
+    for template in ("{{ raise_exception('no') }}", "{% if %}", "{{ messages[7].content + 1 }}"):
+        own.chat_template = template
+        with pytest.raises(UnmaskError, match="the tokenizer's chat template fails"):
+            MathWord(five, own)
+
+
+def test_code_of_a_tokenizer_is_run_where_it_is_asked_for_alone(tmp_path, five, monkeypatch, capfd):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question in the terminal"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 15)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    made = tmp_path / "made"
+    (folder / "config.json").write_text('{"model_type": "unheard_of"}')
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+    )
+    (folder / "own.py").write_text(f"open({str(made)!r}, 'w').close()\n")
+    for name in (f"math:{five},tokenizer={folder}", f"lines:{five},tokenizer={folder}"):
+        with pytest.raises(UnmaskError, match="trust_remote_code=True; is its source to be trusted") as raised:
+            tasks.get(name)
+        assert len(str(raised.value).splitlines()) == 1
+    assert not made.exists()
+    assert capfd.readouterr().out == ""
+    with pytest.raises(UnmaskError, match="cannot read the tokenizer"):
+        tasks.get(f"math:{five},tokenizer={folder},trust_remote_code=true")
+    assert made.exists()
 
 
 def test_files_and_datasets(tokenizer, tmp_path):
@@ -126,6 +196,7 @@ def test_files_and_datasets(tokenizer, tmp_path):
         (b"[1]", "line 1: not a record"),
         (b'{"text": "a"}', "problem 1: a problem needs 'question' or 'problem'"),
         (b'{"question": "a", "answer": "b ####"}', "ends in '####' without"),
+        (b'{"problem": "a", "answer": " "}', "problem 1: a problem needs"),
     ],
 )
 def test_bad_files_are_told_before_the_tokenizer_is_looked_for(tmp_path, content, message):
@@ -139,6 +210,8 @@ def test_wrong_settings(tokenizer):
         tasks.get("math")
     with pytest.raises(UnmaskError, match="answer_length must be a whole number of at least 1, not 0"):
         MathWord("sample", tokenizer, 0)
+    with pytest.raises(UnmaskError, match=r"deadline must be a number between 0\.1 and 600, not 0"):
+        MathWord("sample", tokenizer, deadline=0)
     with pytest.raises(UnmaskError, match="cannot read the tokenizer"):
         tasks.get("math:sample,tokenizer=/nowhere/at/all")
     with pytest.raises(UnmaskError, match="cannot read the dataset"):

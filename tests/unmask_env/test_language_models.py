@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import gymnasium
@@ -333,6 +334,79 @@ def test_prompts_are_given_and_answers_hidden():
     assert task.draw(instances.answers[0]) == "<s> a b c d e </s>"
     task = Lines(["a \tb\t c\t d \te"] * 20, tokenizer(), hide=1.0)
     assert task.draw(task.heldout(split="test").tokens[0]) == "<s> a _ c _ e </s>"
+
+
+def test_the_mask_is_the_tokenizers(tmp_path, caplog):
+    path = build("bert", tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+
+    def denoiser(told, in_config):
+        (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"mask_token_id": in_config}))
+        words = tokenizer()
+        words.mask_token = told
+        return HFDenoiser(path, Lines(LINES, words))
+
+    assert denoiser("<mask>", 0).mask_id == 3
+    assert f"is 3 by the tokenizer and 0 by the configuration of {path}; 3 is used" in caplog.text
+    caplog.clear()
+    assert denoiser("<mask>", None).mask_id == denoiser("<mask>", 3).mask_id == denoiser(None, 3).mask_id == 3
+    assert caplog.text == ""
+    for wrong in (10, -1, 10**9):
+        with pytest.raises(IncompatibleDenoiserError, match=f"None by the tokenizer and {wrong} by .* between 0 and 9"):
+            denoiser(None, wrong)
+
+
+def test_a_pickle_of_weights_is_not_read(tmp_path):
+    path = build("bert", tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "bert" / "pytorch_model.bin")
+    with pytest.raises(UnmaskError, match=r"cannot read the model .*safetensors") as raised:
+        HFDenoiser(path, Lines(LINES, tokenizer()))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *_, **__: {}["weights\nand more"], r"fails on 2 x 9 tokens: KeyError"),
+        (lambda *_, **__: torch.ones(2) @ torch.ones(3), r"fails on 2 x 9 tokens: RuntimeError"),
+        (lambda *_, **__: None, r"fails on 2 x 9 tokens: AttributeError"),
+        (
+            lambda *_, **__: types.SimpleNamespace(logits=torch.zeros(2, 9, 5)),
+            r"shape \(2, 9, 5\); \(2, 9, at least 10",
+        ),
+        (lambda *_, **__: types.SimpleNamespace(logits=torch.zeros(1, 9, 10)), r"shape \(1, 9, 10\)"),
+    ],
+)
+def test_errors_in_a_models_forward_are_one_line(tmp_path, monkeypatch, answer, message):
+    path = build("bert", tmp_path / "bert")
+    task = Lines(LINES, tokenizer())
+    denoiser = HFDenoiser(path, task)
+    monkeypatch.setattr(denoiser.model, "forward", answer)
+    with pytest.raises(UnmaskError, match=message) as raised:
+        denoiser(task.heldout(2).tokens)
+    assert len(str(raised.value).splitlines()) == 1
+    assert path in str(raised.value)
+
+
+def test_tokenizers_without_offsets(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", *"ABCDE", "<mask>"]))
+    words = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
+    assert not words.is_fast
+    task = Lines(["AB CD"] * 5, words, hide=1.0)
+    assert task.draw(task.heldout(1).tokens[0]) == "<cls> _ _ _ _ <eos>"
+    assert task.heldout(1).answers[0].tolist() == words("AB CD")["input_ids"]
+    task = Lines(["AB \tCD\t E\tA"] * 5, words, hide=1.0)
+    assert task.draw(task.heldout(1).tokens[0]) == "<cls> A B _ _ E _ <eos>"
+    with pytest.raises(UnmaskError, match="line 2 has nothing to hide"):
+        Lines(["A", "B\t", "C"], words)
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SMALL.items() if key != "initializer_range"}
+    config = transformers.EsmConfig(**sizes, mask_token_id=9, position_embedding_type="rotary")
+    transformers.EsmForMaskedLM(config).save_pretrained(tmp_path / "esm")
+    task = Lines(["ABCD", "EEE", "AB"] * 5, words)
+    played = rollout(task, HFDenoiser(str(tmp_path / "esm"), task), reference("margin"), task.heldout(1))
+    assert (played.tokens != task.mask_id).all()
 
 
 def test_wrong_input_is_one_clear_error(tmp_path, monkeypatch):

@@ -497,3 +497,87 @@ def test_a_remask_budget_is_a_sum_over_positions() -> None:
     assert state.remask_count.tolist() == [[1, 1, 0]]
     assert not permitted(Line(), state, Rules(**REMASK, remask_budget=2))[1].any()
     assert permitted(Line(), state, Rules(**REMASK, remask_budget=3))[1].any()
+
+
+# ---------------------------------------------------------------------- what tasks and denoisers of users give
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.ones(2, 1), r"the reward of task line must be a tensor of shape \(2,\), not \(2, 1\)"),
+        (torch.ones(()), r"shape \(2,\), not \(\)"),
+        (torch.ones(1), r"shape \(2,\), not \(1,\)"),
+        (torch.ones(3), r"shape \(2,\), not \(3,\)"),
+        ([1.0, 1.0], r"shape \(2,\), not list"),
+        (None, r"shape \(2,\), not NoneType"),
+        (torch.tensor([1.0, torch.nan]), "the reward of task line must be finite; at row 1 it is nan"),
+        (torch.tensor([-torch.inf, 0.0]), "must be finite; at row 0 it is -inf"),
+    ],
+)
+def test_rewards_of_another_form_are_refused(given, message: str) -> None:
+    class Odd(Line):
+        def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+            return given
+
+    with pytest.raises(tasks.UnmaskError, match=message) as raised:
+        rollout(Odd(), DENOISER, LeftToRight(), INSTANCES)
+    assert len(str(raised.value)) <= 300
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64, torch.float16])
+def test_rewards_of_every_number_type_are_float32(dtype: torch.dtype) -> None:
+    class Odd(Line):
+        def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+            return torch.tensor([1, 0], dtype=dtype)
+
+    reward = rollout(Odd(), DENOISER, LeftToRight(), INSTANCES).reward
+    assert reward.dtype == torch.float32
+    assert reward.tolist() == [1, 0]
+
+
+EVEN = torch.full((2, 3, 4), 0.25).log()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (EVEN, "the denoiser Odd returned a Tensor; it must return"),
+        (None, "returned a NoneType; it must return"),
+        (Denoised(4), r"of shape \(\) and type NoneType over 4 symbols; task line needs \(2, 3, 4\)"),
+        (Denoised.of(EVEN[:1]), r"of shape \(1, 3, 4\) .* task line needs \(2, 3, 4\), torch.float32"),
+        (Denoised.of(EVEN[:, :2]), r"of shape \(2, 2, 4\)"),
+        (Denoised.of(EVEN[..., :3]), r"of shape \(2, 3, 3\) .* over 3 symbols"),
+        (Denoised.of(EVEN[0]), r"of shape \(3, 4\)"),
+        (Denoised.of(EVEN.double()), "type torch.float64"),
+        (Denoised.of(EVEN.half()), "type torch.float16"),
+        (
+            Denoised.of(EVEN.masked_fill(torch.arange(3)[:, None] == 2, torch.nan)),
+            "sum to nan, not 1, at row 0, position 2",
+        ),
+        (Denoised.of(EVEN.masked_fill(torch.arange(4) == 1, torch.inf)), "sum to inf, not 1, at row 0, position 0"),
+        (Denoised.of(EVEN.exp()), r"sum to 5.136, not 1, at row 0, position 0; normalise them"),
+        (Denoised.of(torch.zeros_like(EVEN)), "sum to 4, not 1"),
+        (Denoised.of(EVEN - 1), "sum to 0.3679, not 1"),
+        (Denoised.of(EVEN, hidden=torch.zeros(1, 3, 8)), r"hidden states of shape \(1, 3, 8\) for 2 boards of 3"),
+        (Denoised.of(EVEN, order_weights=torch.zeros(2)), r"order weights of shape \(2,\) for 2 boards"),
+    ],
+)
+def test_what_is_no_answer_of_a_denoiser_is_refused(answer, message: str) -> None:
+    class Odd(FavouriteDenoiser):
+        def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
+            return answer
+
+    denoiser = Odd(FAVOURITE, CONFIDENCE, vocab_size=4)
+    with pytest.raises(tasks.IncompatibleDenoiserError, match=message) as raised:
+        rollout(Line(), denoiser, LeftToRight(), INSTANCES)
+    assert len(str(raised.value).splitlines()) == 1
+    assert len(str(raised.value)) <= 300
+
+
+def test_rows_that_go_missing_later_are_noticed_too() -> None:
+    class Forgetful(FavouriteDenoiser):
+        def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
+            self.calls += 1
+            return Denoised.of(EVEN[: 3 - self.calls])
+
+    with pytest.raises(tasks.IncompatibleDenoiserError, match=r"of shape \(1, 3, 4\)"):
+        rollout(Line(), Forgetful(FAVOURITE, CONFIDENCE, vocab_size=4), LeftToRight(), INSTANCES)
