@@ -149,6 +149,7 @@ def load_tokenizer(source: str | Any, trust_remote_code: bool = False) -> Any:
     """
     if isinstance(source, str):
         transformers = library("transformers", "tokenizers of models take the extra text", "'unmask[text]'")
+        transformers.utils.logging.set_verbosity_error()  # it warns of models whose own code is not run
         try:
             source = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises many types for what it cannot read

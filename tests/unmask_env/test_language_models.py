@@ -231,6 +231,8 @@ def test_of_a_large_vocabulary_only_what_is_asked_for_is_made(name, tmp_path):
     assert where.any(1).all()
     denoised = denoiser(tokens, where)
     assert denoised.log_probs is None
+    played = Unmasking(task, denoiser).rollout(reference("margin"), task.sample(4, torch.Generator().manual_seed(2)))
+    assert not (played.tokens == task.mask_id).any()
     assert denoised.hidden.shape == (8, 12, 16)
     for row, board in enumerate(tokens):
         real = board != task.pad_id
