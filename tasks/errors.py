@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 LONGEST = 300  # characters of a message
@@ -43,11 +42,3 @@ def library(name: str, needed_for: str, install: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise UnmaskError(f"{needed_for}; run: pip install {install}") from None
-
-
-def read_text(path: str | Path, error: type[UnmaskError] = UnmaskError) -> str:
-    """The text of a UTF-8 file. Raises ``error`` where it is missing, unreadable or in another encoding."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as reason:
-        raise error(f"cannot read {path} as UTF-8 text ({reason.__class__.__name__})") from None

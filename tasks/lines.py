@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError, first_line, library, read_text
+from tasks.errors import UnmaskError, first_line, library
+from tasks.files import read_lines
 from tasks.settings import AtLeast1, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling, Instances, random_rows, random_subset
 
@@ -132,7 +133,7 @@ class Lines(Infilling):
 
 def _read(source: str) -> dict[int, str]:
     """By their numbers in the file, the lines that are not blank."""
-    lines = {number: line for number, line in enumerate(read_text(source).splitlines(), 1) if line.strip()}
+    lines = read_lines(source)
     if not lines:
         raise UnmaskError(f"{source} is empty")
     return lines

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tasks import reasoning
-from tasks.errors import UnmaskError, first_line, read_text
+from tasks.errors import UnmaskError, first_line
+from tasks.files import read_lines
 from tasks.grading import DEADLINE, Deadline, check_library, grade
 from tasks.lines import all_tokens, load_tokenizer
 from tasks.reasoning import Problem
@@ -183,20 +184,24 @@ def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem]]:
         return {split: reasoning.problems(kind, n, split) for split, n in zip(SPLITS, sizes, strict=True)}
     if source.startswith("hf:"):
         records: dict[str, Sequence[dict[str, Any]]] = load_datasets(source.removeprefix("hf:"), subset)
-        splits = {split: _problems(records[split], source) for split in SPLITS if split in records}
+        splits = {
+            split: _problems({f"problem {i}": record for i, record in enumerate(records[split], 1)}, source)
+            for split in SPLITS
+            if split in records
+        }
         if not splits:
             raise UnmaskError(f"{source} has none of the splits {', '.join(SPLITS)}, only {', '.join(records)}")
         return splits
     path = SAMPLE if source == "sample" else Path(source)
-    parsed = []
-    for number, line in enumerate(filter(str.strip, read_text(path).splitlines()), 1):
+    parsed: dict[str, dict[str, Any]] = {}
+    for number, line in read_lines(path).items():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise UnmaskError(f"{path}, line {number}: not JSON") from None
         if not isinstance(record, dict):
             raise UnmaskError(f"{path}, line {number}: not a record of JSON")
-        parsed.append(record)
+        parsed[f"line {number}"] = record
     problems = _problems(parsed, str(path))
     if len(problems) < len(SPLITS):
         raise UnmaskError(f"{path} has {len(problems)} problems; at least {len(SPLITS)} are needed, one for each split")
@@ -205,11 +210,12 @@ def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem]]:
     return {"train": mixed[: -2 * held], "validation": mixed[-2 * held : -held], "test": mixed[-held:]}
 
 
-def _problems(records: Sequence[dict[str, Any]], source: str) -> list[Problem]:
+def _problems(records: Mapping[str, dict[str, Any]], source: str) -> list[Problem]:
+    """Of records by where they stand in ``source``."""
     problems = []
-    for number, record in enumerate(records, 1):
+    for place, record in records.items():
         try:
             problems.append(read_problem(record))
         except UnmaskError as error:
-            raise UnmaskError(f"{source}, problem {number}: {error}") from None
+            raise UnmaskError(f"{source}, {place}: {error}") from None
     return problems

@@ -114,11 +114,11 @@ class Sudoku(Task):
             return self.heldout(limit, split, difficulty)
         if difficulty != "all":
             raise UnmaskError("--difficulty is for the packaged puzzles; your own file is taken whole")
-        return self.from_csv(file)[:limit]
+        return self.from_csv(file, limit)
 
-    def from_csv(self, path: str | Path) -> Instances:
+    def from_csv(self, path: str | Path, limit: int | None = None) -> Instances:
         """A user's own puzzles; see :func:`tasks.sudoku_csv.read_csv` for the format and the errors."""
-        puzzles, solutions = read_csv(path, *self.box)
+        puzzles, solutions = read_csv(path, *self.box, limit)
         return self._instances(torch.from_numpy(puzzles), torch.from_numpy(solutions))
 
     def _reveal(self, instances: Instances, generator: torch.Generator) -> Instances:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from tasks.errors import PuzzleFileError, UnmaskError
-from tasks.sudoku_solver import solve, units
+from tasks.files import read_rows
+from tasks.sudoku_solver import BudgetError, solve, units
+
+PUZZLE, SOLUTION = ("puzzle", "puzzles", "quiz", "quizzes", "question"), ("solution", "solutions", "answer")
+BUDGET = 20_000  # positions that are tried to solve one puzzle: some seconds
 
 
 class PuzzleFile(NamedTuple):
@@ -19,38 +22,60 @@ class PuzzleFile(NamedTuple):
     solutions: np.ndarray
 
 
-def read_csv(path: str | Path, h: int, w: int) -> PuzzleFile:
-    """Read ``Puzzle,Solution`` lines (one digit string per board; 0 or ``.`` is a blank; ``Solution`` may be absent).
+def read_csv(path: str | Path, h: int, w: int, limit: int | None = None) -> PuzzleFile:
+    """Read one puzzle a line, as a string of digits with 0 or ``.`` for a blank.
 
-    A missing solution is solved for; of several, the first one found is kept (any valid filling counts as solved).
+    A header says which column it is (``puzzle``, ``quizzes`` or ``question``) and where its solution is (``solution``
+    or ``answer``), if there is one; other columns are not read. Without a header these are the first two columns. A
+    missing solution is solved for; of several, the first one found is kept (any valid filling counts as solved).
+
+    Args:
+        limit: puzzles to read; the file is not read further.
 
     Raises:
         PuzzleFileError: with the line number, for a wrong header, length or digit, clues that break a rule, a puzzle
-            without a solution, or a solution that does not belong to the puzzle.
+            without a solution or with one that takes too long to find, or a solution that does not belong to it.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PuzzleFileError(f"{path}: cannot be read as a text file ({error})") from None
-    header = [cell.lower() for cell in lines[0]] if lines else []
-    if header not in (["puzzle"], ["puzzle", "solution"]):
-        raise PuzzleFileError(f"{path}, line 1: the header must be 'Puzzle,Solution' or 'Puzzle'")
-    puzzles, answers = [], []
-    for number, cells in enumerate(lines[1:], start=2):
-        if not any(cells):
-            continue
+    puzzles, solutions = bytearray(), bytearray()
+    columns: tuple[int, int | None, int] | None = None
+    for number, row in read_rows(path, PuzzleFileError):
+        cells = [cell.strip() for cell in row]
         try:
-            if len(cells) > len(header):
-                raise UnmaskError(f"{len(cells)} columns; the header has {len(header)}")
-            puzzle, answer = _boards(cells[0], cells[1] if len(cells) > 1 else "", h, w)
+            if columns is None:
+                columns, named = _columns(cells, (h * w) ** 2)
+                if named:
+                    continue
+            if not any(cells):
+                continue
+            at, other, count = columns
+            if len(cells) > count:
+                raise UnmaskError(f"{len(cells)} columns; the first line has {count}")
+            cells += [""] * (count - len(cells))
+            puzzle, answer = _boards(cells[at], "" if other is None else cells[other], h, w)
         except UnmaskError as error:
             raise PuzzleFileError(f"{path}, line {number}: {error}") from None
-        puzzles.append(puzzle)
-        answers.append(answer)
+        puzzles += bytes(puzzle)
+        solutions += bytes(answer)
+        if limit is not None and len(puzzles) >= limit * len(puzzle):
+            break
     if not puzzles:
-        raise PuzzleFileError(f"{path}: no puzzle after the header")
-    return PuzzleFile(np.array(puzzles, np.uint8), np.array(answers, np.uint8))
+        raise PuzzleFileError(f"{path}: it holds no puzzle")
+    boards = (np.frombuffer(board, np.uint8).reshape(-1, (h * w) ** 2) for board in (puzzles, solutions))
+    return PuzzleFile(*boards)
+
+
+def _columns(cells: list[str], size: int) -> tuple[tuple[int, int | None, int], bool]:
+    """Which columns hold the puzzle and its solution, how many there are, and whether the first line names them."""
+    names = [cell.lower() for cell in cells]
+    at, other = ([names.index(name) for name in known if name in names] for known in (PUZZLE, SOLUTION))
+    if len(at) == 1 and len(other) < 2:
+        return (at[0], other[0] if other else None, len(cells)), True
+    if len(cells[0]) == size and set(cells[0]) <= set("0123456789."):
+        return (0, 1 if len(cells) > 1 else None, len(cells)), False
+    raise UnmaskError(
+        f"the header must name a column 'puzzle' and may name one 'solution', or the line be a board; not "
+        f"{','.join(cells)[:80]!r}"
+    )
 
 
 def _boards(puzzle_text: str, solution_text: str, h: int, w: int) -> tuple[list[int], list[int]]:
@@ -65,7 +90,10 @@ def _boards(puzzle_text: str, solution_text: str, h: int, w: int) -> tuple[list[
     if all(puzzle):
         raise UnmaskError("the puzzle has no blank")
     if not solution_text:
-        solutions = solve(puzzle, h, w, limit=1)
+        try:
+            solutions = solve(puzzle, h, w, limit=1, budget=BUDGET)
+        except BudgetError:
+            raise UnmaskError("its solution takes too long to find; write it beside the puzzle") from None
         if not solutions:
             raise UnmaskError("the puzzle has no solution")
         return puzzle, solutions[0]

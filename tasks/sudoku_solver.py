@@ -13,6 +13,8 @@ from functools import cache
 
 import numpy as np
 
+from tasks.errors import UnmaskError
+
 
 @cache
 def units(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
@@ -21,10 +23,26 @@ def units(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
     return tuple((i // n, i % n, (i // n) // h * h + (i % n) // w) for i in range(n * n))
 
 
-def solve(puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Random | None = None) -> list[list[int]]:
+class BudgetError(UnmaskError):
+    """A board took more of the solver's time than it was given."""
+
+
+def solve(
+    puzzle: Sequence[int],
+    h: int,
+    w: int,
+    limit: int = 2,
+    rng: random.Random | None = None,
+    budget: int | None = None,
+) -> list[list[int]]:
     """Up to ``limit`` solutions by backtracking on the most constrained cell; one found with limit 2 proves it unique.
 
-    ``rng`` tries digits in random order, which makes the first solution of an empty board a random grid.
+    Args:
+        rng: tries digits in random order, which makes the first solution of an empty board a random grid.
+        budget: positions to try; with one, a digit that has a single place in a unit is filled in first, too.
+
+    Raises:
+        BudgetError: the budget is spent.
     """
     n = h * w
     full = (1 << n) - 1
@@ -38,9 +56,14 @@ def solve(puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Ran
             used[slot] |= 1 << v - 1
     empty = [i for i, v in enumerate(board) if not v]
     solutions: list[list[int]] = []
+    tried = 0
 
     def search(k: int) -> None:
         """Fill the first ``k`` cells of ``empty`` in all ways that the others allow."""
+        nonlocal tried
+        tried += 1
+        if budget is not None and tried > budget:
+            raise BudgetError(f"not solved after {budget} positions")
         if k == 0:
             solutions.append(board.copy())
             return
@@ -53,6 +76,8 @@ def solve(puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Ran
                 fewest, best, at = size, free, j
                 if size < 2:
                     break
+        if fewest > 1 and budget is not None:
+            fewest, best, at = single_place(k, (fewest, best, at))
         if fewest == 0:
             return
         empty[at], empty[k - 1] = empty[k - 1], empty[at]
@@ -71,6 +96,26 @@ def solve(puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Ran
                 break
         board[i] = 0
         empty[at], empty[k - 1] = empty[k - 1], empty[at]
+
+    def single_place(k: int, choice: tuple[int, int, int]) -> tuple[int, int, int]:
+        """A digit with one place in a unit; 0 candidates if one has none; else ``choice``."""
+        once, twice = [0] * (3 * n), [0] * (3 * n)
+        candidates = []
+        for j in range(k):
+            r, c, b = slots[empty[j]]
+            free = full & ~(used[r] | used[c] | used[b])
+            candidates.append(free)
+            for slot in (r, c, b):
+                twice[slot] |= once[slot] & free
+                once[slot] |= free
+        if any(full & ~used[slot] & ~once[slot] for slot in range(3 * n)):
+            return 0, 0, 0
+        for j in range(k):
+            for slot in slots[empty[j]]:
+                alone = candidates[j] & once[slot] & ~twice[slot]
+                if alone:
+                    return 1, alone & -alone, j
+        return choice
 
     search(len(empty))
     return solutions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import itertools
 import math
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tasks.errors import UnmaskError
+from tasks.files import read_rows
 from tasks.settings import AtLeast2, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
 
@@ -100,11 +100,9 @@ def read(source: str) -> Table:
     else:
         path = Path(source)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason, known = error.__class__.__name__, ", ".join(PACKAGED)
-        raise TableError(f"cannot read the table {source} ({reason}); name a CSV file or one of {known}") from None
+        lines = [cells for _, cells in read_rows(path)]
+    except UnmaskError as error:
+        raise TableError(f"{error}; name a CSV file or one of {', '.join(PACKAGED)}") from None
     if source in PACKAGED:  # no header; the last column is the class
         names = [f"x{column}" for column in range(1, len(lines[0]))] + ["class"]
     else:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError, first_line, library, read_text
+from tasks.errors import UnmaskError, first_line, library
+from tasks.files import read_text
 from tasks.settings import AtLeast0, AtLeast1, Range, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
 

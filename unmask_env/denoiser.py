@@ -58,7 +58,11 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
     shape, dtype = tuple(getattr(values, "shape", ())), getattr(values, "dtype", type(values).__name__)
     wide = task.vocab_size if whole else (shape or (0,))[-1]
     spread = denoised._places is not None and denoised._places.shape == tokens.shape  # made by Denoised.at
-    if shape != (n, shape[1] if spread else length, wide) or dtype != torch.float32 or denoised.vocab_size != task.vocab_size:
+    if (
+        shape != (n, shape[1] if spread else length, wide)
+        or dtype != torch.float32
+        or denoised.vocab_size != task.vocab_size
+    ):
         raise IncompatibleDenoiserError(
             f"{name} returned log-probabilities of shape {shape} and type {dtype} over {denoised.vocab_size} symbols; "
             f"task {task.name} needs ({n}, {length}, {task.vocab_size}), torch.float32"

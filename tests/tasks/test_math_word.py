@@ -194,9 +194,9 @@ def test_files_and_datasets(tokenizer, tmp_path):
         (b"\xff\xfe", "as UTF-8 text"),
         (b"{", "line 1: not JSON"),
         (b"[1]", "line 1: not a record"),
-        (b'{"text": "a"}', "problem 1: a problem needs 'question' or 'problem'"),
+        (b'{"text": "a"}', "line 1: a problem needs 'question' or 'problem'"),
         (b'{"question": "a", "answer": "b ####"}', "ends in '####' without"),
-        (b'{"problem": "a", "answer": " "}', "problem 1: a problem needs"),
+        (b'{"problem": "a", "answer": " "}', "line 1: a problem needs"),
     ],
 )
 def test_bad_files_are_told_before_the_tokenizer_is_looked_for(tmp_path, content, message):

@@ -117,7 +117,7 @@ def test_packaged_tables(source: str, columns: int, rows: int) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read the table"),
+        (None, "name a CSV file or one of"),
         ("", "has 0 rows; a table needs a header and at least 20"),
         ("a,b\n" + "1,2\n" * 19, "has 19 rows"),
         ("a,b\n" + "1,2\n" * 30 + "1\n", "line 32: 2 non-empty entries expected"),
