@@ -169,10 +169,10 @@ class Unmasking:
     def _legal(self, state: State, seen: Observation, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The positions (N, L) to fill and to mask again, none in illegal actions, and (N,) bool which those are."""
         n, length = state.tokens.shape
-        if action.dtype != torch.bool or action.shape not in ((n, length), (n, self.entries)):
-            raise InvalidActionError(
-                f"actions must be bool of shape ({n}, {self.entries}), not {action.dtype} of {tuple(action.shape)}"
-            )
+        a_tensor = isinstance(action, Tensor)
+        if not a_tensor or action.dtype != torch.bool or action.shape not in ((n, length), (n, self.entries)):
+            shown = f"{action.dtype} of {tuple(action.shape)}" if a_tensor else type(action).__name__
+            raise InvalidActionError(f"actions must be bool of shape ({n}, {self.entries}), not {shown}")
         fill, remask = action[:, :length], None
         legal = ~(fill & ~seen.fillable).any(1)
         if self.rules.actions == "single":
