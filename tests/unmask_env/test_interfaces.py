@@ -323,7 +323,7 @@ def test_unknown_options_are_named() -> None:
             with pytest.raises(UnmaskError, match="options must be a dictionary with instances"):
                 env.reset(options=options)
         for given in (empty, Instances(empty, None), Instances(empty, whole[:, :3]), Instances(empty[0], whole[0])):
-            with pytest.raises(UnmaskError, match="must hold 1 instances of length 4, as tasks.Instances"):
+            with pytest.raises(UnmaskError, match="must hold 1 instances of length 4, as tasks"):
                 env.reset(options={"instances": given})
         for given in (Instances(empty.float(), whole), Instances(empty + 1, whole), Instances(empty, whole - 1)):
             with pytest.raises(UnmaskError, match="must hold int64 tokens from 0 to 3, which is a mask"):
