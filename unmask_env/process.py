@@ -110,9 +110,13 @@ class Unmasking:
             denoised = self.denoiser(state.tokens)
         else:  # only where something may happen: elsewhere a vocabulary of this size is not worth its memory
             denoised = self.denoiser(state.tokens, fillable if remaskable is None else fillable | remaskable)
-        left = None
+        left = block = block_holes = None
         if self.rules.remask_budget is not None:
             left = self.rules.remask_budget - state.remask_count.sum(1)
+        if self._block is not None:
+            among = torch.nn.functional.one_hot(self._block).float()  # (L, B)
+            block = self._block.masked_fill(~state.masked, among.shape[1] - 1).min(1).values
+            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ among).long()
         return Observation(
             state.tokens,
             state.masked,
@@ -120,7 +124,7 @@ class Unmasking:
             denoised,
             remaskable,
             None if remaskable is None else state.remask_count,
-            History(state.steps, state.fill_prob, state.previous, left),
+            History(state.steps, state.fill_prob, state.previous, left, block, block_holes),
         )
 
     def step(

@@ -326,12 +326,16 @@ class History:
         fill_prob: (N, L) the probability that each filled symbol had when it was filled in, 1 of given ones.
         previous: the forward before this one; None where no row had one. A row's first step has ``steps`` 0.
         remasks_left: (N,) int64, how many positions the ``remask_budget`` still lets it mask again; None without one.
+        block: (N,) int64, the block that is being filled, from 0; None where filling does not go block by block.
+        block_holes: (N, B) int64, how many holes the instance had in each block; None likewise.
     """
 
     steps: Tensor
     fill_prob: Tensor
     previous: Denoised | None = None
     remasks_left: Tensor | None = None
+    block: Tensor | None = None
+    block_holes: Tensor | None = None
 
 
 @dataclass(frozen=True)
