@@ -240,6 +240,21 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a damaged training state ({first_line(error)})") from None
 
 
+def checked_device(device: torch.device | str) -> torch.device:
+    """``device``, if this machine has it. Raises :class:`UnmaskError`: an unknown device, CUDA where there is none."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda") or isinstance(device, int):
+        raise UnmaskError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
+    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
+        raise UnmaskError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices, so no {device}; use --device cpu"
+        )
+    return found
+
+
 def step_generator(device: torch.device | str, *key: int) -> torch.Generator:
     """A generator that depends only on ``key`` (seed, step, rank, ...).
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.checkpoint import CheckpointError, load_state, save_state, write_json
+from pretrain.checkpoint import CheckpointError, checked_device, load_state, save_state, write_json
 from tasks import UnmaskError
 from tasks.errors import first_line
 from tasks.settings import Threads, check
@@ -41,17 +41,7 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
     if threads is not None:
         check("threads", threads, Threads)
         torch.set_num_threads(threads)
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = torch.device("meta")
-    if resolved.type not in ("cpu", "cuda"):
-        raise UnmaskError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
-    if resolved.type == "cuda" and not (resolved.index or 0) < torch.cuda.device_count():
-        raise UnmaskError(
-            f"this machine has {torch.cuda.device_count()} CUDA devices, so no {device}; use --device cpu"
-        )
-    return resolved
+    return checked_device(device)
 
 
 class Run:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
+from pretrain.checkpoint import PACKAGED_DENOISERS, checked_device, load_model
 from pretrain.uniform import ALPHA_MIN
 from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
 from tasks.settings import AtLeast1, Depth, check
@@ -241,6 +241,7 @@ def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: 
     Raises:
         CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
     """
+    device = checked_device(device)
     if isinstance(source, str) and source.startswith(HUGGING_FACE):
         options = read_options(f"denoiser {source!r}", source.removeprefix(HUGGING_FACE), HFDenoiser)
         if options.keys() & {"task", "device"} or "source" not in options:

@@ -8,7 +8,7 @@ action. Shapes: N rows, L positions, K shown symbols, D hidden channels; A = L e
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from tasks import UnmaskError
+from tasks.errors import first_line
 from unmask_env.distributions import Bernoulli, Categorical
 from unmask_env.process import Unmasking
 from unmask_env.state import FLOOR, SHOWN, WHOLE, Denoised, InvalidActionError, Observation, Rules, State
@@ -133,18 +134,43 @@ def action_space(process: Unmasking) -> spaces.Discrete | spaces.MultiBinary:
     return spaces.MultiBinary(process.entries)
 
 
-def to_action(encoded: Tensor, process: Unmasking) -> Tensor:
-    """(N, A) bool actions of what :func:`action_space` holds, in a batch: (N,) positions or (N, A) bits.
+def read_actions(given: Any, process: Unmasking, n: int) -> Tensor:
+    """What an interface was given as the actions of N boards, on the process's device: (N,) positions, whole numbers of
+    any kind, or (N, A) sets of such or of bools; int64, a copy.
 
     Raises:
-        InvalidActionError: another shape or kind of number, or a position out of range.
+        InvalidActionError: another shape, or anything else: floats, strings, None, bools as positions.
     """
-    n, single = len(encoded), process.rules.actions == "single"
+    single = process.rules.actions == "single"
     shape = (n,) if single else (n, process.entries)
-    if encoded.shape != shape or encoded.is_floating_point() or (single and encoded.dtype == torch.bool):
-        expected = f"{n} integers" if single else f"sets of shape {shape}"
-        raise InvalidActionError(f"actions must be {expected}, not {encoded.dtype} of shape {tuple(encoded.shape)}")
-    return _one_hot(encoded, process.entries) if single else encoded.bool()
+    expected = f"{n} integers" if single else f"sets of shape {shape}"
+    if not isinstance(given, Tensor):
+        try:
+            given = np.asarray(given)
+        except (TypeError, ValueError) as reason:  # ragged lists, tensors of another device
+            raise InvalidActionError(f"actions must be {expected}: {first_line(reason)}") from None
+        if given.dtype.kind in "iu":
+            given = torch.from_numpy(given.astype(np.int64))
+        elif given.dtype.kind == "b":
+            given = torch.from_numpy(given.copy())
+    whole = isinstance(given, Tensor) and not given.is_floating_point() and not given.is_complex()
+    if not whole or given.shape != shape or (single and given.dtype == torch.bool):
+        raise InvalidActionError(f"actions must be {expected}, not {given.dtype} of shape {tuple(given.shape)}")
+    return given.to(process.device, torch.int64, copy=True)
+
+
+def to_action(encoded: Tensor, process: Unmasking) -> Tensor:
+    """(N, A) bool actions of what :func:`action_space` holds, in a batch: (N,) positions or (N, A) bits, int64.
+
+    Raises:
+        InvalidActionError: a position that is not on the board, or a bit that is neither 0 nor 1.
+    """
+    if process.rules.actions == "single":
+        return _one_hot(encoded, process.entries)
+    action = encoded == 1
+    if bool((action != (encoded != 0)).any()):
+        raise InvalidActionError(f"sets hold 0 and 1, not {int(encoded[action != (encoded != 0)][0])}")
+    return action
 
 
 def _one_hot(positions: Tensor, length: int) -> Tensor:
@@ -155,7 +181,7 @@ def _one_hot(positions: Tensor, length: int) -> Tensor:
             f"position {int(positions[outside][0])} is not on the board; positions are 0 to {length - 1}"
         )
     action = torch.zeros(len(positions), length, dtype=torch.bool, device=positions.device)
-    return action.scatter_(1, positions.long().unsqueeze(1), True)
+    return action.scatter_(1, positions.unsqueeze(1), True)
 
 
 def for_sampling(action_mask: np.ndarray, rules: Rules) -> np.ndarray:
@@ -175,7 +201,7 @@ def log_reference_of(log_reference: np.ndarray | Tensor, encoded: np.ndarray | T
     if isinstance(log_reference, np.ndarray):
         return log_reference_of(torch.from_numpy(log_reference), torch.as_tensor(encoded)).numpy()
     if encoded.ndim == 1:
-        return Categorical(log_reference).log_prob(_one_hot(encoded, log_reference.shape[1]))
+        return Categorical(log_reference).log_prob(_one_hot(encoded.long(), log_reference.shape[1]))
     return Bernoulli(log_reference, log_reference > LOG_ZERO).log_prob(encoded.bool())
 
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
-from torch import as_tensor
 
 from unmask_env import render
 from unmask_env.encoding import (
@@ -18,10 +17,11 @@ from unmask_env.encoding import (
     for_maskable_ppo,
     for_sampling,
     observation_space,
+    read_actions,
     to_action,
     to_numpy,
 )
-from unmask_env.streams import Streams
+from unmask_env.streams import Streams, read_options, read_seeds
 
 
 class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
@@ -38,23 +38,25 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     set fills the most confident position. Masks then have an entry per bit; ``info["action_mask"]`` has 2 where a bit
     is free, and ``env.action_masks()`` two per bit, as MaskablePPO asks. An illegal action is a no-op that counts as a
     step, ends the episode with reward 0, or raises (``on_illegal="noop" | "terminate" | "raise"``);
-    ``info["illegal"]`` tells. An index outside the board always raises.
+    ``info["illegal"]`` tells. What is no action always raises: an index outside the board, floats, strings, None, bools
+    as positions. Whole numbers may be of any dtype.
 
     ## Observation Space
     ``Dict`` with, for L positions and K symbols (K = V up to 128, else the 16 most likely):
-    ``tokens`` (L,) int64, V is a mask; ``masked`` (L,) int8; ``action_mask`` (A,) int8; ``top_symbols`` (L, K) int64,
-    the denoiser's most likely symbols, and ``top_log_probs`` (L, K) float32 their log-probabilities, clipped to
-    [-20, 0]; ``entropy`` (L,) float32 in nats; ``log_reference`` (A,) float32, the reference policy's log g(i|s), -1e4
-    for -inf; of sets, the log-probability that each bit is 1. On a complete board the denoiser is not run: its parts
-    are zeros and the reference's is -1e4. With ``actions="set+remask"`` also ``remaskable`` (L,) int8 and
-    ``remask_count`` (L,) int64: how often each position was masked again in this episode. With ``show=("hidden",)`` the
-    denoiser's last states ``hidden`` (L, D), with ``"order_weights"`` its learned order (L,).
+    ``tokens`` (L,) int64, V is a mask; ``masked`` (L,) int8; ``action_mask`` (A,) int8, all ones on a finished board,
+    so that masked policies can be asked; ``top_symbols`` (L, K) int64, the denoiser's most likely symbols, and
+    ``top_log_probs`` (L, K) float32 their log-probabilities, clipped to [-20, 0]; ``entropy`` (L,) float32 in nats;
+    ``log_reference`` (A,) float32, the reference policy's log g(i|s), -1e4 for -inf; of sets, the log-probability that
+    each bit is 1. On a complete board the denoiser is not run: its parts are zeros and the reference's is -1e4. With
+    ``actions="set+remask"`` also ``remaskable`` (L,) int8 and ``remask_count`` (L,) int64: how often each position was
+    masked again in this episode. With ``show=("hidden",)`` the denoiser's last states ``hidden`` (L, D), with
+    ``"order_weights"`` its learned order (L,).
 
     ## Rewards
     0 until the board is complete, then ``task.reward`` in [0, 1]; with ``speed``, less the more forwards it took.
 
     ## Starting State
-    A training instance of the task, or ``reset(options={"instances": Instances})``.
+    A training instance of the task, or ``reset(options={"instances": Instances})``. Seeds are 0 to 2**63 - 1.
 
     ## Episode End
     Terminated when every position is filled. Truncated after ``nfe_budget`` steps, by default 2 L (only illegal no-ops
@@ -88,10 +90,11 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        super().reset(seed=seed)
-        if seed is not None or not self.streams.seeded:
-            self.streams.seed([seed if seed is not None else int(self.np_random.integers(2**31))])
-        self.state = self.streams.begin(self.state, [0], (options or {}).get("instances"))
+        seeds, given = None if seed is None else read_seeds(seed, 1), read_options(options, ("instances",))
+        super().reset(seed=None if seeds is None else seeds[0])
+        if seeds is not None or not self.streams.seeded:
+            self.streams.seed(seeds or [int(self.np_random.integers(2**31))])
+        self.state = self.streams.begin(self.state, [0], given.get("instances"))
         self._seen, arrays = self.streams.observe(self.state)
         observation = self._observation(arrays)
         return observation, self._info(observation)
@@ -101,8 +104,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         if bool(self.state.done):
             raise ResetNeeded("there is no episode in play; call reset() first")
-        encoded = as_tensor(np.asarray(action, dtype=np.int64), device=self.process.device).unsqueeze(0)
-        state, reward = self.streams.step(self.state, self._seen, to_action(encoded, self.process))
+        chosen = to_action(read_actions([action], self.process, 1), self.process)
+        state, reward = self.streams.step(self.state, self._seen, chosen)
         self.state, terminated = state, bool(state.terminated)
         if terminated:
             arrays = encode_unseen(self.process, state, self.streams.extras)
@@ -117,7 +120,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
 
     def action_masks(self) -> np.ndarray:
         """sb3-contrib's convention: (L,) bool, the positions that may be chosen; for sets (2 A,), per entry whether it
-        may be out and whether it may be in."""
+        may be out and whether it may be in. All True on a finished board."""
         return for_maskable_ppo(to_numpy(self.streams.action_mask(self.state)), self.process.rules)[0]
 
     def render(self) -> str | np.ndarray | None:
@@ -127,7 +130,10 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
         return render.board(self.task, self.state, 0, self.render_mode)
 
     def _observation(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        return {name: value[0] for name, value in as_numpy(arrays).items()}
+        shown = {name: value[0] for name, value in as_numpy(arrays).items()}
+        if bool(self.state.done):
+            shown["action_mask"][:] = 1
+        return shown
 
     def _info(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
         return {

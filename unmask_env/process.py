@@ -131,9 +131,13 @@ class Unmasking:
         check_denoised(self.denoiser, denoised, self.task, state.tokens, fillable if first else None)
         if first:
             self._looked_at.append(True)
-        left = None
+        left = block = block_holes = None
         if self.rules.remask_budget is not None:
             left = self.rules.remask_budget - state.remask_count.sum(1)
+        if self._block is not None:
+            among = torch.nn.functional.one_hot(self._block).float()  # (L, B)
+            block = self._block.masked_fill(~state.masked, among.shape[1] - 1).min(1).values
+            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ among).long()
         return Observation(
             state.tokens,
             state.masked,
@@ -141,7 +145,7 @@ class Unmasking:
             denoised,
             remaskable,
             None if remaskable is None else state.remask_count,
-            History(state.steps, state.fill_prob, state.previous, left),
+            History(state.steps, state.fill_prob, state.previous, left, block, block_holes),
         )
 
     def step(
@@ -190,10 +194,10 @@ class Unmasking:
     def _legal(self, state: State, seen: Observation, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The positions (N, L) to fill and to mask again, none in illegal actions, and (N,) bool which those are."""
         n, length = state.tokens.shape
-        if action.dtype != torch.bool or action.shape not in ((n, length), (n, self.entries)):
-            raise InvalidActionError(
-                f"actions must be bool of shape ({n}, {self.entries}), not {action.dtype} of {tuple(action.shape)}"
-            )
+        a_tensor = isinstance(action, Tensor)
+        if not a_tensor or action.dtype != torch.bool or action.shape not in ((n, length), (n, self.entries)):
+            shown = f"{action.dtype} of {tuple(action.shape)}" if a_tensor else type(action).__name__
+            raise InvalidActionError(f"actions must be bool of shape ({n}, {self.entries}), not {shown}")
         fill, remask = action[:, :length], None
         legal = ~(fill & ~seen.fillable).any(1)
         if self.rules.actions == "single":

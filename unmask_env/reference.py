@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from pretrain.samplers import Remasking, Strategy
 from tasks import Instances, Task, UnknownNameError, UnmaskError, read_options
@@ -507,21 +507,36 @@ class KLStability(_Deterministic):
 @dataclass(frozen=True)
 class Schedule(_Deterministic):
     """The best fillable positions by ``score``, as many as leave masked what a schedule of ``steps`` forwards says: a
-    share cos(pi s / 2 T) after forward s (MaskGIT, arXiv 2202.04200), or 1 - s / T."""
+    share cos(pi s / 2 T) after forward s (MaskGIT, arXiv 2202.04200), or 1 - s / T. Where filling goes block by block,
+    the forwards are dealt to the blocks by their holes, at least one each, and every block has a schedule of its own
+    (as LLaDA's, arXiv 2502.09992)."""
 
     steps: AtLeast1 = 8
     shape: Literal["cosine", "linear"] = "cosine"
     score: ScoreName = "confidence"
 
-    def _masked_after(self, forwards: Tensor) -> Tensor:
-        share = (forwards / self.steps).clamp(max=1.0)
+    def _dealt(self, history: History) -> tuple[Tensor, Tensor | int]:
+        """(N,) each: the forwards that the block in play has had, and those that it has in all."""
+        if history.block is None or history.block_holes is None:
+            return history.steps, self.steps
+        holes = history.block_holes  # (N, B)
+        count = (holes > 0).cumsum(1)  # of blocks that take a forward at least, up to each
+        ends = (self.steps * holes.cumsum(1) / holes.sum(1, keepdim=True).clamp(min=1)).round().long()
+        ends = (ends - count).clamp(min=0).cummax(1).values + count
+        ends = pad(torch.minimum(ends, self.steps - count[:, -1:] + count), (1, 0))
+        begin, end = (ends.gather(1, history.block.unsqueeze(1) + after).squeeze(1) for after in (0, 1))
+        return (history.steps - begin).clamp(min=0), (end - begin).clamp(min=1)
+
+    def _masked_after(self, share: Tensor) -> Tensor:
+        share = share.clamp(max=1.0)
         return torch.cos(share * math.pi / 2) if self.shape == "cosine" else 1 - share
 
     def fills(self, seen: Observation) -> Tensor:
-        done, masked = self._history(seen).steps.double(), seen.fillable.sum(1)
-        left = masked * (self._masked_after(done + 1) / self._masked_after(done).clamp(min=1e-12))
-        count = masked - (left - 1e-6).floor().clamp(min=0).long()
-        count = count.masked_fill(done + 1 >= self.steps, seen.fillable.shape[1])
+        done, steps = self._dealt(self._history(seen))
+        done, masked = done.double(), seen.fillable.sum(1)
+        left = masked * (self._masked_after((done + 1) / steps) / self._masked_after(done / steps).clamp(min=1e-12))
+        count = masked - (left + 1e-6).floor().clamp(min=0).long()
+        count = count.masked_fill(done + 1 >= steps, seen.fillable.shape[1])
         return ranked(SCORES[self.score](seen), seen.fillable) < count.clamp(min=1).unsqueeze(1)
 
 

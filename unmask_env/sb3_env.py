@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 from tasks import UnmaskError
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import log_reference_of, require_possible
+from unmask_env.streams import read_seeds
 from unmask_env.vector_env import RegularisedReward
 
 
@@ -40,6 +41,9 @@ class SB3VecEnv(VecEnv):
             raise UnmaskError(f"stable-baselines3 needs autoreset_mode SAME_STEP, not {mode.name}")
         self.envs = envs
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+    def seed(self, seed: int | None = None) -> list[int | None]:
+        return super().seed(None if seed is None else read_seeds(seed, self.num_envs)[0])
 
     def reset(self) -> dict[str, np.ndarray]:
         if any(self._options):

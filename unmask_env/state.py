@@ -27,7 +27,11 @@ FLOOR = -20.0  # least log-probability of a shown symbol in the interfaces, so t
 
 
 class InvalidActionError(UnmaskError):
-    """An action of the wrong shape, or an illegal one where the environment was told to raise."""
+    """An action of the wrong shape or kind, or an illegal one where the environment was told to raise."""
+
+
+class UnknownKeywordError(UnmaskError, TypeError):
+    """A keyword that environments do not take, in Python's words, which libraries look for."""
 
 
 # ---------------------------------------------------------------------- rules
@@ -68,12 +72,12 @@ class Rules:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Rules:
-        """Rules from keyword arguments. Raises :class:`tasks.UnmaskError` naming those that are none of theirs."""
+        """Rules from keyword arguments. Raises :class:`UnknownKeywordError` naming one that is none of theirs."""
         known = [field.name for field in fields(cls)]
-        unknown = sorted(options.keys() - set(known))
-        if unknown:
-            raise UnmaskError(
-                f"environments do not take {', '.join(unknown)}; beside their own arguments: {', '.join(known)}"
+        if unknown := sorted(options.keys() - set(known)):
+            raise UnknownKeywordError(
+                f"an environment got an unexpected keyword argument {unknown[0]!r}; beside its own arguments it takes "
+                f"{', '.join(known)}"
             )
         return cls(**options)
 
@@ -322,12 +326,16 @@ class History:
         fill_prob: (N, L) the probability that each filled symbol had when it was filled in, 1 of given ones.
         previous: the forward before this one; None where no row had one. A row's first step has ``steps`` 0.
         remasks_left: (N,) int64, how many positions the ``remask_budget`` still lets it mask again; None without one.
+        block: (N,) int64, the block that is being filled, from 0; None where filling does not go block by block.
+        block_holes: (N, B) int64, how many holes the instance had in each block; None likewise.
     """
 
     steps: Tensor
     fill_prob: Tensor
     previous: Denoised | None = None
     remasks_left: Tensor | None = None
+    block: Tensor | None = None
+    block_holes: Tensor | None = None
 
 
 @dataclass(frozen=True)

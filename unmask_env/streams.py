@@ -6,14 +6,17 @@ the row's seed and actions only, not on how many rows play beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint import checked_device
 from tasks import Instances, Task, UnmaskError
+from tasks.settings import AtLeast1, Seed, check
 from unmask_env.encoding import Arrays, Extra, encode, encode_unseen
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, default_reference
@@ -50,12 +53,47 @@ def checked_reference(policy: str | Policy | None, rules: Rules) -> Policy:
     """
     policy = default_reference(rules.actions) if policy is None else policy
     g = make_reference(policy) if isinstance(policy, str) else policy
+    if not isinstance(g, Policy):
+        raise UnmaskError(f"a reference is a name or a Policy, not {type(g).__name__}")
     if g.sees_answers:
         raise UnmaskError("the oracle sees the answers, which an observation never shows; take another reference")
     single = rules.actions == "single"
     if (g.actions == "single") != single or (g.actions == "set+remask" and rules.actions == "set"):
         raise UnmaskError(f"{getattr(g, 'name', type(g).__name__)} is no reference for actions {rules.actions!r}")
     return g
+
+
+def whole(number: Any) -> Any:
+    """Numpy's whole numbers as Python's; all else as it is."""
+    return int(number) if isinstance(number, np.integer) else number
+
+
+def read_seeds(seed: Any, n: int) -> list[int]:
+    """The seeds of N rows: ``seed``, ``seed + 1``, ... of a whole number, or a list of them, one per row.
+
+    Raises:
+        UnmaskError: another number of seeds, or one that is no whole number from 0 to 2**63 - 1.
+    """
+    if isinstance(seed, list | tuple | range) or (isinstance(seed, np.ndarray) and seed.ndim):
+        seeds = [whole(each) for each in seed]
+    else:
+        check("seed", whole(seed), Seed)
+        seeds = [whole(seed) + row for row in range(n)]
+    if len(seeds) != n:
+        raise UnmaskError(f"{n} rows need {n} seeds, not {len(seeds)}")
+    for each in seeds:
+        check("seed", each, Seed)
+    return seeds
+
+
+def read_options(options: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
+    """What ``reset(options=...)`` was given. Raises :class:`tasks.UnmaskError` naming options that are not known."""
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise UnmaskError(f"options must be a dictionary with {' and '.join(known)}, not {type(options).__name__}")
+    if unknown := [str(name) for name in options if name not in known]:
+        raise UnmaskError(f"reset takes no option {', '.join(unknown)}; known: {', '.join(known)}")
+    return options
 
 
 class Streams:
@@ -79,14 +117,13 @@ class Streams:
         show: tuple[Extra, ...] = (),
         **options: Any,
     ) -> None:
-        if n < 1:
-            raise UnmaskError(f"num_envs must be at least 1, not {n}")
+        check("num_envs", n := whole(n), AtLeast1)
         if unknown := [part for part in show if part not in get_args(Extra)]:
             raise UnmaskError(f"show takes {' and '.join(get_args(Extra))}, not {unknown[0]!r}")
         self.process: Unmasking = make_process(device=device, **options)
         self.reference = checked_reference(reference, self.process.rules)
         self.n, self.device, self.extras = n, self.process.device, show
-        if self.device.type != torch.device(device).type:
+        if self.device.type != checked_device(device).type:
             raise UnmaskError(f"the denoiser is on {self.device} and the environment on {device}")
         self._instances: list[torch.Generator] | None = None
         self._fillings: list[torch.Generator] = [torch.Generator() for _ in range(n)]
@@ -98,18 +135,16 @@ class Streams:
 
     # ------------------------------------------------------------------ randomness
     def seed(self, seeds: Sequence[int], rows: Sequence[int] | None = None, share: int = 1) -> None:
-        """One seed per row; with ``rows`` only those take theirs.
+        """One seed per row, of :func:`read_seeds`; with ``rows`` only those take theirs.
 
         Args:
             share: runs of this many rows draw the same instances (each its own symbols): those of their first seed.
         """
-        if len(seeds) != self.n:
-            raise UnmaskError(f"{self.n} rows need {self.n} seeds, not {len(seeds)}")
         if self._instances is None:
             self._instances = [torch.Generator() for _ in seeds]
         for row in range(self.n) if rows is None else rows:
-            self._instances[row].manual_seed(int(seeds[row - row % share]))
-            self._fillings[row].manual_seed(int(seeds[row]) ^ _FILLING)
+            self._instances[row].manual_seed(seeds[row - row % share])
+            self._fillings[row].manual_seed(seeds[row] ^ _FILLING)
             self._ahead[row] = None
 
     @property
@@ -155,16 +190,26 @@ class Streams:
         if instances is None:
             drawn = [self._next_instance(row) for row in rows]
             instances = Instances(torch.cat([d.tokens for d in drawn]), torch.cat([d.answers for d in drawn]))
-        elif instances.tokens.shape != (len(rows), self.task.length):
-            raise UnmaskError(f"options['instances'] must hold {len(rows)} instances of length {self.task.length}")
+        else:
+            self._check_instances(instances, len(rows))
         if not bool((instances.tokens == self.task.mask_id).any(1).all()):
             raise UnmaskError("every instance needs at least one mask; an episode without one would never end")
         return state.put(torch.as_tensor(rows, device=self.device), self.process.reset(instances))
 
+    def _check_instances(self, given: Any, n: int) -> None:
+        """Raises :class:`tasks.UnmaskError` unless they are ``n`` instances of the task."""
+        length, mask_id = self.task.length, self.task.mask_id
+        parts = [given.tokens, given.answers] if isinstance(given, Instances) else [None]
+        if not all(isinstance(part, Tensor) and part.shape == (n, length) for part in parts):
+            raise UnmaskError(f"options['instances'] must hold {n} instances of length {length}, as tasks.Instances")
+        if any(part.dtype != torch.int64 or bool(((part < 0) | (part > mask_id)).any()) for part in parts):
+            raise UnmaskError(f"options['instances'] must hold int64 tokens from 0 to {mask_id}, which is a mask")
+
     def action_mask(self, state: State) -> Tensor:
-        """(N, A) bool: the entries that an action may contain, also of boards that were truncated."""
-        fillable, remaskable = self.process.permitted(replace(state, done=state.terminated))
-        return fillable if remaskable is None else torch.cat([fillable, remaskable], 1)
+        """(N, A) bool: the entries that an action may contain; all of them on boards that are done."""
+        fillable, remaskable = self.process.permitted(state)
+        allowed = fillable if remaskable is None else torch.cat([fillable, remaskable], 1)
+        return allowed | state.done.unsqueeze(1)
 
     @torch.no_grad()  # a learned policy may be the reference
     def observe(self, state: State) -> Seen:

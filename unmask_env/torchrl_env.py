@@ -13,19 +13,22 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Un
 from torchrl.envs import EnvBase
 from torchrl.envs.transforms import Transform
 
+from pretrain.checkpoint import checked_device
 from tasks import Instances, UnmaskError
+from tasks.settings import AtLeast1, check
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import (
     Arrays,
     action_space,
     log_reference_of,
     observation_space,
+    read_actions,
     require_possible,
     shown_symbols,
     to_action,
 )
 from unmask_env.state import Denoised, Observation, State
-from unmask_env.streams import Seen, Streams
+from unmask_env.streams import Seen, Streams, read_seeds, whole
 
 READ = ("tokens", "top_symbols", "top_log_probs", "entropy", "state")  # what a step reads beside the action
 OF_ROWS, OF_POSITIONS = ("steps", "done", "truncated"), ("remask_count", "fill_prob")  # fields of State in "state"
@@ -80,7 +83,9 @@ class UnmaskTorchEnv(EnvBase):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        if group < 1 or num_envs % group:
+        num_envs, group = whole(num_envs), whole(group)
+        check("num_envs", num_envs, AtLeast1)
+        if not isinstance(group, int) or group < 1 or num_envs % group:
             raise UnmaskError(f"num_envs must be a multiple of group; {num_envs} is not one of {group}")
         self.streams = Streams(num_envs, env_id=env_id, **options)
         self.process, self.task, self.group = self.streams.process, self.streams.task, group
@@ -107,7 +112,7 @@ class UnmaskTorchEnv(EnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
-            self.streams.seed([seed + row for row in range(self.streams.n)], share=self.group)
+            self.streams.seed(read_seeds(seed, self.streams.n), share=self.group)
             self._waiting = None
 
     # ------------------------------------------------------------------ play
@@ -127,7 +132,7 @@ class UnmaskTorchEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         state = self._state(tensordict)
-        action = to_action(tensordict["action"], self.process)
+        action = to_action(read_actions(tensordict.get("action"), self.process, self.streams.n), self.process)
         state, reward = self.streams.step(state, self._observation(tensordict, state), action)
         if bool(state.done.any()):
             if self._waiting is not None:  # never claimed: those rows were not reset
@@ -154,7 +159,7 @@ class UnmaskTorchEnv(EnvBase):
 
     def to(self, device: torch.device | str) -> UnmaskTorchEnv:
         """Itself, if it is on ``device``; the denoiser stays where it was loaded, so elsewhere is refused."""
-        if torch.device(device) != self.process.device:
+        if torch.empty(0, device=checked_device(device)).device != torch.empty(0, device=self.process.device).device:
             raise UnmaskError(
                 f"this environment is on {self.process.device}; make another one with device={str(device)!r}"
             )
@@ -235,6 +240,10 @@ class KLReward(Transform):
             raise UnmaskError(
                 f"KLReward needs the policy's log-probability under {self.log_prob_key!r}; build the policy as "
                 "ProbabilisticActor(..., return_log_prob=True)"
+            )
+        if log_prob.shape != tensordict.batch_size:
+            raise UnmaskError(
+                f"{self.log_prob_key} must be of shape {tuple(tensordict.batch_size)}, not {tuple(log_prob.shape)}"
             )
         log_reference = log_reference_of(tensordict["log_reference"], tensordict["action"]).unsqueeze(-1)
         idle = tensordict["state", "done"]  # boards that ended and were not reset

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
 from tasks import UnmaskError
+from tasks.settings import AtLeast1, check
 from unmask_env import render
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import (
@@ -22,13 +22,14 @@ from unmask_env.encoding import (
     for_sampling,
     log_reference_of,
     observation_space,
+    read_actions,
     require_possible,
     to_action,
     to_numpy,
 )
 from unmask_env.reference import require_full_support
 from unmask_env.state import State
-from unmask_env.streams import Seen, Streams
+from unmask_env.streams import Seen, Streams, read_options, read_seeds, whole
 
 
 class UnmaskVectorEnv(VectorEnv):
@@ -60,12 +61,13 @@ class UnmaskVectorEnv(VectorEnv):
         **options: Any,
     ) -> None:
         modes = {mode.name: mode for mode in AutoresetMode} | {mode.value: mode for mode in AutoresetMode}
-        mode = autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else modes.get(autoreset_mode)
+        mode = autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else modes.get(str(autoreset_mode))
         if mode is None:
             raise UnmaskError(f"autoreset_mode must be SAME_STEP, NEXT_STEP or DISABLED, not {autoreset_mode!r}")
         self.autoreset_mode = mode
         self.metadata = {**self.metadata, "autoreset_mode": mode}
         self.render_mode, self.num_envs = render.checked_mode(render_mode), num_envs
+        check("max_episode_steps", max_episode_steps := whole(max_episode_steps), AtLeast1 | None)
         if max_episode_steps is not None:
             options["nfe_budget"] = min(max_episode_steps, options.get("nfe_budget") or max_episode_steps)
         self.streams = Streams(num_envs, env_id=env_id, **options)
@@ -81,11 +83,9 @@ class UnmaskVectorEnv(VectorEnv):
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start all rows anew, or those of ``options["reset_mask"]``, from ``options["instances"]`` if given."""
-        options = options or {}
-        if isinstance(seed, int | np.integer):
-            seed = int(seed)
-        super().reset(seed=seed if isinstance(seed, int) else None)
-        chosen = options.get("reset_mask")
+        seeds = None if seed is None else read_seeds(seed, self.num_envs)
+        given = read_options(options, ("instances", "reset_mask"))
+        chosen = given.get("reset_mask")
         if chosen is None:
             chosen = np.ones(self.num_envs, dtype=bool)
         if (
@@ -98,12 +98,11 @@ class UnmaskVectorEnv(VectorEnv):
                 f"options['reset_mask'] must be a numpy bool array of shape ({self.num_envs},) with a True in it"
             )
         rows = np.flatnonzero(chosen).tolist()
-        if seed is not None or not self.streams.seeded:
-            if seed is None:
-                seed = int(self.np_random.integers(2**31))
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        super().reset(seed=seeds[0] if seeds and not np.ndim(seed) else None)
+        if seeds or not self.streams.seeded:
+            seeds = seeds or read_seeds(int(self.np_random.integers(2**31)), self.num_envs)
             self.streams.seed(seeds, rows if self.streams.seeded else None)
-        self.state = self.streams.begin(self.state, rows, options.get("instances"))
+        self.state = self.streams.begin(self.state, rows, given.get("instances"))
         self._seen = self.streams.observe(self.state)
         observation = self._observation()
         return observation, self._info(observation)
@@ -111,18 +110,14 @@ class UnmaskVectorEnv(VectorEnv):
     def step(
         self, actions: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        actions = np.array(actions)
-        if actions.shape != self.action_space.shape or not np.issubdtype(actions.dtype, np.integer):
-            wanted = f"{self.num_envs} integers" if actions.ndim < 2 else f"integers of shape {self.action_space.shape}"
-            raise UnmaskError(f"actions must be {wanted}, not {actions.dtype} of shape {actions.shape}")
+        encoded = read_actions(actions, self.process, self.num_envs)
         if self._seen is None:
             raise UnmaskError("call reset() before step()")
         stale = to_numpy(self.state.done)  # NEXT_STEP: rows that ended before; whatever the action, they restart
         if self.autoreset_mode == AutoresetMode.DISABLED and stale.any():
             rows = np.flatnonzero(stale).tolist()
             raise UnmaskError(f"rows {rows} are finished; reset them with options={{'reset_mask': ...}} first")
-        actions[stale] = 0
-        encoded = torch.as_tensor(actions, device=self.process.device)
+        encoded[self.state.done] = 0
         state, reward = self.streams.step(self.state, self._seen.observation, to_action(encoded, self.process))
         state = self.streams.begin(state, np.flatnonzero(stale).tolist())
         terminated, truncated, illegal = (to_numpy(x) for x in (state.terminated, state.truncated, state.illegal))
@@ -140,8 +135,7 @@ class UnmaskVectorEnv(VectorEnv):
     def action_masks(self) -> np.ndarray:
         """(N, L) bool: the positions that may be chosen; all True on finished rows, where any action is ignored. For
         sets (N, 2 A), as sb3-contrib has it: per entry whether it may be out and whether it may be in."""
-        mask = self.streams.action_mask(self.state) | self.state.done.unsqueeze(1)
-        return for_maskable_ppo(mask.numpy(force=True), self.process.rules)
+        return for_maskable_ppo(to_numpy(self.streams.action_mask(self.state)), self.process.rules)
 
     def render(self) -> tuple[str | np.ndarray, ...] | None:
         if self.render_mode is None:
@@ -220,9 +214,13 @@ class RegularisedReward(VectorWrapper):
     def step(
         self, actions: np.ndarray, log_prob: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        at_actions = log_reference_of(self._log_reference, np.asarray(actions))
+        encoded = to_numpy(read_actions(actions, self.unwrapped.process, self.num_envs))
+        at_actions = log_reference_of(self._log_reference, encoded)
         require_possible(at_actions)
+        log_prob = np.asarray(log_prob, dtype=np.float32)
+        if log_prob.shape != (self.num_envs,):
+            raise UnmaskError(f"log_prob must be of shape ({self.num_envs},), not {log_prob.shape}")
         observation, reward, terminated, truncated, info = self.env.step(actions)
-        regularised = regularised_reward(reward, np.asarray(log_prob, dtype=np.float32), at_actions, self.beta)
+        regularised = regularised_reward(reward, log_prob, at_actions, self.beta)
         self._log_reference = observation["log_reference"]
         return observation, regularised, terminated, truncated, info | {"task_reward": reward}

@@ -1,5 +1,8 @@
 """Observations as arrays and back, actions as spaces know them, and whose the arrays are."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from unmask_env.denoiser import TableDenoiser
 from unmask_env.encoding import FLOOR, LOG_ZERO, decode, encode
 from unmask_env.gym_env import UnmaskEnv
 from unmask_env.reference import Margin, Random, Reference, SoftmaxConfidence
+from unmask_env.sb3_env import SB3VecEnv
 from unmask_env.state import Denoised, InvalidActionError, Observation
 from unmask_env.torchrl_env import UnmaskTorchEnv
 from unmask_env.vector_env import UnmaskVectorEnv
@@ -91,6 +95,73 @@ def test_what_may_be_masked_again_comes_back_too() -> None:
 
 
 # ---------------------------------------------------------------------- actions
+def steps(actions: str) -> dict[str, Callable[[Any], Any]]:
+    """A step of one board from the start, behind each interface."""
+    made = options(actions=actions)
+    env, envs, rl = UnmaskEnv(**made), UnmaskVectorEnv(1, **made), UnmaskTorchEnv(num_envs=1, seed=0, **made)
+    stable = SB3VecEnv(UnmaskVectorEnv(1, **made))
+    for interface in (env, envs, stable):
+        interface.reset()
+    return {
+        "gym": env.step,
+        "vector": lambda action: envs.step(np.asarray(action)[None]),
+        "sb3": lambda action: stable.step(np.asarray(action)[None]),
+        "torchrl": lambda action: rl.step(rl.reset().set("action", torch.as_tensor(action).unsqueeze(0))),
+    }
+
+
+INTERFACES = pytest.mark.parametrize("interface", ["gym", "vector", "sb3", "torchrl"])
+
+
+@INTERFACES
+@pytest.mark.parametrize(
+    "action", [2.0, np.float32(2), True, np.True_, "2", b"2", None, {}, 2**70, float("nan"), 2j, [2], -1, 4], ids=repr
+)
+def test_what_is_no_position_is_refused_alike(interface: str, action: Any) -> None:
+    if interface == "torchrl" and np.asarray(action).dtype.kind in "USO":
+        return  # a tensordict holds no such thing
+    with pytest.raises(InvalidActionError, match=r"^(actions must be 1 integers|position (-1|4) is not on the board)"):
+        steps("single")[interface](action)
+
+
+@INTERFACES
+@pytest.mark.parametrize("action", [[0.0, 0, 0, 1], ["0", "0", "0", "1"], [None] * 4, [0, 0, 0, 2], [0, 0, 0, -1], 3])
+def test_what_is_no_set_is_refused_alike(interface: str, action: Any) -> None:
+    if interface == "torchrl" and np.asarray(action).dtype.kind in "USO":
+        return  # a tensordict holds no such thing
+    with pytest.raises(InvalidActionError, match=r"^(actions must be sets of shape \(1, 4\)|sets hold 0 and 1, not )"):
+        steps("set")[interface](action)
+
+
+@INTERFACES
+@pytest.mark.parametrize("kind", [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)])
+def test_every_kind_of_whole_number_plays(interface: str, kind: str) -> None:
+    steps("single")[interface](np.array(2, kind))
+    for several in (np.array([1, 0, 0, 1], kind), np.array([True, False, False, True])):
+        steps("set")[interface](several)
+
+
+def test_ragged_actions_and_none_at_all_are_refused() -> None:
+    envs, rl = UnmaskVectorEnv(2, **options(actions="set")), UnmaskTorchEnv(num_envs=1, seed=0, **options())
+    envs.reset(seed=0)
+    for action in ([[0, 1, 0, 0], [1]], None):
+        with pytest.raises(InvalidActionError, match=r"actions must be sets of shape \(2, 4\)"):
+            envs.step(action)
+    with pytest.raises(InvalidActionError, match="actions must be 1 integers"):
+        rl.step(rl.reset())
+
+
+def test_an_array_of_actions_stays_the_callers() -> None:
+    envs, actions = UnmaskVectorEnv(2, **options(autoreset_mode="NextStep")), np.array([2, 2])
+    envs.reset(seed=0)
+    for position in (2, 3, 0, 3):
+        actions[:] = position
+        actions.flags.writeable = False
+        envs.step(actions)  # the last one begins anew, whatever it says
+        actions.flags.writeable = True
+        assert actions.tolist() == [position] * 2
+
+
 @pytest.mark.parametrize("on_illegal", ["noop", "terminate", "raise"])
 @pytest.mark.parametrize("position", [-1, 4])
 def test_positions_outside_the_board_are_refused_however_illegal_actions_end(on_illegal: str, position: int) -> None:
@@ -112,6 +183,7 @@ def test_positions_outside_the_board_are_refused_however_illegal_actions_end(on_
     [
         ("single", [1, 0, 0, 0], r"must be 1 integers, not torch.int64 of shape \(1, 4\)"),
         ("set", 3, r"must be sets of shape \(1, 4\), not torch.int64 of shape \(1,\)"),
+        ("set", [0, 2, 1, 1], "sets hold 0 and 1, not 2"),
         ("set+remask", [1, 0, 0, 0], r"must be sets of shape \(1, 8\), not torch.int64 of shape \(1, 4\)"),
     ],
 )

@@ -50,6 +50,12 @@ def single(id: str = TABLE, **options) -> UnmaskEnv:
     return gym.make(id, **options).unwrapped
 
 
+def same_end(shown: dict, last: dict) -> None:
+    """The last observation of a single environment, whose mask is all ones, is ``last``, which keeps the mask."""
+    assert shown["action_mask"].all()
+    same(shown | {"action_mask": np.asarray(last["action_mask"])}, last)
+
+
 # ---------------------------------------------------------------------- conventions
 @pytest.mark.parametrize("id", IDS)
 def test_check_env_without_a_warning(id: str) -> None:
@@ -200,7 +206,9 @@ def test_single_and_vector_agree_step_for_step(id: str, options: dict, steps: in
             assert info["illegal"] == infos["illegal"][i]
             if ended or cut:
                 finished += 1
-                same(obs, infos["final_obs"][i])
+                same_end(obs, infos["final_obs"][i])
+                assert info["action_mask"].all()
+                assert env.action_masks().all()
                 assert infos["_final_obs"][i]
                 assert infos["_final_info"][i]
                 metrics = env.task.metrics(env.state.tokens, env.state.instances)
@@ -232,17 +240,13 @@ def test_gymnasiums_own_vector_env_gives_the_same(mode: AutoresetMode, on_illega
         for a, b in zip(outcome, expected, strict=True):
             np.testing.assert_array_equal(a, b)
         done = outcome[1] | outcome[2]
-        alive = ~done if mode != AutoresetMode.SAME_STEP else np.ones(3, dtype=bool)
-        np.testing.assert_array_equal(ours["tokens"], other["tokens"])
-        for name in ("action_mask", "top_symbols", "top_log_probs"):  # finished rows show an all-ones mask here
-            np.testing.assert_allclose(ours[name][alive], other[name][alive], atol=1e-5)
-        for name in ("top_symbols", "top_log_probs"):
-            np.testing.assert_allclose(ours[name], other[name], atol=1e-5)
+        same(ours, other)  # finished rows included: both show an all-ones mask
+        np.testing.assert_array_equal(info["action_mask"], their_info["action_mask"])
         assert ("final_obs" in info) == ("final_obs" in their_info)
         if "final_obs" in info:
             np.testing.assert_array_equal(info["_final_obs"], their_info["_final_obs"])
             for row in np.flatnonzero(done):
-                same(info["final_obs"][row], their_info["final_obs"][row])
+                same_end(their_info["final_obs"][row], info["final_obs"][row])
                 for name in ("reward", "nfe"):
                     assert info["final_info"][name][row] == their_info["final_info"][name][row]
         if mode == AutoresetMode.DISABLED and done.any():
@@ -287,6 +291,45 @@ def test_seeds_may_be_given_one_by_one() -> None:
     np.testing.assert_array_equal(chosen[1], envs.reset(seed=5)[0]["tokens"][0])
     with pytest.raises(UnmaskError, match="2 rows need 2 seeds, not 3"):
         envs.reset(seed=[1, 2, 3])
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", True, -1, 2**63, [0, 1.0], [0, None], [0, "1"], {}], ids=repr)
+def test_what_is_no_seed_is_refused_alike(seed) -> None:
+    for env in (single(), vector(2)):
+        before = env.reset(seed=3)[0]
+        with pytest.raises(
+            UnmaskError, match=r"^seed must be a whole number of at least 0 and below 2\*\*63|1 rows need"
+        ):
+            env.reset(seed=seed)
+        same(env.reset(seed=3)[0], before)
+    for used in (lambda: SB3VecEnv(vector(2)).seed(seed), lambda: UnmaskTorchEnv(TABLE, 2, seed=seed)):
+        with pytest.raises(UnmaskError, match=r"^seed must be a whole number of at least 0 and below 2\*\*63"):
+            used()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int64, np.uint64])
+def test_seeds_of_numpy_are_seeds(kind: type) -> None:
+    for env in (single(), vector(2)):
+        same(env.reset(seed=kind(7))[0], env.reset(seed=7)[0])
+    torch.testing.assert_close(*(UnmaskTorchEnv(TABLE, 2, seed=seed).reset()["tokens"] for seed in (kind(7), 7)))
+
+
+def test_unknown_options_are_named() -> None:
+    whole, empty = torch.tensor([[0, 0, 0, 0]]), torch.tensor([[3, 3, 3, 3]])
+    for env in (single(), vector(1)):
+        with pytest.raises(UnmaskError, match=r"reset takes no option instance, 1; known: instances"):
+            env.reset(options={"instance": Instances(empty, whole), 1: 2})
+        for options in (["instances"], "instances", 3):
+            with pytest.raises(UnmaskError, match="options must be a dictionary with instances"):
+                env.reset(options=options)
+        for given in (empty, Instances(empty, None), Instances(empty, whole[:, :3]), Instances(empty[0], whole[0])):
+            with pytest.raises(UnmaskError, match="must hold 1 instances of length 4, as tasks"):
+                env.reset(options={"instances": given})
+        for given in (Instances(empty.float(), whole), Instances(empty + 1, whole), Instances(empty, whole - 1)):
+            with pytest.raises(UnmaskError, match="must hold int64 tokens from 0 to 3, which is a mask"):
+                env.reset(options={"instances": given})
+    with pytest.raises(UnmaskError, match="reset takes no option reset_mask; known: instances"):
+        single().reset(options={"reset_mask": np.array([True])})
 
 
 def test_unseeded_first_reset_plays() -> None:
@@ -357,17 +400,18 @@ def test_four_interfaces_agree(id: str, temperature: float, steps: int, rules: d
             assert (reward, end or stop) == (their_rewards[i], dones[i])
             assert (reward, end, stop) == tuple(after[key][i].item() for key in ("reward", "terminated", "truncated"))
             assert bool(after["done"][i]) == (end or stop)
-            same(obs, {name: after[name][i].numpy() for name in obs})
+            last = {name: after[name][i].numpy() for name in obs}
             illegal += info["illegal"]
             if end or stop:
                 ended, cut = ended + end, cut + stop
-                same(obs, infos["final_obs"][i])
-                same(obs, their_infos[i]["terminal_observation"])
+                for other in (infos["final_obs"][i], their_infos[i]["terminal_observation"], last):
+                    same_end(obs, other)
                 assert their_infos[i]["TimeLimit.truncated"] == stop
                 for name in [*env.task.metrics(env.state.tokens, env.state.instances), "nfe"]:
                     assert info[name] == infos["final_info"][name][i] == their_infos[i][name]
                 obs, _ = env.reset()
             else:
+                same(obs, last)
                 assert their_infos[i] == {}
             current[i] = obs
     if "FreeText" not in id:  # where nearly every position is open, a random one is hardly ever closed
@@ -632,7 +676,7 @@ def test_illegal_noops_truncate_after_two_lengths_with_features_in_the_final_obs
         assert not rewards.any()
         assert info["illegal"] is True
         assert infos["illegal"].all()
-    same(obs, start)
+    same_end(obs, start)
     for row in range(2):
         final = infos["final_obs"][row]
         assert final["action_mask"].tolist() == [1, 0, 1, 1]
@@ -770,6 +814,15 @@ def test_mistakes_with_regularised_rewards() -> None:
         RegularisedReward(vector(2, AutoresetMode.NEXT_STEP), BETA)
 
 
+def test_regularised_rewards_need_actions_and_a_log_probability_per_row() -> None:
+    envs = RegularisedReward(vector(2), BETA)
+    envs.reset(seed=0)
+    with pytest.raises(InvalidActionError, match="actions must be 2 integers, not float64"):
+        envs.step(np.zeros(2), np.zeros(2))
+    with pytest.raises(UnmaskError, match=r"log_prob must be of shape \(2,\), not \(2, 1\)"):
+        envs.step(np.zeros(2, int), np.zeros((2, 1)))
+
+
 def test_an_action_that_the_reference_excludes_is_refused() -> None:
     envs = RegularisedReward(vector(2, reference=TopK(1)), BETA)
     obs, _ = envs.reset(seed=0)
@@ -824,6 +877,24 @@ def test_mistakes_give_one_clear_line(interface, options: dict, message: str) ->
     assert "\n" not in str(error.value)
 
 
+ALL = pytest.mark.parametrize("interface", [UnmaskEnv, UnmaskVectorEnv, UnmaskTorchEnv])
+
+
+@ALL
+@pytest.mark.parametrize(
+    "device", ["cuda:9", "gpu", "meta", "mps", "", 0, None, 1.5, torch.device("cuda", 9)], ids=repr
+)
+def test_devices_that_are_not_there_are_refused_alike(interface, device) -> None:
+    with pytest.raises(UnmaskError, match=r"unknown device .*; use cpu, cuda or cuda:N|CUDA devices, so no cuda:9"):
+        interface(**SMALL, device=device)
+
+
+@ALL
+def test_unknown_keywords_are_refused_in_pythons_words(interface) -> None:
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'frameskip'"):
+        interface(**SMALL, frameskip=4)
+
+
 @BOTH
 def test_unknown_references_list_the_known_ones(interface) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown reference policy 'margins'; known: .*margin"):
@@ -843,10 +914,15 @@ def test_a_ready_made_denoiser_of_the_wrong_size_is_refused_too(interface) -> No
 
 
 def test_mistakes_of_the_vector_interface() -> None:
-    with pytest.raises(UnmaskError, match="num_envs must be at least 1, not 0"):
+    with pytest.raises(UnmaskError, match="num_envs must be a whole number of at least 1, not 0"):
         UnmaskVectorEnv(0, **SMALL)
     with pytest.raises(UnmaskError, match="autoreset_mode must be SAME_STEP, NEXT_STEP or DISABLED, not 'sometimes'"):
         UnmaskVectorEnv(1, **SMALL, autoreset_mode="sometimes")
+    for num_envs in (1.5, "2", True, None):
+        with pytest.raises(UnmaskError, match="num_envs must be a whole number of at least 1, not"):
+            UnmaskVectorEnv(num_envs, **SMALL)
+    with pytest.raises(UnmaskError, match="a reference is a name or a Policy, not int"):
+        UnmaskVectorEnv(1, **SMALL, reference=5)
     for mode in MODES:
         assert vector(1, mode.name).autoreset_mode == vector(1, mode.value).metadata["autoreset_mode"] == mode
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,8 @@ from agents import evaluate
 from pretrain.samplers import Remasking
 from tasks import Instances
 from tests.oracles.enumeration import TableTask, random_joint
+from tests.toys import FavouriteDenoiser, rollout
 from tests.toys import observation as observation_of
-from tests.toys import rollout
 from unmask_env.denoiser import TableDenoiser, load_denoiser
 from unmask_env.distributions import Bernoulli
 from unmask_env.reference import (
@@ -174,6 +175,79 @@ def test_schedules_leave_masked_what_they_say() -> None:
             # Every forward rounds down what it leaves; it fills one position at least.
             assert ((left - (share(s) * holes).floor()) <= 0).all()
             assert ((share(s) * holes - left) <= s + 1e-6).all() or shape == "cosine"
+
+
+class Letters(tasks.Task):
+    """A line of two letters."""
+
+    name, symbols = "letters", ("a", "b")
+
+    def __init__(self, length: int) -> None:
+        self.shape = (1, length)
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        raise NotImplementedError
+
+    def reward(self, tokens: torch.Tensor, instances: Instances) -> torch.Tensor:
+        return torch.zeros(len(tokens))
+
+
+def filled_per_forward(order: Schedule, holes: list[bool], block_length: int | None = None) -> list[int]:
+    """How many positions each forward fills, of a line with these ``holes``."""
+    task = Letters(len(holes))
+    tokens = torch.tensor(holes).long().mul(task.mask_id).unsqueeze(0)
+    rules = Rules("set", block_length=block_length)
+    denoiser = FavouriteDenoiser(torch.zeros_like(tokens), torch.linspace(-0.5, -0.1, len(holes)).unsqueeze(0), 2)
+    played = rollout(task, denoiser, order, Instances(tokens, torch.zeros_like(tokens)), rules=rules, record=True)
+    return [int(step.action.sum()) for step in played.steps]
+
+
+@pytest.mark.parametrize("per_forward", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [1, 2, 7, 12, 30])
+def test_a_linear_schedule_of_an_exact_multiple_is_exact(steps: int, per_forward: int) -> None:
+    assert filled_per_forward(Schedule(steps, "linear"), [True] * (steps * per_forward)) == [per_forward] * steps
+
+
+def test_a_schedule_deals_its_forwards_to_the_blocks() -> None:
+    linear, whole = Schedule(12, "linear"), [True] * 24
+    for block_length in (2, 4, 6, 8, 12, 24, None):
+        assert filled_per_forward(linear, whole, block_length) == [2] * 12
+    # By hand: 1 - s / 3 of 6 leaves 4, 2, 0; cos(pi s / 6) leaves 5.2 -> 5, then 5 * .5 / .866 = 2.9 -> 2.
+    assert filled_per_forward(Schedule(6, "linear"), whole[:12], 6) == [2, 2, 2] * 2
+    assert filled_per_forward(Schedule(6), whole[:12], 6) == [1, 3, 2] * 2
+    # Blocks with more holes take more of the forwards: 12 holes in six are two each, wherever they lie.
+    assert filled_per_forward(Schedule(6, "linear"), [False] * 6 + [True] * 12, 8) == [2] * 6
+    assert filled_per_forward(Schedule(4), whole, 6) == [6] * 4
+    assert filled_per_forward(Schedule(2), whole, 6) == [6] * 4  # a forward per block at least
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_schedule_over_blocks_takes_its_forwards_or_one_per_block(shape: str) -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(100):
+        length, steps = draw.integers(1, 30), int(draw.integers(1, 20))
+        block_length, holes = int(draw.integers(1, length + 1)), draw.random(length) < draw.random()
+        if not holes.any():
+            continue
+        blocks = len(set(np.flatnonzero(holes) // block_length))
+        filled = filled_per_forward(Schedule(steps, shape), holes.tolist(), block_length)
+        assert sum(filled) == holes.sum()
+        assert len(filled) <= max(steps, blocks)
+        if shape == "linear":
+            assert len(filled) == min(max(steps, blocks), holes.sum())
+
+
+def test_a_board_ahead_of_its_schedule_or_behind_it_goes_on() -> None:
+    """As when another policy made the first moves: of 8 holes in two blocks, two forwards each."""
+    tokens, masked = torch.full((3, 8), 2), torch.ones(3, 8, dtype=torch.bool)
+    masked[0, :4] = False  # ahead: the second block already in the second forward
+    denoised = Denoised.of(torch.tensor([0.6, 0.4]).log().expand(3, 8, 2))
+    history = History(
+        torch.tensor([1, 1, 3]), torch.ones(3, 8), None, None, torch.tensor([1, 0, 0]), torch.tensor([[4, 4]] * 3)
+    )
+    fillable = masked & (torch.arange(8) // 4 == history.block.unsqueeze(1))
+    seen = observation_of(tokens.masked_fill(~masked, 0), fillable, denoised, history=history)
+    assert Schedule(4, "linear")(seen).mode().sum(1).tolist() == [2, 4, 4]
 
 
 def test_self_planning_masks_again_what_has_become_unlikely() -> None:

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.envs import TransformedEnv
+from torchrl.envs import GymEnv, TransformedEnv
 from torchrl.envs.transforms import Compose, RewardSum
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules import MaskedCategorical, ProbabilisticActor
@@ -110,6 +110,14 @@ def test_specs_hold_without_a_warning(n: int, group: int, temperature: float) ->
         if n == 1:
             sudoku = UnmaskTorchEnv("Unmask/Sudoku4x4-v0", n, group=group, temperature=temperature, seed=0)
             check_env_specs(sudoku)
+
+
+@pytest.mark.parametrize("settings", [{}, {"categorical_action_encoding": True}, {"frame_skip": 1}])
+def test_their_own_wrapper_of_gymnasium_makes_it_as_it_makes_others(settings: dict) -> None:
+    """It tries keywords, and reads in Python's own words that they are not taken."""
+    env = GymEnv("Unmask/Sudoku4x4-v0", **settings)
+    taken = env.rollout(12, break_when_any_done=False)
+    assert taken["next", "tokens"].shape == (12, 16)
 
 
 def test_every_observation_lies_in_its_spec() -> None:
@@ -490,6 +498,10 @@ def test_mistakes_with_regularised_rewards() -> None:
     bare = table(2)
     with pytest.raises(UnmaskError, match="lost its instances"):
         bare.step(bare.reset().select(*SEEN).set("action", torch.zeros(2, dtype=torch.long)))
+    plain = regularised(2)
+    td = plain.reset().set("action", torch.zeros(2, dtype=torch.long)).set("action_log_prob", torch.zeros(2, 1))
+    with pytest.raises(UnmaskError, match=r"action_log_prob must be of shape \(2,\), not \(2, 1\)"):
+        plain.step(td)
     with pytest.raises(UnmaskError, match=r"under 'action_log_prob'; build the policy as ProbabilisticActor"):
         regularised(2).rollout(3, uniform)
 
