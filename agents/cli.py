@@ -147,6 +147,9 @@ def dispatch(args: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     try:
         dispatch(sys.argv[1:] if args is None else args)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import evaluate, frontier, policy_iteration
@@ -88,8 +89,8 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     curve(out)
     picture(process, policies, results, instances, out / "replay.gif")
     console.print(
-        f"in {out}: table.json, {'' if config.actions == 'single' else 'frontier.png, frontier.json, '}curve.png, "
-        "replay.gif, tb/ (TensorBoard), config.json + model.safetensors (policy)"
+        f"in {escape(str(out))}: table.json, {'' if config.actions == 'single' else 'frontier.png, frontier.json, '}"
+        "curve.png, replay.gif, tb/ (TensorBoard), config.json + model.safetensors (policy)"
     )
     return results
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -211,7 +212,7 @@ def compare(
     with Progress(transient=True, disable=not progress) as bar:
         work = bar.add_task("evaluate", total=len(policies) * len(instances))
         for name, policy in policies.items():
-            bar.update(work, description=name)
+            bar.update(work, description=escape(name))
             started = time.perf_counter()
             playing, draws, parts = played_by(process, policy), generators(process, policy, seed), []
             for rows in by_length.split(batch):
@@ -270,7 +271,7 @@ def add_exact(
 
 def _view(title: str, caption: str, columns: Sequence[str]) -> Table:
     """An empty table of orders, whose ``columns`` hold numbers."""
-    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view = Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.add_column("order", overflow="fold")
     for name in columns:
         view.add_column(name, justify="right", no_wrap=True)
@@ -285,7 +286,7 @@ def exact_table(results: Sequence[Result], reference_name: str) -> Table:
         ("reward", "best possible", "trajectory KL", "terminal KL"),
     )
     for result in results:
-        view.add_row(result.order, *(f"{float(values.mean()):.4f}" for values in result.exact or ()))
+        view.add_row(escape(result.order), *(f"{float(values.mean()):.4f}" for values in result.exact or ()))
     return view
 
 
@@ -304,7 +305,9 @@ def table(results: Sequence[Result], title: str) -> Table:
             cells.append(_percent(float(values.mean())) + f" ({_percent(low)}-{_percent(high)})" * (not cells))
         passes = float((result.passes + result.policy_passes).double().mean())
         how = f" ({result.trained})" * bool(result.trained)
-        view.add_row(result.order + star + how, *cells, f"{result.nfe:.1f}", f"{passes:.1f}", f"{result.seconds:.1f}")
+        view.add_row(
+            escape(result.order + star + how), *cells, f"{result.nfe:.1f}", f"{passes:.1f}", f"{result.seconds:.1f}"
+        )
     return view
 
 

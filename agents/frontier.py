@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -88,7 +89,7 @@ def sweep(
     with Progress(transient=True, disable=not progress) as bar:
         work = bar.add_task("frontier", total=sum(len(settings) for settings in chosen.values()))
         for method, settings in chosen.items():
-            bar.update(work, description=method)
+            bar.update(work, description=escape(method))
             for setting, policy in settings:
                 [result] = compare(process, {method: policy}, instances, seed, batch)
                 points.append(Point(method, setting, not isinstance(policy, Reference), result))
@@ -131,7 +132,7 @@ def _mean(point: Point) -> float:
 def table(points: Sequence[Point], title: str) -> Table:
     """The best points of heuristics and of learned policies, by rising number of forwards."""
     metric = next(iter(points[0].result.metrics))
-    view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("NFE", "passes", "s", f"{metric} %", "95 %", "method", "setting"):
         view.add_column(column, justify="left" if column in ("method", "setting") else "right")
     for point in sorted([*best_of(points, False), *best_of(points, True)], key=lambda p: p.result.nfe):
@@ -140,7 +141,7 @@ def table(points: Sequence[Point], title: str) -> Table:
         cells = (*(f"{count:.2f}" for count in spent), f"{point.result.seconds:.1f}")
         cells += (f"{100 * _mean(point):.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
         setting = ", ".join(f"{name} {value}" for name, value in point.setting.items())
-        view.add_row(*cells, point.method, setting, style="bold" if point.learned else "")
+        view.add_row(*cells, escape(point.method), escape(setting), style="bold" if point.learned else "")
     return view
 
 

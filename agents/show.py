@@ -76,7 +76,7 @@ def run(command: ShowCommand) -> None:
                 time.sleep(command.delay)
     else:  # a pipe or a file gets the moves and the last board
         for line in (*captions, "", task.draw(boards[-1])):
-            console.print(line)
+            console.print(line, markup=False)
     if command.gif is not None:
         clue = instance.tokens[0] != task.mask_id
         render.replay(task, clue, instance.answers[0], {command.order: boards}, command.gif)

@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -201,7 +202,7 @@ def run(command: LikelihoodCommand) -> None:
         "nats per sequence",
         "nats per position",
         "perplexity",
-        title=f"{task.name}, {command.denoiser}, {len(clean)}",
+        title=escape(f"{task.name}, {command.denoiser}, {len(clean)}"),
     )
     rows = []
     for title, form in forms.items():

@@ -122,12 +122,12 @@ class Run:
             _next_second(self.out / "tb")
             self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step)
             self.progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
 
     def __enter__(self) -> Run:

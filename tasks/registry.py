@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -11,6 +12,7 @@ from tasks.settings import alternatives
 from tasks.task import Task
 
 _TASKS: dict[str, Callable[..., Task]] = {}
+UNQUOTED_COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 
 
 def register(name: str, factory: Callable[..., Task]) -> None:
@@ -50,7 +52,8 @@ def read_options(
     what: str, text: str | None, factory: Callable[..., object], given: dict[str, object] | None = None
 ) -> dict[str, object]:
     """Keyword arguments of ``factory`` from ``text``: its ``source``, if named, and ``option=value`` pairs, separated
-    by commas; each as the type that the factory's annotations ask for.
+    by commas; each as the type that the factory's annotations ask for. Double quotes hold what has a comma or an equals
+    sign: ``text:"a,b=c.txt",length=16``.
 
     Args:
         what: what it is part of, for messages. given: options from elsewhere.
@@ -60,12 +63,13 @@ def read_options(
     """
     known = inspect.signature(factory, eval_str=True).parameters
     options = dict(given or {})
-    for place, detail in enumerate(text.split(",") if text is not None else []):
-        option, equals, value = detail.partition("=")
+    for place, detail in enumerate(UNQUOTED_COMMA.split(text) if text is not None else []):
+        option, equals, value = ("", "", "") if detail.startswith('"') else detail.partition("=")
         if not equals and place == 0:
             option, value = "source", detail
         elif not equals:
-            raise UnmaskError(f"{what}: {detail!r} is not of the form option=value")
+            raise UnmaskError(f'{what}: {detail!r} is not of the form option=value; quote names with commas: "a,b"')
+        value = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
         if option in options:
             raise UnmaskError(f"{what}: {option} is given twice")
         options[option] = _converted(what, option, value, known[option].annotation) if option in known else value

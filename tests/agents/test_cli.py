@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from PIL import Image
 
 import tasks
 from agents.cli import main
-from agents.policy import PolicyConfig, load_policy, new_policy
+from agents.policy import PACKAGED_POLICIES, PolicyConfig, load_policy, new_policy
 from pretrain import likelihood
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_state, packaged, save_model
 from pretrain.train import MDMConfig, pretrain
+from tasks import UnmaskError
 from unmask_env import exact, ids
 from unmask_env.denoiser import load_denoiser
 from unmask_env.process import Unmasking
@@ -739,3 +741,29 @@ def test_learners_of_the_libraries_read_hidden_states(unmask, weak: Path, tmp_pa
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
     assert load_policy(tmp_path / "run").reads_hidden
+
+
+@pytest.mark.parametrize("name", ["[red]x", "[/red]", "a,b=c", "ünï"])
+def test_folders_of_any_name(unmask, tmp_path: Path, name: str) -> None:
+    """They are printed as they are, whatever the terminal can show, and never taken for marks of a style."""
+    folder = tmp_path / name
+    shutil.copytree(PACKAGED_DENOISERS / "sudoku4", folder)
+    shutil.copytree(PACKAGED_POLICIES / "sudoku6-tiny-rewards", tmp_path / f"{name} order")
+    shown = unmask("evaluate", "--task", "sudoku4", "--denoiser", folder, "--orders", "margin", "--limit", "3")
+    assert shown.code == 0, shown.err
+    assert f"{name}, 3 instances" in shown.out
+    order = ["--orders", "margin", tmp_path / f"{name} order", "--limit", "2"]
+    shown = unmask("evaluate", "--task", "sudoku6", "--denoiser", "sudoku6-tiny", *order)
+    assert shown.code == 0, shown.err
+    assert f"{name} order" in shown.out.replace("\n", "")
+    shown = unmask("likelihood", "--task", "sudoku4", "--denoiser", folder, "--limit", "2")
+    assert shown.code == 0, shown.err
+
+
+def test_quotes_hold_names_with_commas(tmp_path: Path) -> None:
+    path = tmp_path / "a,b=c.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 60)
+    assert tasks.get(f'text:"{path}",length=16').length == 16
+    assert tasks.get(f'text:source="{path}",length=16').length == 16
+    with pytest.raises(UnmaskError, match="quote names with commas"):
+        tasks.get("text:a.txt,b.txt")
