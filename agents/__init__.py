@@ -1,0 +1,1 @@
+"""Order policies of unmask: how they are trained, evaluated and run from the command line."""

@@ -155,6 +155,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         fail("stopped", 130)
     except Exception as error:
+        if isinstance(error, ImportError | AttributeError):
+            try:
+                import unmask_env  # noqa: F401 - it looks whether something hides this project's packages
+            except ImportError as hidden:
+                fail(str(hidden))
         from pretrain.run import Interrupted
         from tasks import UnmaskError
 

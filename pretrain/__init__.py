@@ -1,0 +1,1 @@
+"""Denoisers of unmask: noise processes, objectives, samplers, the training loop."""

@@ -1,4 +1,4 @@
-"""Tasks: data and truth. See :class:`tasks.Task` for what a task must offer."""
+"""Tasks of unmask: data and truth. See :class:`tasks.Task` for what a task must offer."""
 
 from functools import partial
 
