@@ -132,7 +132,8 @@ class Run:
 
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
-            self._old_handlers = {number: signal.signal(number, self._interrupt) for number in STOPS}
+            heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores hangups
+            self._old_handlers = {number: signal.signal(number, self._interrupt) for number in heeded}
         if self.main:
             self.progress.start()
             self._bar = self.progress.add_task(self._title, total=self.steps, completed=self.step, note="")

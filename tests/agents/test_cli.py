@@ -238,7 +238,7 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["evaluate", *TINY, "--orders", "margin", "learned"], ["has learned no order", "unmask pretrain lomdm"]),
         (["train", "upo", "--out", "x", "--reference", "learned", *TINY[2:]], ["has learned no order"]),
         (["pretrain", "mdm", "--task", "sudoku4:size=5", "--out", "x"], ["takes blanks, reward; not size"]),
-        (["pretrain", "mdm", "--task", "tabular:no.csv", "--out", "x"], ["cannot read the table no.csv"]),
+        (["pretrain", "mdm", "--task", "tabular:no.csv", "--out", "x"], ["cannot read no.csv"]),
         (["pretrain", "mdm", "--task", "text:no.txt", "--out", "x"], ["cannot read no.txt as UTF-8 text"]),
         (
             ["pretrain", "lomdm", "--task", "sudoku4", "--order-lr", "-1", "--out", "x"],

@@ -139,13 +139,19 @@ def test_ctrl_c_and_resume_end_with_the_same_weights(finished, tmp_path, at):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_stop_a_run_as_ctrl_c_does(finished, tmp_path, number, capfd):
-    out = tmp_path / "run"
-    with pytest.raises(Interrupted, match="stopped at step 5 of 12"):
-        pretrain(small(out), task=Stopping(4, number))
-    assert "stopping after this step and saving; once more stops without saving" in capfd.readouterr().err
-    assert signal.getsignal(number) == signal.SIG_DFL
-    pretrain(small(out, resume="must"))
-    assert_equal_runs(finished, out)
+    out, before = tmp_path / "run", signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted, match="stopped at step 5 of 12"):
+            pretrain(small(out), task=Stopping(4, number))
+        assert "stopping after this step and saving; once more stops without saving" in capfd.readouterr().err
+        assert signal.getsignal(number) == signal.SIG_DFL
+        pretrain(small(out, resume="must"))
+        assert_equal_runs(finished, out)
+        signal.signal(number, signal.SIG_IGN)  # as under nohup
+        pretrain(small(tmp_path / "ignored"), task=Stopping(4, number))
+        assert_equal_runs(finished, tmp_path / "ignored")
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_stopped_run_logs_the_means_of_all_its_steps(finished, tmp_path):
