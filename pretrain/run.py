@@ -132,7 +132,8 @@ class Run:
 
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores hangups
+            ignored = {getattr(signal, "SIGHUP", None)}  # where nohup says so
+            heeded = [n for n in STOPS if n not in ignored or signal.getsignal(n) != signal.SIG_IGN]
             self._old_handlers = {number: signal.signal(number, self._interrupt) for number in heeded}
         if self.main:
             self.progress.start()

@@ -147,9 +147,10 @@ def test_other_signals_stop_a_run_as_ctrl_c_does(finished, tmp_path, number, cap
         assert signal.getsignal(number) == signal.SIG_DFL
         pretrain(small(out, resume="must"))
         assert_equal_runs(finished, out)
-        signal.signal(number, signal.SIG_IGN)  # as under nohup
-        pretrain(small(tmp_path / "ignored"), task=Stopping(4, number))
-        assert_equal_runs(finished, tmp_path / "ignored")
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)  # as under nohup
+            pretrain(small(tmp_path / "ignored"), task=Stopping(4, number))
+            assert_equal_runs(finished, tmp_path / "ignored")
     finally:
         signal.signal(number, before)
 
