@@ -18,7 +18,7 @@ from torch import Tensor
 
 from agents.policy import OrderPolicy, belief_log_prob, new_policy
 from agents.remask_policy import RemaskPolicy
-from agents.setup import TrainConfig, annealed, descend, finish, load_init, make_optimizer, process_of, publisher
+from agents.setup import TrainConfig, annealed, descend, load_init, make_optimizer, process_of, publisher
 from agents.states import States
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
@@ -170,7 +170,7 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
     monitor = Validation(config, process, rival, f"imitation {task.name}", gains=target.sees_answers)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "validation": monitor}
     how = "imitation" if target.sees_answers else ""
-    run = Run(config, config.steps, parts, "imitation", publish=publisher(config, policy, lambda: how))
+    run = Run(config, config.steps, parts, "imitation", publish=publisher(policy, lambda: how))
     with run:
         if not len(states):
             run.note("collecting states")
@@ -190,7 +190,7 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps or monitor.due(step + 1):
                 scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
                 monitor.report(run, policy, scalars, f"loss {loss.item():.3f}", config.batch)
-    return finish(config, policy, how)
+    return policy.eval()
 
 
 def _policies(config: ImitationConfig, process: Unmasking) -> tuple[OrderPolicy | RemaskPolicy, OrderPolicy]:

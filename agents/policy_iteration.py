@@ -29,7 +29,7 @@ from torch import Tensor
 from agents.imitation import CERTAIN_FRACTION, mean_cross_entropy, part_to_train, set_imitation_loss, start_sets
 from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
-from agents.setup import Setup, TrainConfig, annealed, descend, finish, make_optimizer, publisher, setup
+from agents.setup import Setup, TrainConfig, annealed, descend, make_optimizer, publisher, setup
 from agents.states import States, at_random_threshold
 from agents.validation import Validation, say
 from pretrain.checkpoint import step_generator
@@ -423,8 +423,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "validation": monitor}
-    how = lambda: "rewards" if len(states) else ""  # noqa: E731
-    run = Run(config, total, parts, title, publish=publisher(config, policy, how))
+    run = Run(config, total, parts, title, publish=publisher(policy, lambda: "rewards" if len(states) else ""))
     with run:
         for step in run.loop():
             iteration, within = divmod(step, config.steps)
@@ -450,7 +449,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
                 said = f"iteration {iteration + 1} loss {loss.item():.3f}"
                 monitor.report(run, policy, scalars, said, config.batch)
-    return finish(config, policy, how())
+    return policy.eval()
 
 
 def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:

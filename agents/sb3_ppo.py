@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from agents.critic import Critic, new_critic
 from agents.policy import OrderPolicy
-from agents.setup import PPOConfig, finish, per_episode, publisher, seeded, setup_on_policy
+from agents.setup import PPOConfig, per_episode, publisher, seeded, setup_on_policy
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, decayed_groups
@@ -161,7 +161,7 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
     title = f"ppo-sb3 {process.task.name}"
     monitor = Validation(config, process, ready.reference, title)
     parts |= {"validation": monitor}
-    run = Run(config, config.iterations, parts, title, publish=publisher(config, policy))
+    run = Run(config, config.iterations, parts, title, publish=publisher(policy))
     with run:
         for iteration in run.loop():
             rate = config.learning_rate(iteration)
@@ -175,4 +175,4 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
             scalars |= {name: float(value) for name, value in model.logger.name_to_value.items()}
             scalars |= {"learning_rate": rate, "gradient/clipped_norm": gradient_norm(model.policy)}
             monitor.report(run, policy, scalars, f"reward {scalars['reward']:.3f}", config.num_envs * steps)
-    return finish(config, policy)
+    return policy.eval()

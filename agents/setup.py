@@ -284,22 +284,16 @@ def minibatch_epochs(
 
 
 def publisher(
-    config: TrainConfig, policy: OrderPolicy | RemaskPolicy, how: Callable[[], str] = lambda: "rewards"
-) -> Callable[[int], None]:
-    """What writes the policy to ``config.out`` after so many steps; ``how`` it learned, if from answers or rewards."""
+    policy: OrderPolicy | RemaskPolicy, how: Callable[[], str] = lambda: "rewards"
+) -> Callable[[int, Path], None]:
+    """What writes the policy to a folder after so many steps; ``how`` it learned, if from answers or rewards."""
 
-    def publish(steps: int) -> None:
+    def publish(steps: int, folder: Path) -> None:
         if steps > 0 and how():
             policy.mark_trained(how())
-        save_model(policy, Path(config.out))
+        save_model(policy, folder)
 
     return publish
-
-
-def finish(config: TrainConfig, policy: OrderPolicy | RemaskPolicy, how: str = "rewards") -> OrderPolicy | RemaskPolicy:
-    """The trained policy, saved in ``config.out``; ``how`` it learned, if from answers or rewards."""
-    publisher(config, policy, lambda: how)(1)
-    return policy.eval()
 
 
 @contextmanager

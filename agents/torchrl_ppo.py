@@ -28,7 +28,6 @@ from agents.setup import (
     RLConfig,
     Setup,
     episode_ends_within,
-    finish,
     look_ahead,
     make_optimizer,
     minibatch_epochs,
@@ -179,7 +178,7 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
     title = f"{'grpo' if grouped else 'ppo'}-torchrl {process.task.name}"
     monitor = Validation(config, process, ready.reference, title)
     parts |= {"validation": monitor}
-    run = Run(config, config.iterations, parts, title, publish=publisher(config, policy))
+    run = Run(config, config.iterations, parts, title, publish=publisher(policy))
     try:
         with run:
             for iteration in run.loop():
@@ -202,7 +201,7 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
                 monitor.report(run, policy, scalars, said, config.num_envs * steps)
     finally:
         collector.shutdown()
-    return finish(config, policy)
+    return policy.eval()
 
 
 def observation_keys(env: UnmaskTorchEnv) -> list[str]:

@@ -22,7 +22,7 @@ from agents.forks import uncertain_states
 from agents.policy import OrderPolicy
 from agents.remask_policy import RemaskPolicy
 from agents.replay import Replay
-from agents.setup import RLConfig, Setup, finish, look_ahead, make_optimizer, minibatch_epochs, publisher, setup
+from agents.setup import RLConfig, Setup, look_ahead, make_optimizer, minibatch_epochs, publisher, setup
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
@@ -299,7 +299,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     title = f"upo {process.task.name}"
     monitor = Validation(config, process, reference, title)
     parts = {"policy": policy, "optimizer": optimizer, "replay": replay, "validation": monitor}
-    run = Run(config, config.imitation + config.iterations, parts, title, publish=publisher(config, policy))
+    run = Run(config, config.imitation + config.iterations, parts, title, publish=publisher(policy))
     with run:
         for step in run.loop():
             iteration = step - config.imitation
@@ -314,7 +314,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
                 scalars = improve(ready, behaviour, optimizer, replay, regulariser, generator)
                 said = f"reward {scalars['reward/fresh']:.3f} informative {scalars['groups/informative']:.0%}"
             monitor.report(run, policy, scalars, said, int(scalars.pop("steps")))
-    return finish(config, policy)
+    return policy.eval()
 
 
 # ---------------------------------------------------------------------- where a run begins

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from agents.evaluate import paired_difference
 from agents.policy import OrderPolicy
 from agents.setup import TrainConfig, load_init
-from pretrain.checkpoint import save_model
 from pretrain.run import Run
 from tasks import Instances, UnmaskError
 from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
@@ -208,9 +207,9 @@ class Validation:
             self._say_if_perfect(run)
         if self.due(done) or (self.instances is not None and done == run.steps):
             scalars |= self.scores(policy)
-            if run.main and scalars["validation/policy"] > self._best:
+            if run.main and run.publish is not None and scalars["validation/policy"] > self._best:
                 self._best = scalars["validation/policy"]
-                save_model(policy, run.out / "best")
+                run.publish(done, run.out / "best")
         note = f"{said}{self._note()}"
         if "learning_rate" in scalars:
             note += f" lr {scalars['learning_rate']:.1e}"

@@ -176,8 +176,7 @@ def _download(name: str, kind: str) -> Path:
     try:
         paths = [Path(hf_hub_download(name, file)) for file in ("config.json", "model.safetensors")]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no {kind} at {name}: not a folder, and not on the hub ({reason})") from None
+        raise CheckpointError(f"no {kind} at {name}: not a folder, and not on the hub ({first_line(error)})") from None
     return paths[0].parent
 
 

@@ -58,7 +58,7 @@ class Run:
         steps: length of the loop.
         parts: named objects with ``state_dict`` and ``load_state_dict`` that make up the state.
         main: False on the other processes of a distributed run: they neither write nor show anything.
-        publish: writes the model, told the number of steps done; called before each save of the state.
+        publish: writes the model after so many steps to a folder; called before each save of the state.
 
     Raises:
         UnmaskError: ``out`` already holds a run and ``resume`` is never, holds one with other settings or a model of
@@ -73,7 +73,7 @@ class Run:
         parts: dict[str, Any],
         title: str,
         main: bool = True,
-        publish: Callable[[int], None] | None = None,
+        publish: Callable[[int, Path], None] | None = None,
     ) -> None:
         self.settings, self.steps, self.parts, self.main = settings, steps, parts, main
         self.publish = publish
@@ -141,7 +141,7 @@ class Run:
             if not (self.out / "state.safetensors").exists():
                 self.save()  # so that --resume works from the first moment on
             elif self.publish is not None and self.step == self.steps:
-                self.publish(self.step)  # nothing is left to do but that
+                self.publish(self.step, self.out)  # nothing is left to do but that
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -215,7 +215,7 @@ class Run:
     def save(self) -> None:
         if self.main:
             if self.publish is not None:
-                self.publish(self.step)
+                self.publish(self.step, self.out)
             state = {
                 "step": self.step,
                 "settings": self._described,

@@ -398,8 +398,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "mean": mean}
     title = f"pretrain {task.name} ({parameter_count(model):,} parameters)"
 
-    def publish(steps: int) -> None:
-        save_model(averaged.module, Path(config.out), half=config.half)
+    def publish(steps: int, folder: Path) -> None:
+        save_model(averaged.module, folder, half=config.half)
 
     run = Run(config, config.steps, parts, title, main=rank == 0, publish=publish)
     if config.compile:

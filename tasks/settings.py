@@ -39,9 +39,9 @@ class Range:
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
-        if -math.inf < self.least and self.most < math.inf:
-            return f"at least {self.least:g}" if self.most == MOST else f"between {self.least:g} and {self.most:g}"
         most = math.inf if self.most == MOST else self.most
+        if -math.inf < self.least and most < math.inf:
+            return f"between {self.least:g} and {most:g}"
         bounds = {"at least": self.least, "above": self.above, "below": self.below, "at most": most}
         shown = {word: "2**63" if bound == 2**63 else f"{bound:g}" for word, bound in bounds.items()}
         return " and ".join(f"{word} {shown[word]}" for word, bound in bounds.items() if math.isfinite(bound))
@@ -54,8 +54,8 @@ Width = Annotated[int, Range(least=1, most=MOST_WIDE)]
 Depth = Annotated[int, Range(least=1, most=MOST_DEEP)]
 Threads = Annotated[int, Range(least=1, most=MOST_THREADS)]
 Seed = Annotated[int, Range(least=0, below=2**63)]
-NotNegative = Annotated[float, Range(least=0, most=1e9)]
-Positive = Annotated[float, Range(above=0, most=1e9)]
+NotNegative = Annotated[float, Range(least=0, most=MOST)]
+Positive = Annotated[float, Range(above=0, most=MOST)]
 Share = Annotated[float, Range(least=0, most=1)]
 InnerShare = Annotated[float, Range(above=0, below=1)]
 ShareBelow1 = Annotated[float, Range(least=0, below=1)]

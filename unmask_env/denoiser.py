@@ -54,15 +54,9 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
             f"{name} returned a {type(denoised).__name__}; it must return unmask_env.state.Denoised.of(log_probs)"
         )
     whole, n, length = denoised.log_probs is not None, *tokens.shape
-    values = denoised.log_probs if whole else denoised._values
-    shape, dtype = tuple(getattr(values, "shape", ())), getattr(values, "dtype", type(values).__name__)
+    shape, dtype = denoised.form
     wide = task.vocab_size if whole else (shape or (0,))[-1]
-    spread = denoised._places is not None and denoised._places.shape == tokens.shape  # made by Denoised.at
-    if (
-        shape != (n, shape[1] if spread else length, wide)
-        or dtype != torch.float32
-        or denoised.vocab_size != task.vocab_size
-    ):
+    if shape != (n, length, wide) or dtype != torch.float32 or denoised.vocab_size != task.vocab_size:
         raise IncompatibleDenoiserError(
             f"{name} returned log-probabilities of shape {shape} and type {dtype} over {denoised.vocab_size} symbols; "
             f"task {task.name} needs ({n}, {length}, {task.vocab_size}), torch.float32"
@@ -75,7 +69,7 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
             )
     if where is None:
         return
-    totals = (values if whole else denoised.top_log_probs)[where].exp().sum(-1)  # NaN where one is
+    totals = (denoised.log_probs if whole else denoised.top_log_probs)[where].exp().sum(-1)  # NaN where one is
     fine = (totals < 1 + TOLERANCE) & ((totals > 1 - TOLERANCE) | (totals == 0) | (not whole))  # 0: no such board
     if not bool(fine.all()):
         row, position = where.nonzero()[(~fine).nonzero()[0, 0]].tolist()

@@ -136,8 +136,7 @@ def configure(family: Family, published: Settings, source: str) -> Any:
     except KeyError as missing:
         raise UnmaskError(f"the configuration of the model {source} lacks {missing}") from None
     except Exception as error:  # transformers checks types and ranges with errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise UnmaskError(f"the configuration of the model {source} is not valid: {reason}") from None
+        raise UnmaskError(f"the configuration of the model {source} is not valid: {error}") from None
     config.is_causal = False
     config.mask_token_id = published.get("mask_token_id")
     config.block_length = published.get("block_size", 4) if family.blocks else None

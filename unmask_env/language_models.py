@@ -74,7 +74,7 @@ class HFDenoiser:
         self._head = None if family is None else self.model.get_output_embeddings()
         config = self.model.config
         self.length, self.vocab_size = task.length, task.vocab_size
-        self.mask_id = self._mask_of(str(source), getattr(task, "tokenizer", None))
+        self.mask_id = self._mask_of(self.name, getattr(task, "tokenizer", None))
         self.pad_id: int | None = getattr(task, "pad_id", None)
         self.pad_side: str | None = getattr(task, "pad_side", None)
         if config.vocab_size < task.vocab_size:
@@ -218,7 +218,8 @@ def _context(model: torch.nn.Module) -> int | None:
 def _whole_blocks(block: int, ids: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(N, 1, L, L) what attention adds: 0 for positions of the own block and of those before it, else -infinity."""
     of = torch.arange(ids.shape[1], device=ids.device) // block  # (L,)
-    allowed = (of.unsqueeze(1) >= of).unsqueeze(0) if seen is None else (of.unsqueeze(1) >= of) & seen.unsqueeze(1)
+    allowed = (of.unsqueeze(1) >= of).unsqueeze(0)  # (1, L, L)
+    allowed = allowed if seen is None else allowed & seen.unsqueeze(1)
     allowed = allowed | torch.eye(len(of), dtype=torch.bool, device=ids.device)  # no row of padding is empty
     added = torch.zeros(allowed.shape, dtype=dtype, device=ids.device)
     return added.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1).expand(len(ids), -1, -1, -1)

@@ -81,6 +81,11 @@ class Unmasking:
         return index.clamp(min=0) // self.rules.block_length
 
     @cached_property
+    def _of_blocks(self) -> Tensor | None:
+        """(L, B) float, 1 where a position is of a block."""
+        return None if self._block is None else torch.nn.functional.one_hot(self._block).float()
+
+    @cached_property
     def _looked_at(self) -> list[bool]:
         """Not empty once the values of a denoiser's answer were checked: once is enough."""
         return []
@@ -135,9 +140,8 @@ class Unmasking:
         if self.rules.remask_budget is not None:
             left = self.rules.remask_budget - state.remask_count.sum(1)
         if self._block is not None:
-            among = torch.nn.functional.one_hot(self._block).float()  # (L, B)
-            block = self._block.masked_fill(~state.masked, among.shape[1] - 1).min(1).values
-            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ among).long()
+            block = self._block.masked_fill(~state.masked, self._of_blocks.shape[1] - 1).min(1).values
+            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ self._of_blocks).long()
         return Observation(
             state.tokens,
             state.masked,

@@ -178,6 +178,15 @@ class Denoised:
         return cls(vocab_size, dense, hidden, order_weights, symbols.int(), log_probs, entropy)
 
     # ------------------------------------------------------------------ the shown parts
+    @property
+    def form(self) -> tuple[tuple[int, ...], Any]:
+        """Shape (N, L, K) and dtype of the shown log-probabilities; () and the name of a type where they are none."""
+        values = self._values if self.log_probs is None else self.log_probs
+        if not isinstance(values, Tensor):
+            return tuple(getattr(values, "shape", ())), getattr(values, "dtype", type(values).__name__)
+        positions = values.shape[:-1] if self._places is None else self._places.shape
+        return (*positions, *values.shape[-1:]), values.dtype
+
     def _spread(self, kept: Tensor, elsewhere: float) -> Tensor:
         """(N, L, ...) from what is kept of the positions asked for (N, W, ...)."""
         if self._places is None:

@@ -139,6 +139,7 @@ def test_a_run_leaves_its_files(finished: dict[str, Path], name: str) -> None:
     filled_in = {"kind": type(config).__name__, "reference": "softmax_confidence"}
     assert settings == given | filled_in
     policy = load_policy(out, MISLED.task, MISLED.denoiser)
+    assert policy.trained == load_policy(out / "best", MISLED.task, MISLED.denoiser).trained == "rewards"
     begun = setup(misled(name, out), MISLED).policy
     assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), begun.parameters(), strict=True))
     assert not policy.training
