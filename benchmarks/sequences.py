@@ -1,8 +1,8 @@
 r"""Masked residues of antibodies and masked atoms of reactions, filled by models that others trained, in every order.
 
     pip install --no-deps --target runs/packages antiberty==0.1.3 abnumber==0.4.4 rxnmapper==0.4.3
-    python benchmarks/sequences.py antibodies --steps 0 --reference softmax_margin:tau=0.3 --instances 1000 \
-        --iterations 6 --out benchmarks/results/antibodies.json
+    python benchmarks/sequences.py antibodies --reference softmax_margin:tau=0.3 --instances 1000 --iterations 6 \
+        --puzzles 4 --out benchmarks/results/antibodies.json
     python benchmarks/sequences.py reactions --out benchmarks/results/reactions.json
 
 Antibodies: AntiBERTy (26 M parameters; Ruffolo et al. 2021, arXiv 2112.07782) fills the loops that bind (CDR1, CDR2
@@ -22,7 +22,6 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,7 +172,8 @@ def main(
         shared: dict[str, Any] = {"out": str(folder), "seed": seed, "threads": threads, "resume": "auto"}
         shared |= {"reference": reference, "iterations": iterations, "puzzles": puzzles, "validate_every": 0}
         if kind == "antibodies":
-            policy = upo.train(upo.UPOConfig(policy=replace(shape, layers=2, defer_above=2.0), **shared), process)
+            wider = PolicyConfig(copy=False, layers=2, read_hidden=True, defer_above=2.0)
+            policy = upo.train(upo.UPOConfig(policy=wider, **shared), process)
         else:
             more = {"steps": steps, "labels": labels, "retries": retries, "candidates": candidates, "levels": levels}
             policy = policy_iteration.train(PolicyIterationConfig(policy=shape, **more, **shared), process)

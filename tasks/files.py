@@ -7,6 +7,7 @@ number that it has in the file.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
@@ -56,6 +57,8 @@ def read_rows(path: str | Path, error: type[UnmaskError] = UnmaskError) -> Itera
 def _opened(path: str | Path, error: type[UnmaskError], newline: str | None = None) -> IO[str]:
     if Path(path).exists() and not Path(path).is_file():  # a device or a pipe may never end
         raise error(f"{path} is no regular file; name a text file")
+    if Path(path).exists() and Path(path).stat().st_size == 0:  # nor may what the kernel writes as it is read
+        return io.StringIO()
     return _guarded(path, error, lambda: open(path, encoding="utf-8-sig", newline=newline))
 
 
