@@ -173,6 +173,7 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
         total_frames=-1,
         reset_at_each_iter=True,
         auto_register_policy_transforms=False,  # the policy has no state to track
+        track_traj_ids=False,  # nobody reads them, and they would lie on the CPU beside data on CUDA
     )
     batches = iter(collector)
     title = f"{'grpo' if grouped else 'ppo'}-torchrl {process.task.name}"
