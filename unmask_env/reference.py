@@ -335,6 +335,20 @@ class _Sets(Reference):
             raise UnmaskError(f"{self.name} looks back, and an observation read from arrays holds no history")
         return seen.history
 
+    def _dealt(self, seen: Observation, steps: int) -> tuple[Tensor, Tensor]:
+        """(N,) each: the forwards that the block in play has had, and how many of all ``steps`` it has. They are dealt
+        to the blocks by their holes, at least one each. Without blocks: those so far, and ``steps``."""
+        history = self._history(seen)
+        if history.block is None or history.block_holes is None:
+            return history.steps, torch.full_like(history.steps, steps)
+        holes = history.block_holes  # (N, B)
+        count = (holes > 0).cumsum(1)  # of blocks that take a forward at least, up to each
+        ends = (steps * holes.cumsum(1) / holes.sum(1, keepdim=True).clamp(min=1)).round().long()
+        ends = (ends - count).clamp(min=0).cummax(1).values + count
+        ends = pad(torch.minimum(ends, steps - count[:, -1:] + count), (1, 0))
+        begin, end = (ends.gather(1, history.block.unsqueeze(1) + after).squeeze(1) for after in (0, 1))
+        return (history.steps - begin).clamp(min=0), (end - begin).clamp(min=1)
+
 
 def certainly(chosen: Tensor) -> Tensor:
     """(N, L) log-probabilities: 0 where ``chosen`` bool, else -inf."""
@@ -509,30 +523,18 @@ class Schedule(_Deterministic):
     """The best fillable positions by ``score``, as many as leave masked what a schedule of ``steps`` forwards says: a
     share cos(pi s / 2 T) after forward s (MaskGIT, arXiv 2202.04200), or 1 - s / T. Where filling goes block by block,
     the forwards are dealt to the blocks by their holes, at least one each, and every block has a schedule of its own
-    (as LLaDA's, arXiv 2502.09992)."""
+    (as LLaDA's, arXiv 2502.09992); so it is with the other rules of a number of steps."""
 
     steps: AtLeast1 = 8
     shape: Literal["cosine", "linear"] = "cosine"
     score: ScoreName = "confidence"
-
-    def _dealt(self, history: History) -> tuple[Tensor, Tensor | int]:
-        """(N,) each: the forwards that the block in play has had, and those that it has in all."""
-        if history.block is None or history.block_holes is None:
-            return history.steps, self.steps
-        holes = history.block_holes  # (N, B)
-        count = (holes > 0).cumsum(1)  # of blocks that take a forward at least, up to each
-        ends = (self.steps * holes.cumsum(1) / holes.sum(1, keepdim=True).clamp(min=1)).round().long()
-        ends = (ends - count).clamp(min=0).cummax(1).values + count
-        ends = pad(torch.minimum(ends, self.steps - count[:, -1:] + count), (1, 0))
-        begin, end = (ends.gather(1, history.block.unsqueeze(1) + after).squeeze(1) for after in (0, 1))
-        return (history.steps - begin).clamp(min=0), (end - begin).clamp(min=1)
 
     def _masked_after(self, share: Tensor) -> Tensor:
         share = share.clamp(max=1.0)
         return torch.cos(share * math.pi / 2) if self.shape == "cosine" else 1 - share
 
     def fills(self, seen: Observation) -> Tensor:
-        done, steps = self._dealt(self._history(seen))
+        done, steps = self._dealt(seen, self.steps)
         done, masked = done.double(), seen.fillable.sum(1)
         left = masked * (self._masked_after((done + 1) / steps) / self._masked_after(done / steps).clamp(min=1e-12))
         count = masked - (left + 1e-6).floor().clamp(min=0).long()
@@ -576,7 +578,13 @@ class ReMDM(_Remasking):
 
     def log_probs(self, seen: Observation) -> tuple[Tensor, Tensor]:
         history, remasking = self._history(seen), Remasking(self.strategy, self.eta)
-        fill, remask = remasking.probabilities(history.steps, self.steps, seen.remaskable, history.fill_prob)
+        done, steps = self._dealt(seen, self.steps)
+        fill = remask = torch.zeros_like(history.fill_prob)
+        for total in steps.unique().tolist():  # one, where filling does not go block by block
+            parts = remasking.probabilities(done, total, seen.remaskable, history.fill_prob)
+            fill, remask = (
+                torch.where((steps == total).unsqueeze(1), *pair) for pair in zip(parts, (fill, remask), strict=True)
+            )
         return fill.log(), remask.log()
 
 
@@ -599,7 +607,8 @@ class SelfPlanning(_Remasking):
         history, within = self._history(seen), seen.fillable | seen.remaskable
         held = seen.denoised.log_prob_of(seen.tokens.clamp(max=seen.denoised.vocab_size - 1))
         score = torch.where(seen.fillable, seen.denoised.best_log_prob, self.eta * held.clamp(min=-1e4))
-        share = ((history.steps + 1) / self.steps).clamp(max=1.0)
+        done, steps = self._dealt(seen, self.steps)
+        share = ((done + 1) / steps).clamp(max=1.0)
         count = torch.ceil(within.sum(1) * share - 1e-6).clamp(min=1)
         kept = ranked(score, within) < count.unsqueeze(1)
         remask = seen.remaskable & ~kept

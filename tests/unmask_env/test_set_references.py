@@ -237,6 +237,29 @@ def test_a_schedule_over_blocks_takes_its_forwards_or_one_per_block(shape: str) 
             assert len(filled) == min(max(steps, blocks), holes.sum())
 
 
+@pytest.mark.parametrize(
+    "order", [ReMDM(12, strategy) for strategy in ("cap", "rescale")] + [SelfPlanning(12)], ids=repr
+)
+def test_rules_that_mask_again_deal_their_forwards_to_the_blocks_too(order) -> None:
+    """24 holes in blocks of 6: three forwards each, so that a block is done after 3, 6, 9 and 12."""
+    tokens = torch.full((40, 24), 2)
+    denoiser = FavouriteDenoiser(torch.zeros_like(tokens), torch.linspace(-0.5, -0.1, 24).expand(40, -1), 2)
+    rules = Rules("set+remask", block_length=6)
+    played = rollout(
+        Letters(24),
+        denoiser,
+        order,
+        Instances(tokens, tokens * 0),
+        rules=rules,
+        record=True,
+        generator=torch.Generator(),
+    )
+    assert (played.nfe <= 12).all()
+    assert (played.nfe >= 11).float().mean() > 0.5  # an unlikely block may be whole before its last forward
+    left = torch.stack([step.observation.masked.sum(1) for step in played.steps[::3]])
+    assert (left <= torch.tensor([[24], [18], [12], [6]])[: len(left)]).all()
+
+
 def test_a_board_ahead_of_its_schedule_or_behind_it_goes_on() -> None:
     """As when another policy made the first moves: of 8 holes in two blocks, two forwards each."""
     tokens, masked = torch.full((3, 8), 2), torch.ones(3, 8, dtype=torch.bool)
