@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import re
@@ -88,6 +89,15 @@ def split(args: Sequence[str]) -> tuple[str, list[str]]:
     fail(f"{what}; known: {', '.join(dict.fromkeys(begun))}")
 
 
+def _one_word(args: Sequence[str], settings: type) -> list[str]:
+    """``--task`` and ``--env`` mean the same, whichever of them the settings have."""
+    fields = {field.name for field in dataclasses.fields(settings)} & {"task", "env"}
+    if len(fields) != 1:
+        return list(args)
+    (own,) = fields
+    return [re.sub(r"^--(task|env)(?==|$)", f"--{own}", word) for word in args]
+
+
 def parse(name: str, args: Sequence[str]) -> Any:
     """The settings that ``args`` mean; tyro's framed complaint becomes one line on stderr and exit code 2."""
     import tyro
@@ -98,7 +108,9 @@ def parse(name: str, args: Sequence[str]) -> Any:
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(settings, args=args, prog=f"unmask {name}", config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(
+                settings, args=_one_word(args, settings), prog=f"unmask {name}", config=(tyro.conf.OmitArgPrefixes,)
+            )
     except SystemExit as stop:
         if stop.code not in (0, None):
             text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", captured.getvalue())

@@ -17,7 +17,6 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-import tasks
 from agents.belief import BeliefFills
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from pretrain.checkpoint import check_writable, packaged, write_json
@@ -38,6 +37,7 @@ from unmask_env.reference import (
     require_full_support,
     require_learned,
 )
+from unmask_env.registration import resolve
 from unmask_env.state import SINGLE, Actions, Rules
 
 Z95 = 1.959963984540054
@@ -317,9 +317,9 @@ class BoardCommand:
     """What plays: a task with a denoiser, and how it fills."""
 
     task: str
-    """for example sudoku6"""
-    denoiser: str
-    """packaged name, folder or hub id"""
+    """for example sudoku6; a task of your own as file.py:Class or package.module:Class; or an environment's id"""
+    denoiser: str | None = None
+    """packaged name, folder or hub id; an environment has a default one"""
     actions: Actions | None = None
     """one position per forward, a set of them, or also positions to mask again; default: by order"""
     temperature: NotNegative = 0.0
@@ -382,10 +382,12 @@ def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instance
     device = resolve_device(command.device)
     if command.blanks is not None and command.puzzles is not None:
         raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
-    task = tasks.get(command.task, **({"blanks": command.blanks} if command.blanks is not None else {}))
+    task, source = resolve(
+        command.task, command.denoiser, **({} if command.blanks is None else {"blanks": command.blanks})
+    )
     instances = task.select(command.limit, command.puzzles, command.difficulty, command.split)
-    denoiser = load_denoiser(command.denoiser, task, device)
-    title = f"{task.name}, denoiser {command.denoiser}, {len(instances)} instances"
+    denoiser = load_denoiser(source, task, device)
+    title = f"{task.name}, denoiser {source}, {len(instances)} instances"
     return Unmasking(task, denoiser, command.rules(default), command.temperature), instances, title
 
 

@@ -19,6 +19,7 @@ from tasks.settings import InnerShare, NotNegative, validate
 from unmask_env import render
 from unmask_env.denoiser import load_denoiser
 from unmask_env.process import Unmasking
+from unmask_env.registration import resolve
 from unmask_env.state import Rollout, Rules, Step
 
 
@@ -48,12 +49,12 @@ def run(command: ShowCommand) -> None:
     """``unmask show``."""
     validate(command)
     check_writable(command.gif, "--gif")
-    task = tasks.get(command.task)
+    task, source = resolve(command.task, command.denoiser)
     heldout = task.heldout()
     if not 0 <= command.index < len(heldout):
         raise UnmaskError(f"index must be between 0 and {len(heldout) - 1}, not {command.index}")
     instance = heldout[command.index : command.index + 1]
-    denoiser = load_denoiser(command.denoiser, task)
+    denoiser = load_denoiser(source, task)
     policy = load_order(command.order, task, denoiser)
     require_suited(command.order, policy, command.actions)
     if command.threshold is not None:

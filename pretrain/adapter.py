@@ -110,7 +110,7 @@ def mask_of(model: Any) -> int:
         UnmaskError: it learned none, or several.
     """
     trained = model.peft_config["default"].trainable_token_indices
-    learned = trained if isinstance(trained, list) else sum((trained or {}).values(), [])
+    learned = trained if isinstance(trained, list) else [token for each in (trained or {}).values() for token in each]
     if len(learned) != 1:
         raise tasks.UnmaskError(
             f"the adapter learned the embeddings of {len(learned)} tokens; one, the mask, is needed"

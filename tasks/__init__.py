@@ -7,7 +7,7 @@ from tasks.errors import IncompatibleDenoiserError, PuzzleFileError, UnknownName
 from tasks.free_text import FreeText
 from tasks.lines import Lines
 from tasks.math_word import MathWord
-from tasks.registry import get, names, read_options, register
+from tasks.registry import get, known, names, read_options, register
 from tasks.sudoku import Sudoku
 from tasks.tabular import Tabular
 from tasks.task import Infilling, Instances, Task
@@ -31,6 +31,7 @@ __all__ = [
     "UnmaskError",
     "Zebra",
     "get",
+    "known",
     "names",
     "read_options",
     "register",

@@ -19,8 +19,9 @@ class UnmaskError(ValueError):
 class UnknownNameError(UnmaskError):
     """A name (task, environment, denoiser, order, ...) that nothing is registered under."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(sorted(known)) or '(none)'}")
+    def __init__(self, kind: str, name: str, known: Iterable[str], more: str = "") -> None:
+        listed = ", ".join(sorted(known)) or "(none)"
+        super().__init__(f"unknown {kind} {name!r}; known: {listed}{'; ' * bool(more)}{more}")
 
 
 class IncompatibleDenoiserError(UnmaskError):

@@ -20,11 +20,11 @@ from tasks import reasoning
 from tasks.errors import UnmaskError, first_line
 from tasks.files import read_lines
 from tasks.grading import DEADLINE, Deadline, check_library, grade
-from tasks.tokenizers import all_tokens, load_tokenizer
 from tasks.reasoning import Problem
 from tasks.settings import AtLeast1, checked
 from tasks.task import DATA, SPLITS, Instances, Task, random_rows
 from tasks.text import load_datasets
+from tasks.tokenizers import all_tokens, load_tokenizer
 
 SAMPLE = DATA / "math_sample.jsonl"
 # Tokens that end what a chat model says, where the tokenizer does not tell.

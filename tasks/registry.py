@@ -1,13 +1,19 @@
-"""Tasks by name, and names with options: ``text:novel.txt,length=128``."""
+"""Tasks by name, and names with options: ``text:novel.txt,length=128``; a user's own as ``my_task.py:Mine,size=4``."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal, get_args, get_origin
 
-from tasks.errors import UnknownNameError, UnmaskError
+from tasks.errors import UnknownNameError, UnmaskError, first_line
 from tasks.settings import alternatives
 from tasks.task import Task
 
@@ -27,25 +33,99 @@ def names() -> list[str]:
 def get(name: str, **options) -> Task:
     """The task registered under ``name``, which may carry what it reads and options: ``text:novel.txt,length=128``.
 
-    After the colon come the task's ``source``, if named, and ``option=value`` pairs, separated by commas.
+    After the colon come the task's ``source``, if named, and ``option=value`` pairs, separated by commas. A class or
+    function of one's own that makes a task is named as ``package.module:Class`` or ``file.py:Class``, and what follows
+    in the same way: ``my_task.py:Mine,size=4``, ``my_task.py:Mine:words.txt,size=4``.
 
     Raises:
         UnknownNameError: listing the known names. UnmaskError: an option that the task does not take, takes in another
-            form, or cannot do without.
+            form, or cannot do without; a module, file or class that cannot be loaded or makes no task.
     """
-    base, colon, details = name.partition(":")
-    if base not in _TASKS:
-        raise UnknownNameError("task", base, _TASKS)
-    options = read_options(f"task {name!r}", details if colon else None, _TASKS[base], options)
-    asked = inspect.signature(_TASKS[base]).parameters.values()
+    base, factory, details = _factory(name)
+    options = read_options(f"task {name!r}", details, factory, options)
+    asked = inspect.signature(factory).parameters.values()
     needed = [p.name for p in asked if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     missing = [option for option in needed if option not in options]
     if missing:
-        raise UnmaskError(f"task {name!r} needs {' and '.join(missing)}, as in {base}:SOURCE,option=value")
-    task = _TASKS[base](**options)
-    if colon:
+        example = f"{base}:SOURCE,option=value" if "source" in missing else f"{base}{_before(base)}{missing[0]}=VALUE"
+        raise UnmaskError(f"task {name!r} needs {' and '.join(missing)}, as in {example}")
+    task = factory(**options)
+    if not isinstance(task, Task):
+        raise UnmaskError(f"task {name!r}: {base} made a {type(task).__name__}; it must make a tasks.Task")
+    if ":" in name:
         task.name = name
     return task
+
+
+def known(name: str) -> bool:
+    """Whether ``name``, with or without options, is registered, or may be a class of one's own (not loaded here)."""
+    return name.partition(":")[0] in _TASKS or _own(name) is not None
+
+
+def _before(base: str) -> str:
+    """What stands between a task's name and its first option."""
+    return "," if ":" in base else ":"
+
+
+def _own(name: str) -> re.Match[str] | None:
+    """``module`` (a file or a dotted name), ``attribute`` and ``details`` of a name of one's own task."""
+    form = r"(?P<module>.+?\.py|[A-Za-z_]\w*(?:\.\w+)*):(?P<attribute>[A-Za-z_]\w*)(?:[:,](?P<details>.*))?"
+    return None if name.partition(":")[0] in _TASKS else re.fullmatch(form, name, re.DOTALL)
+
+
+def _unknown(name: str) -> UnknownNameError:
+    return UnknownNameError("task", name, _TASKS, "your own: file.py:Class or package.module:Class")
+
+
+def _factory(name: str) -> tuple[str, Callable[..., Task], str | None]:
+    """The name without options, what makes the task, and the text of the options."""
+    base, colon, details = name.partition(":")
+    if base in _TASKS:
+        return base, _TASKS[base], details if colon else None
+    own = _own(name)
+    if own is None:
+        raise _unknown(base)
+    module, attribute = own["module"], own["attribute"]
+    if not module.endswith(".py") and not _importable(module.partition(".")[0]):
+        raise _unknown(base)
+    loaded = _file(Path(module)) if module.endswith(".py") else _module(module)
+    factory = getattr(loaded, attribute, None)
+    if not callable(factory):
+        makers = [key for key, value in vars(loaded).items() if isinstance(value, type) and issubclass(value, Task)]
+        makers = [key for key in makers if getattr(loaded, key).__module__ == loaded.__name__]
+        raise UnmaskError(f"{module} has no class or function {attribute}; its tasks are {', '.join(makers) or 'none'}")
+    return f"{module}:{attribute}", factory, own["details"]
+
+
+def _importable(package: str) -> bool:
+    """Whether there is such a package; the folder that one stands in is looked at last."""
+    if importlib.util.find_spec(package) is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.util.find_spec(package) is not None
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the user's own code raises
+        raise UnmaskError(f"cannot import {name}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _file(path: Path) -> ModuleType:
+    """The module of a file, loaded once."""
+    name = "unmask_task_" + re.sub(r"\W", "_", str(path.resolve()))
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise UnmaskError(f"there is no file {path}; name a task of your own as file.py:Class")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own code raises
+        del sys.modules[name]
+        raise UnmaskError(f"cannot load {path}: {type(error).__name__}: {first_line(error)}") from error
+    return module
 
 
 def read_options(

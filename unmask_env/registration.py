@@ -34,7 +34,7 @@ def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None =
 
     Args:
         id: Gymnasium's grammar, ``Namespace/Name-v0``.
-        task: a :class:`tasks.Task`, or the name of a registered one, with its options.
+        task: a :class:`tasks.Task`, or the name of one, with its options (:func:`tasks.get`).
         denoiser: packaged name, folder, hub id, backbone or denoiser; it may also be given to ``gym.make``.
 
     Raises:
@@ -44,7 +44,7 @@ def register(id: str, task: str | Task, denoiser: str | Path | Denoiser | None =
 
     if not re.fullmatch(r"(?:[\w:-]+/)?[\w:.-]+-v\d+", id):
         raise UnmaskError(f"malformed environment id {id!r}; write it as Namespace/Name-v0")
-    if isinstance(task, str) and task.partition(":")[0] not in tasks.names():
+    if isinstance(task, str) and not tasks.known(task):
         raise UnknownNameError("task", task, tasks.names())
     if id in gymnasium.registry:
         if id not in _REGISTERED:
@@ -69,6 +69,30 @@ def lookup(id: str) -> Registered:
     if id not in _REGISTERED:
         raise UnknownNameError("environment", id, _REGISTERED)
     return _REGISTERED[id]
+
+
+def resolve(
+    task: str | Task | None, denoiser: Any = None, *, env_id: str | None = None, **options: Any
+) -> tuple[Task, Any]:
+    """A task and what its denoiser is named, both from an environment's id where they are not given.
+
+    Args:
+        task: a task, its name with options, or an environment's id. options: more of the task's.
+
+    Raises:
+        UnmaskError: a task or denoiser is missing, or an option does not fit; UnknownNameError.
+    """
+    own = isinstance(task, str) and tasks.known(task)
+    if isinstance(task, str) and (task in _REGISTERED or ("/" in task.partition(":")[0] and not own)):
+        task, env_id = None, task
+    registered = None if env_id is None else lookup(env_id)
+    task = registered.task if task is None and registered is not None else task
+    denoiser = registered.denoiser if denoiser is None and registered is not None else denoiser
+    task = tasks.get(task, **options) if isinstance(task, str) else task
+    if task is None or denoiser is None:
+        what, missing = ("this environment", "task") if task is None else (f"task {task.name}", "denoiser")
+        raise UnmaskError(f"{what} needs a {missing}; give one ({missing}=..., --{missing}) or an environment's id")
+    return task, denoiser
 
 
 def make_process(
@@ -96,13 +120,5 @@ def make_process(
     from unmask_env.state import Rules
 
     checked = Rules.of(rules)
-    if isinstance(task, str) and (task in _REGISTERED or "/" in task.partition(":")[0]):
-        task, env_id = None, task
-    registered = None if env_id is None else lookup(env_id)
-    task = registered.task if task is None and registered is not None else task
-    denoiser = registered.denoiser if denoiser is None and registered is not None else denoiser
-    task = tasks.get(task) if isinstance(task, str) else task
-    if task is None or denoiser is None:
-        missing = "task" if task is None else "denoiser"
-        raise UnmaskError(f"this environment needs a {missing}; give {missing}=... or register the id with one")
+    task, denoiser = resolve(task, denoiser, env_id=env_id)
     return Unmasking(task, load_denoiser(denoiser, task, device), checked, temperature)

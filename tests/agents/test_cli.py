@@ -155,7 +155,8 @@ def test_as_a_program() -> None:
     assert "Unmask/Sudoku6x6-v0" in out
     out, err = wrong.communicate(timeout=120)
     assert (wrong.returncode, out) == (2, "")
-    assert err == f"unmask: unknown task 'sudoku5'; known: {', '.join(tasks.names())}\n"
+    own = "your own: file.py:Class or package.module:Class"
+    assert err == f"unmask: unknown task 'sudoku5'; known: {', '.join(tasks.names())}; {own}\n"
 
 
 # ---------------------------------------------------------------------- mistakes
@@ -192,7 +193,8 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["evaluate", *TINY, "--puzzles", "nowhere.csv", "--blanks", "5"], ["--blanks"]),
         (["evaluate", *TINY, "--colour", "red"], ["--colour"]),
         (["evaluate", "--task", "sudoku6"], ["--denoiser"]),
-        (["evaluate"], ["--task", "--denoiser"]),
+        (["evaluate"], ["--task"]),
+        (["evaluate", "--env", "Unmask/Nope-v0"], ["unknown environment 'Unmask/Nope-v0'"]),
         (["paint"], ["paint"]),
         (["train", "sarsa", "--out", "x"], ["sarsa"]),
         ([], ["list"]),
@@ -743,9 +745,24 @@ def test_learners_of_the_libraries_read_hidden_states(unmask, weak: Path, tmp_pa
     assert load_policy(tmp_path / "run").reads_hidden
 
 
+def test_task_and_env_mean_the_same_and_an_environment_has_a_denoiser(unmask, tmp_path: Path) -> None:
+    def numbers(*args: object) -> list[str]:
+        done = unmask("evaluate", *args, "--orders", "margin", "--limit", "5")
+        assert done.code == 0, done.err
+        return [line.rpartition("  ")[0] for line in done.out.splitlines() if "margin" in line]
+
+    whole = numbers("--task", "sudoku4", "--denoiser", "sudoku4")
+    assert whole == numbers("--env", "Unmask/Sudoku4x4-v0") == numbers("--task=Unmask/Sudoku4x4-v0")
+    learn = ["--denoiser", "sudoku6-tiny", "--puzzles", "4", "--steps", "1", "--iterations", "1", "--layers", "1"]
+    done = unmask("train", "--task", "sudoku6:blanks=8", *learn, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["env"] == "sudoku6:blanks=8"
+
+
 @pytest.mark.parametrize("name", ["[red]x", "[/red]", "a,b=c", "ünï"])
-def test_folders_of_any_name(unmask, tmp_path: Path, name: str) -> None:
+def test_folders_of_any_name(unmask, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are printed as they are, whatever the terminal can show, and never taken for marks of a style."""
+    monkeypatch.setenv("COLUMNS", "300")
     folder = tmp_path / name
     shutil.copytree(PACKAGED_DENOISERS / "sudoku4", folder)
     shutil.copytree(PACKAGED_POLICIES / "sudoku6-tiny-rewards", tmp_path / f"{name} order")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -81,3 +83,71 @@ def test_options_are_read_as_their_annotations_say() -> None:
         read_options("it", "count=5", factory)
     with pytest.raises(UnmaskError, match="it: share must be a number, not 'x'"):
         read_options("it", "share=x", factory)
+
+
+OWN = '''
+import torch, tasks
+
+class Parity(tasks.Infilling):
+    """Bits of which the last is the parity of the others."""
+
+    name, symbols = "parity", ("0", "1")
+
+    def __init__(self, source: str = "", length: int = 6):
+        super().__init__((1, length), 0.5)
+        self.source = source
+
+    def clean(self, n, generator):
+        bits = torch.randint(2, (n, self.length - 1), generator=generator)
+        return torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1)
+
+    def heldout_answers(self, n, split):
+        return self.clean(n or 20, self.split_generator(split))
+
+NUMBER = 3
+
+def no_task():
+    return 3
+'''
+
+
+def test_tasks_of_ones_own_by_file_and_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_parity.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])  # the folder is added behind what is there
+    for name, length, source in (
+        (f"{tmp_path}/own_parity.py:Parity", 6, ""),
+        ("own_parity.py:Parity,length=8", 8, ""),
+        ('own_parity:Parity:"a,b.txt",length=4', 4, "a,b.txt"),
+    ):
+        task = tasks.get(name)
+        assert (task.length, task.source, task.name) == (length, source, name)
+        assert tasks.known(name)
+    assert tasks.get("own_parity.py:Parity", length=5).length == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("own_wrong.py:Parity,size=3", "takes source, length; not size"),
+        ("own_wrong.py:Parity,length=x", "length must be a whole number"),
+        ("own_wrong.py:Party", "no class or function Party; its tasks are Parity"),
+        ("own_wrong.py:NUMBER", "no class or function NUMBER"),
+        ("own_wrong.py:no_task", "made a int; it must make a tasks.Task"),
+        ("own_broken.py:Parity", "cannot load own_broken.py: ZeroDivisionError: division by zero"),
+        ("own_missing.py:Parity", "there is no file own_missing.py"),
+        ("no_such_package.module:Parity", "unknown task 'no_such_package.module'"),
+        ("own_broken:Parity", "cannot import own_broken: ZeroDivisionError"),
+    ],
+)
+def test_tasks_of_ones_own_that_cannot_be_made(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_wrong.py").write_text(OWN)
+    (tmp_path / "own_broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    with pytest.raises(UnmaskError) as caught:
+        tasks.get(name)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -112,7 +112,7 @@ def test_an_id_without_a_denoiser_asks_for_one_and_takes_one() -> None:
     unmask_env.register(id, task)
     try:
         for make in (gym.make, gym.make_vec):
-            with pytest.raises(UnmaskError, match="needs a denoiser; give denoiser="):
+            with pytest.raises(UnmaskError, match="needs a denoiser; give one"):
                 make(id)
         env = gym.make(id, denoiser=TableDenoiser(task.joint()))
         assert env.reset(seed=0)[0]["top_symbols"].shape == (2, 2)
@@ -139,7 +139,7 @@ def test_a_process_is_made_of_a_task_or_an_id() -> None:
 
 
 def test_what_a_process_lacks_is_named() -> None:
-    with pytest.raises(UnmaskError, match="needs a denoiser; give denoiser="):
+    with pytest.raises(UnmaskError, match="needs a denoiser; give one"):
         unmask_env.make_process("sudoku4")
     with pytest.raises(UnknownNameError, match=r"unknown environment 'Unmask/Sudoku5x5-v0'; known: .*Sudoku4x4"):
         unmask_env.make_process("Unmask/Sudoku5x5-v0")
@@ -170,5 +170,5 @@ def test_an_unknown_optional_part_is_refused() -> None:
 def test_an_unknown_task_is_named_before_a_missing_denoiser() -> None:
     with pytest.raises(UnknownNameError, match="unknown task 'nope'; known: "):
         unmask_env.make_process("nope")
-    with pytest.raises(UnmaskError, match="needs a denoiser; give denoiser="):
+    with pytest.raises(UnmaskError, match="needs a denoiser; give one"):
         unmask_env.make_process("sudoku4")
