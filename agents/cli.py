@@ -38,6 +38,9 @@ COMMANDS: dict[str, Command] = {
         f"pretrain {name}": Command(f"pretrain.train:{name}", "pretrain", f"Train a denoiser. {text}")
         for name, text in PRETRAIN.items()
     },
+    "pretrain adapter": Command(
+        "pretrain.adapter:AdapterConfig", "adapt", "Make a causal language model a masked denoiser."
+    ),
     "train policy-iteration": Command(
         "agents.policy_iteration:PolicyIterationConfig", "train", "Train an order policy from rewards; the default."
     ),

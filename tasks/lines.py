@@ -56,7 +56,7 @@ class Lines(Infilling):
         lines = _read(source) if isinstance(source, str) else dict(enumerate(source, 1))
         if len(lines) < len(SPLITS):
             raise UnmaskError(f"at least {len(SPLITS)} lines are needed, one for each split, not {len(lines)}")
-        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code, pads=True)
         self.pad_id: int = self.tokenizer.pad_token_id
         self.pad_side, self.symbols = side, all_tokens(self.tokenizer)
         encoded = {number: self._encode(number, line) for number, line in lines.items()}

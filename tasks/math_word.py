@@ -93,7 +93,7 @@ class MathWord(Task):
         splits = _read(source, subset)  # before the tokenizer, which may have to come from a hub
         if any(problem.check is None for problems in splits.values() for problem in problems):
             check_library()  # before a run, not at its first answer
-        self.tokenizer, self.deadline = load_tokenizer(tokenizer, trust_remote_code), deadline
+        self.tokenizer, self.deadline = load_tokenizer(tokenizer, trust_remote_code, pads=True), deadline
         self.name, self.pad_id, self.pad_side = "math", int(self.tokenizer.pad_token_id), "left"
         self.symbols = all_tokens(self.tokenizer)
         prompts = {split: [self._prompt(p.question) for p in problems] for split, problems in splits.items()}

@@ -33,15 +33,16 @@ def gguf(name: str) -> Path:
     return weights
 
 
-def load_tokenizer(source: str | Any, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(source: str | Any, trust_remote_code: bool = False, pads: bool = False) -> Any:
     """A tokenizer of ``transformers`` by folder, hub id or the name of an installed model (``smollm2``); one that is
     loaded already is returned as it is.
 
     Args:
         trust_remote_code: run its own code, where it brings some. Nothing asks in the terminal.
+        pads: a padding token is needed.
 
     Raises:
-        UnmaskError: the library is missing, it cannot be read, or it has no padding token.
+        UnmaskError: the library is missing, it cannot be read, or has no padding token where it ``pads``.
     """
     if isinstance(source, str):
         transformers = library("transformers", "tokenizers of models take the extra text", "'unmask[text]'")
@@ -55,7 +56,7 @@ def load_tokenizer(source: str | Any, trust_remote_code: bool = False) -> Any:
             source = transformers.AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # transformers raises many types for what it cannot read
             raise UnmaskError(f"cannot read the tokenizer {source}: {unread(error)}") from None
-    if source.pad_token_id is None:
+    if pads and source.pad_token_id is None:
         raise UnmaskError("the tokenizer has no padding token; set its pad_token")
     return source
 

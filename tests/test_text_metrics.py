@@ -76,7 +76,7 @@ def test_nats_are_those_of_the_models_logits_whatever_the_batch(folder):
 def test_what_cannot_be_scored_is_one_message(folder, monkeypatch, tmp_path):
     with pytest.raises(UnmaskError, match="a text has 21 tokens, the model's context 12"):
         CausalLM(str(folder)).nats(["a " * 20])
-    with pytest.raises(UnmaskError, match="cannot read the language model"):
+    with pytest.raises(UnmaskError, match="cannot read the tokenizer"):
         CausalLM(str(tmp_path))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UnmaskError, match=r"pip install 'unmask\[text\]'"):

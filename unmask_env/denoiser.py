@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pretrain.adapter import adapter_folder
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, checked_device, load_model
 from pretrain.uniform import ALPHA_MIN
@@ -243,6 +244,9 @@ def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: 
         return HFDenoiser(**options, task=task, device=device)
     if isinstance(source, str | Path):
         name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
+        if adapter_folder(name) is not None:
+            adapted = partial(HFDenoiser, name, task, device)
+            return adapted(**read_options(f"denoiser {str(source)!r}", text if colon else None, adapted))
         model = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
         frozen = partial(FrozenDenoiser, model, task, device)
         return frozen(**read_options(f"denoiser {str(source)!r}", text if colon else None, frozen))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pretrain.adapter import adapter_folder, mask_of, masked_model
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, library
 from tasks.tokenizers import unread
@@ -25,7 +26,8 @@ class HFDenoiser:
     task whose symbols are the tokens of the model's tokenizer (:class:`tasks.Lines`, :class:`tasks.MathWord`).
 
     Published diffusion models of a known family (:mod:`unmask_env.families`) are loaded as the class of
-    ``transformers`` whose computation they are; none of their own code is run.
+    ``transformers`` whose computation they are; none of their own code is run. A folder of an adapter of
+    :func:`pretrain.adapter.adapt`, or its packaged name, is loaded with the causal model that it is of.
 
     Rows of different lengths may share a batch: padding, on whichever side, is moved to the right and hidden by the
     attention mask, so that every row is what it is alone. A model that does not heed the mask (as own code may not;
@@ -67,14 +69,20 @@ class HFDenoiser:
             raise UnmaskError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
         self.name, self.device = str(source), torch.device(device)
         options = {"dtype": getattr(torch, dtype), "device_map": device_map, **(load or {})}
-        model, family = _load(self.name, trust_remote_code, options)
+        folder, family, learned = adapter_folder(self.name), None, None
+        if folder is not None:
+            model = masked_model(folder, **options)
+            learned, shifted = mask_of(model), True if shifted is None else shifted
+            model = model.merge_and_unload()
+        else:
+            model, family = _load(self.name, trust_remote_code, options)
         model = model if adapter is None else _adapted(model, adapter)
         self.model = (model if device_map is not None else model.to(self.device)).eval().requires_grad_(False)
-        # Of a family it is applied where logits are asked for.
-        self._head = None if family is None else self.model.get_output_embeddings()
+        # Of a causal model it is applied where logits are asked for.
+        self._head = None if family is None and folder is None else self.model.get_output_embeddings()
         config = self.model.config
         self.length, self.vocab_size = task.length, task.vocab_size
-        self.mask_id = self._mask_of(self.name, getattr(task, "tokenizer", None))
+        self.mask_id = self._mask_of(self.name, getattr(task, "tokenizer", None)) if learned is None else learned
         self.pad_id: int | None = getattr(task, "pad_id", None)
         self.pad_side: str | None = getattr(task, "pad_side", None)
         if config.vocab_size < task.vocab_size:
