@@ -21,7 +21,7 @@ from tasks.errors import UnmaskError, first_line
 from tasks.files import read_lines
 from tasks.grading import DEADLINE, Deadline, check_library, grade
 from tasks.reasoning import Problem
-from tasks.settings import AtLeast1, checked
+from tasks.settings import AtLeast0, AtLeast1, ShareAbove0, checked
 from tasks.task import DATA, SPLITS, Instances, Task, random_rows
 from tasks.text import load_datasets
 from tasks.tokenizers import all_tokens, load_tokenizer
@@ -60,12 +60,17 @@ class MathWord(Task):
     """Answer word problems, with a pretrained model as the denoiser (``hf:``).
 
     Args:
-        source: ``sample`` (30 short problems written for this package), a file of JSON lines, of which a tenth each is
-            for validation and test, ``hf:`` and a dataset id, whose splits are used, or ``gym:`` and a kind of problem
-            of reasoning-gym with one right answer, or Countdown (1,000 for training, 200 for validation and test each).
+        source: ``sample`` (30 short problems written for this package, all for test), a file of JSON lines, ``hf:``
+            and a dataset id, whose splits are used, or ``gym:`` and a kind of problem of reasoning-gym with one right
+            answer, or Countdown (1,000 for training, 200 for validation and test each).
         tokenizer: a folder or hub id of a tokenizer of ``transformers``, or one of them. One with a chat template is
             asked in its form.
         answer_length: tokens of the answer region. subset: of a dataset.
+        train: a file of problems to train on, of which the last tenth is for validation; all of ``source``, another
+            file, is then for test.
+        test: share of a file's problems that are for test, and as many for validation where that leaves some; by
+            default a tenth, and all of ``sample``.
+        shots: how many training problems stand solved before each question, always the first ones; in a chat as turns.
         deadline: seconds that grading an answer may take; one that takes longer is wrong.
         trust_remote_code: run the tokenizer's own code, where it brings some. Only for sources that you trust.
 
@@ -87,20 +92,25 @@ class MathWord(Task):
         subset: str | None = None,
         deadline: Deadline = DEADLINE,
         trust_remote_code: bool = False,
+        train: str | None = None,
+        test: ShareAbove0 | None = None,
+        shots: AtLeast0 = 0,
     ) -> None:
         if tokenizer is None:
             raise UnmaskError("name the model's tokenizer: math:sample,tokenizer=FOLDER_OR_ID")
-        splits = _read(source, subset)  # before the tokenizer, which may have to come from a hub
+        splits = _read(source, subset, train, test)  # before the tokenizer, which may have to come from a hub
         if any(problem.check is None for problems in splits.values() for problem in problems):
             check_library()  # before a run, not at its first answer
         self.tokenizer, self.deadline = load_tokenizer(tokenizer, trust_remote_code, pads=True), deadline
         self.name, self.pad_id, self.pad_side = "math", int(self.tokenizer.pad_token_id), "left"
         self.symbols = all_tokens(self.tokenizer)
+        self._shots = _examples(splits.get("train", ()), shots)
+        splits = {split: problems[shots if split == "train" else 0 :] for split, problems in splits.items()}
         prompts = {split: [self._prompt(p.question) for p in problems] for split, problems in splits.items()}
         self.prompt_length = max(map(len, itertools.chain(*prompts.values())))
         self.shape = (1, self.prompt_length + answer_length)
         end = self.tokenizer.eos_token_id
-        fill = self.pad_id if end is None else end
+        self._fill = fill = self.pad_id if end is None else end
         self._ends = {fill, *self._end_of_turn()} | ({self.tokenizer.sep_token_id} if end is None else set())
         self._answers: dict[str, Tensor] = {}
         self._problems: dict[tuple[int, ...], Problem] = {}  # by prompt
@@ -116,11 +126,14 @@ class MathWord(Task):
     def _prompt(self, question: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer.encode(self._chat(question), add_special_tokens=False)
-        return self.tokenizer.encode(f"Question: {question}\nAnswer:", add_special_tokens=False)
+        solved = "".join(f"Question: {p.question}\nAnswer: {p.solution}\n\n" for p in self._shots)
+        return self.tokenizer.encode(f"{solved}Question: {question}\nAnswer:", add_special_tokens=False)
 
     def _chat(self, question: str, *replies: str) -> str:
         """Question and replies in the form of the chat template, with its prompt for a reply where there is none."""
-        said = [{"role": "user", "content": question}, *({"role": "assistant", "content": text} for text in replies)]
+        turns = [turn for p in self._shots for turn in (("user", p.question), ("assistant", p.solution))]
+        turns += [("user", question), *(("assistant", text) for text in replies)]
+        said = [{"role": role, "content": text} for role, text in turns]
         try:
             return self.tokenizer.apply_chat_template(said, add_generation_prompt=not replies, tokenize=False)
         except Exception as error:  # templates are programs, in as many forms as there are models
@@ -138,7 +151,8 @@ class MathWord(Task):
 
     def _split(self, split: str) -> Tensor:
         if split not in self._answers:  # MATH-500, for example, is for testing alone
-            raise UnmaskError(f"{self.name} has no {split} problems, only {', '.join(self._answers)}")
+            more = "; test=0.1, or train=FILE, gives some" if [*self._answers] == ["test"] else ""
+            raise UnmaskError(f"{self.name} has no {split} problems, only {', '.join(self._answers)}{more}")
         return self._answers[split]
 
     def sample(self, n: int, generator: torch.Generator) -> Instances:
@@ -147,6 +161,15 @@ class MathWord(Task):
 
     def heldout(self, n: int | None = None, split: str = "test") -> Instances:
         return self.first(n, self.behind_prompt(self._split(split)), f"{split} problems")
+
+    def settled(self, tokens: Tensor) -> Tensor:
+        """As :meth:`tasks.Task.settled`: an answer is over at its first end token that no hole stands before."""
+        answers = tokens[:, self.prompt_length :]
+        ends = torch.isin(answers, torch.tensor(sorted(self._ends), device=tokens.device))
+        open_before = (answers == self.mask_id).long().cumsum(1) > 0
+        over = (ends & ~open_before).long().cumsum(1) > 0
+        answers = torch.where(over & (answers == self.mask_id), self._fill, answers)
+        return torch.cat([tokens[:, : self.prompt_length], answers], 1)
 
     def written(self, tokens: Tensor) -> str:
         """The text of the answer region of one sequence, up to its first end token or end of a turn."""
@@ -178,7 +201,10 @@ class MathWord(Task):
         return "".join("_" * len(run) if hole else self.tokenizer.decode(run) for hole, run in runs)
 
 
-def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem]]:
+def _read(source: str, subset: str | None, train: str | None, test: float | None) -> Mapping[str, Sequence[Problem]]:
+    of_file = not source.startswith(("gym:", "hf:"))
+    if not of_file and (train is not None or test is not None):
+        raise UnmaskError(f"train and test divide files; {source} has splits of its own")
     if source.startswith("gym:"):
         kind, sizes = source.removeprefix("gym:"), (1000, 200, 200)
         return {split: reasoning.problems(kind, n, split) for split, n in zip(SPLITS, sizes, strict=True)}
@@ -192,6 +218,39 @@ def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem]]:
         if not splits:
             raise UnmaskError(f"{source} has none of the splits {', '.join(SPLITS)}, only {', '.join(records)}")
         return splits
+    problems = _of_file(source)
+    if train is not None:
+        if test is not None:
+            raise UnmaskError("name train or test: with a train file all of the source is for test")
+        learned = _of_file(train)
+        held = max(1, len(learned) // 10)
+        if len(learned) <= held:
+            raise UnmaskError(f"{train} has {len(learned)} problems; at least 2 are needed")
+        return {"train": learned[:-held], "validation": learned[-held:], "test": problems}
+    share = test or (1.0 if source == "sample" else 0.1)
+    if share < 1 and len(problems) < len(SPLITS):
+        raise UnmaskError(
+            f"{source} has {len(problems)} problems; at least {len(SPLITS)} are needed, one for each split, or test=1"
+        )
+    if share == 1:
+        return {"test": problems}
+    held = max(1, int(share * len(problems)))
+    mixed = problems[::3] + problems[1::3] + problems[2::3]  # files may be sorted by kind
+    rest = len(mixed) - held
+    looked_at = min(held, rest // 2)
+    return {"train": mixed[: rest - looked_at], "validation": mixed[rest - looked_at : rest], "test": mixed[rest:]}
+
+
+def _examples(problems: Sequence[Problem], shots: int) -> Sequence[Problem]:
+    """The training problems that stand solved before each question, and are not trained on."""
+    if shots and shots >= len(problems):
+        raise UnmaskError(
+            f"{shots} shots need more training problems than the {len(problems)} there are; name train=FILE"
+        )
+    return problems[:shots]
+
+
+def _of_file(source: str) -> list[Problem]:
     path = SAMPLE if source == "sample" else Path(source)
     parsed: dict[str, dict[str, Any]] = {}
     for number, line in read_lines(path).items():
@@ -202,12 +261,7 @@ def _read(source: str, subset: str | None) -> Mapping[str, Sequence[Problem]]:
         if not isinstance(record, dict):
             raise UnmaskError(f"{path}, line {number}: not a record of JSON")
         parsed[f"line {number}"] = record
-    problems = _problems(parsed, str(path))
-    if len(problems) < len(SPLITS):
-        raise UnmaskError(f"{path} has {len(problems)} problems; at least {len(SPLITS)} are needed, one for each split")
-    held = max(1, len(problems) // 10)
-    mixed = problems[::3] + problems[1::3] + problems[2::3]  # files may be sorted by kind
-    return {"train": mixed[: -2 * held], "validation": mixed[-2 * held : -held], "test": mixed[-held:]}
+    return _problems(parsed, str(path))
 
 
 def _problems(records: Mapping[str, dict[str, Any]], source: str) -> list[Problem]:

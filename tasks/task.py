@@ -176,6 +176,11 @@ class Task(ABC):
         hidden = torch.arange(self.length, device=answers.device) >= self.prompt_length
         return Instances(torch.where(hidden, self.mask_id, answers), answers)
 
+    def settled(self, tokens: Tensor) -> Tensor | None:
+        """``tokens`` (N, L) with the holes filled that nothing depends on any more, such as those behind the end of an
+        answer; None, the default, where there are never any. Asked after every step, whatever the order was."""
+        return None
+
     def all_answers(self, instances: Instances) -> Tensor:
         """(N, K, L): the right answers in the task's own form, the instances' own first; rows with fewer repeat it."""
         return instances.answers.unsqueeze(1)

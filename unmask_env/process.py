@@ -175,6 +175,8 @@ class Unmasking:
         masked = state.masked & ~fill
         if remask is not None:
             tokens, masked = tokens.masked_fill(remask, self.task.mask_id), masked | remask
+        if (settled := self.task.settled(tokens)) is not None:
+            tokens, masked = settled, settled == self.task.mask_id
         steps = state.steps + (~state.done).long()
 
         complete = ~masked.any(1) & ~state.done

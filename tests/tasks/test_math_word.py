@@ -10,6 +10,9 @@ import torch
 import tasks
 from tasks import MathWord, UnmaskError
 from tasks.math_word import SAMPLE, is_right, read_problem
+from unmask_env.process import Unmasking
+from unmask_env.reference import reference
+from unmask_env.state import Denoised, Rules
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -70,14 +73,19 @@ def test_the_samples_own_solutions_are_right(tokenizer):
     for problem in problems:
         assert is_right(problem.solution, problem.answer), problem
     task = MathWord("sample", tokenizer, answer_length=64)
-    for split in tasks.task.SPLITS:
-        instances = task.heldout(split=split)
-        assert task.reward(instances.answers, instances).mean() == 1, split
-    assert len(task.heldout(split="train")) == 24
+    instances = task.heldout()
+    assert len(instances) == 30
+    assert task.reward(instances.answers, instances).mean() == 1
+    with pytest.raises(
+        UnmaskError, match=r"math has no train problems, only test; test=0\.1, or train=FILE, gives some"
+    ):
+        task.sample(1, torch.Generator())
+    divided = MathWord("sample", tokenizer, answer_length=64, test=0.1)
+    assert [len(divided.heldout(split=split)) for split in tasks.task.SPLITS] == [24, 3, 3]
 
 
 def test_prompts_are_given_and_the_answer_region_is_hidden(tokenizer):
-    task = MathWord("sample", tokenizer, answer_length=20)
+    task = MathWord("sample", tokenizer, answer_length=20, test=0.1)
     instances = task.sample(8, torch.Generator().manual_seed(0))
     hidden = instances.tokens == task.mask_id
     assert torch.equal(hidden, (torch.arange(task.length) >= task.prompt_length).expand(8, -1))
@@ -216,5 +224,73 @@ def test_wrong_settings(tokenizer):
         tasks.get("math:sample,tokenizer=/nowhere/at/all")
     with pytest.raises(UnmaskError, match="cannot read the dataset"):
         MathWord("hf:/nowhere/at/all", tokenizer)
-    with pytest.raises(UnmaskError, match="has 3 test problems; cannot take 4"):
-        MathWord("sample", tokenizer).heldout(4)
+    with pytest.raises(UnmaskError, match="has 30 test problems; cannot take 31"):
+        MathWord("sample", tokenizer).heldout(31)
+    with pytest.raises(
+        UnmaskError, match=r"24 shots need more training problems than the 24 there are; name train=FILE"
+    ):
+        MathWord("sample", tokenizer, test=0.1, shots=24)
+    with pytest.raises(UnmaskError, match="name train or test"):
+        MathWord("sample", tokenizer, test=0.1, train="sample")
+    with pytest.raises(UnmaskError, match="gym:chain_sum has splits of its own"):
+        MathWord("gym:chain_sum", tokenizer, test=0.1)
+
+
+def test_a_file_to_train_on_and_solved_examples(tokenizer, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(20)))
+    task = MathWord("sample", tokenizer, 5, train=str(path), shots=2)
+    assert [len(task.heldout(split=split)) for split in tasks.task.SPLITS] == [16, 2, 30]
+    shown = task.draw(task.heldout(1).tokens[0])
+    assert shown.startswith("Question: 0 + 1?\nAnswer: #### 1\n\nQuestion: 1 + 1?\nAnswer: #### 2\n\nQuestion: A baker")
+    assert "0 + 1?\nAnswer:_" not in task.draw(task.heldout(1, "train").tokens[0]), "examples are not asked"
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = TEMPLATE
+    shown = MathWord("sample", chat, 3, train=str(path), shots=1)
+    assert shown.draw(shown.heldout(1).tokens[0]).startswith(
+        "[user] 0 + 1?<stop>[assistant] #### 1<stop>[user] A baker makes"
+    )
+
+
+class Says:
+    """A denoiser that is certain of one text behind the prompt, and less of what stands further to the right."""
+
+    calls, hidden_dim, device = 0, None, torch.device("cpu")
+
+    def __init__(self, task: MathWord, said: list[int]) -> None:
+        self.task, self.said = task, torch.tensor(said)
+
+    def __call__(self, tokens, where=None):
+        task = self.task
+        logits = torch.zeros(*tokens.shape, task.vocab_size)
+        sure = torch.linspace(30, 20, len(self.said)).unsqueeze(1)
+        logits[:, task.prompt_length :] = torch.nn.functional.one_hot(self.said, task.vocab_size) * sure
+        log_probs = logits.log_softmax(-1)
+
+        def log_probs_at(rows, positions):
+            return log_probs[rows, positions]
+
+        return Denoised.at(
+            torch.ones_like(tokens, dtype=torch.bool) if where is None else where, task.vocab_size, log_probs_at
+        )
+
+
+def test_an_answer_that_is_over_takes_no_more_forwards(tokenizer, five):
+    task = MathWord(five, tokenizer, answer_length=12)
+    end, instances = tokenizer.eos_token_id, task.heldout(1)
+    said = tokenizer.encode(" 5", add_special_tokens=False)
+    written = len(said)
+    said = (said + [end] * 12)[:12]
+    for rules, forwards in ((Rules(), written + 1), (Rules("set", block_length=4), None)):
+        process = Unmasking(task, Says(task, said), rules)
+        order = reference("max_confidence" if rules.actions == "single" else "fixed_k:k=1")
+        played = process.rollout(order, instances)
+        assert played.state.done.all()
+        assert not (played.tokens == task.mask_id).any()
+        assert played.reward.tolist() == [1.0]
+        assert played.tokens[0, task.prompt_length :].tolist() == said
+        assert int(played.state.steps) == (forwards or written + 1)
+
+    open_before = instances.tokens.clone()
+    open_before[0, task.prompt_length + 1] = end
+    assert torch.equal(task.settled(open_before), open_before), "an end behind a hole may still move"
