@@ -5,6 +5,10 @@
 A random model in LLaDA's layout and with its vocabulary fills 32 masked positions of 96 and of 456, one per forward.
 *Bare* are the same forwards by hand, with logits and their 16 best at the masked positions; *whole* is one forward with
 the logits of all positions. Each peak is of a fresh process, above its loaded model.
+
+    python benchmarks/memory.py --plan --out benchmarks/results/memory-llada-8b.json
+
+computes, without running it, what training an order policy for LLaDA-8B takes on one device.
 """
 
 from __future__ import annotations
@@ -19,21 +23,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import tyro
 from common import interleaved, median_ratio, report
 from overhead import Letters
 from safetensors.torch import save_file
 from torch import Tensor
 
+from agents.policy import OrderPolicy
 from tasks import Instances
+from unmask_env.families import FAMILIES, configure
 from unmask_env.language_models import HFDenoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import reference
+from unmask_env.state import CHUNK, Denoised, Observation
 
 VOCABULARY, LENGTHS, MASKED, BOARDS, WIDE, INNER, LAYERS = 126_464, (96, 456), 32, 4, 128, 384, 4
 PUBLISHED = {"model_type": "llada", "vocab_size": VOCABULARY, "embedding_size": VOCABULARY, "d_model": WIDE}
 PUBLISHED |= {"n_layers": LAYERS, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": INNER, "mask_token_id": 126_336}
 PUBLISHED |= {"max_sequence_length": 4096, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "weight_tying": False}
+
+
+LLADA_8B = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288}
 
 
 class Words(Letters):
@@ -98,14 +109,51 @@ def measure(what: str, folder: Path, length: int) -> Any:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
 
 
+def planned(boards: int, positions: int, block: int, answer: int) -> dict[str, float]:
+    """Gibibytes that UPO with LLaDA-8B in bfloat16 takes, computed from its configuration and this package's shapes.
+
+    Args:
+        boards: played and updated together. positions: of prompt and answer. block: positions that are filled in turn.
+        answer: positions to fill, one per forward.
+    """
+    published = PUBLISHED | LLADA_8B
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(configure(FAMILIES["llada"], published, "LLaDA-8B"))
+    wide, inner = published["d_model"], published["mlp_hidden_size"]
+    shown = torch.zeros(boards, positions, dtype=torch.bool)
+    shown[:, -block:] = True
+    task = Words(positions)
+    denoised = Denoised.at(shown, VOCABULARY, lambda rows, _: torch.zeros(len(rows), VOCABULARY))
+    tokens = torch.zeros(boards, positions, dtype=torch.int64)
+    seen = Observation(tokens, shown, shown.clone(), denoised)
+    step = sum(storages(seen).values()) + tokens.numel()  # and the action
+    policy = OrderPolicy(VOCABULARY, task.coordinates.tolist(), rotary=True, by_rank=True)
+    kept = 16 * policy.config.dim * (policy.config.layers or 3)  # numbers per position that a gradient needs, about
+    count = sum(p.numel() for p in policy.parameters())
+    parts = {
+        "weights": 2 * sum(p.numel() for p in model.parameters()),
+        "activations of a forward": 2 * boards * positions * (2 * wide + 3 * inner),  # a block's widest moment
+        "logits, some at a time": CHUNK * (2 + 3 * 4),
+        f"recorded: {answer} steps": step * answer,
+        "policy, its gradient and AdamW": 4 * 4 * count,
+        "activations of a policy's update": 4 * boards * positions * kept,
+    }
+    return {name: round(size / 2**30, 3) for name, size in parts.items()} | {"policy parameters": count}
+
+
 def main(
     measured: str = "",
     folder: Path = Path(),
     length: int = 0,
     threads: int | None = None,
+    plan: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Args: measured, folder, length: one measurement, in this process."""
+    """Args: measured, folder, length: one measurement, in this process. plan: compute LLaDA-8B's needs instead."""
+    if plan:
+        sizes = {"boards": 16, "positions": 768, "block": 32, "answer": 256}
+        print(found := planned(**sizes))
+        return report(out, computed=found, **sizes)
     torch.set_num_threads(threads or torch.get_num_threads())
     if measured:
         return print(measure(measured, folder, length))
