@@ -13,6 +13,7 @@ import copy
 import hashlib
 import itertools
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -167,6 +168,11 @@ class UnmaskLM(TemplateLM):
         self.task = Prompts(self.tokenizer)
         more = {"dtype": dtype, "trust_remote_code": str(trust_remote_code).lower() if trust_remote_code else None}
         named = ",".join([denoiser, *(f"{name}={value}" for name, value in more.items() if value is not None)])
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            logging.getLogger(__name__).warning(
+                "there is no CUDA here, which the harness's command asks for; using cpu"
+            )
+            device = "cpu"
         self.denoiser: HFDenoiser = load_denoiser(named, self.task, device or "cpu")
         self.policy = _order(order, self.task, self.denoiser)
         self.rules = Rules(actions=self.policy.actions, block_length=block_length)
@@ -418,7 +424,7 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def main() -> None:
-    """The harness's command, with the model ``unmask``; a user's mistake in its settings is one line and exit code 2."""
+    """The harness's command, with the model ``unmask``. A mistake in its settings is one line, and exit code 2."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
