@@ -394,7 +394,7 @@ def test_errors_in_one_line() -> None:
     with pytest.raises(tasks.UnknownNameError, match="unknown reference policy 'luck'"):
         reference("luck")
     for make, message in (
-        (lambda: reference("threshold", theta=0.5, tau=1), "takes theta, score; not tau"),
+        (lambda: reference("threshold", theta=0.5, tau=1), "takes theta, score, at_least; not tau"),
         (lambda: FixedK(0), "k must be a whole number of at least 1, not 0"),
         (lambda: FixedK(2, "luck"), "score must be confidence or margin or entropy, not 'luck'"),
         (lambda: SoftThreshold(theta=1.5), "theta must be a number above 0 and below 1, not 1.5"),
