@@ -27,7 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policy import OrderPolicy, load_policy
+from agents.policy import LearnedPolicy, load_policy
 from pretrain.masking import plackett_luce
 from tasks import Instances, Task, UnmaskError
 from tasks.errors import first_line
@@ -37,7 +37,7 @@ from tasks.settings import AtLeast1, NotNegative, Seed, checked
 from unmask_env.denoiser import HUGGING_FACE, load_denoiser
 from unmask_env.language_models import HFDenoiser
 from unmask_env.process import Unmasking
-from unmask_env.reference import REFERENCES, Policy, reference
+from unmask_env.reference import NO_ORDER, REFERENCES, Learned, LearnedGreedy, Policy, reference
 from unmask_env.state import Rules, State
 
 Likelihood = Literal["bound", "left_to_right", "one_forward"]
@@ -180,7 +180,7 @@ class UnmaskLM(TemplateLM):
         self.temperature, self.max_gen_toks, self.batch_size = temperature, max_gen_toks, int(batch_size)
         context = self.denoiser.context or CONTEXT
         self.max_length = min(max_length or context, context)
-        if isinstance(self.policy, OrderPolicy):
+        if isinstance(self.policy, LearnedPolicy):
             self.max_length = min(self.max_length, self.policy.length)
         self._device = self.denoiser.device
         self._ends = {self.eot_token_id, *map(self.task.symbols.index, {*ENDS_OF_TURN} & {*self.task.symbols})}
@@ -287,7 +287,7 @@ class UnmaskLM(TemplateLM):
     ) -> tuple[Tensor, Tensor]:
         """(N, holes) tokens behind ``prompts``, and (N,) forwards. Rows end once they are complete, or stop within
         complete blocks: what is behind those is left as masks. Rows draw from one stream, so several may not."""
-        learned = isinstance(self.policy, OrderPolicy)
+        learned = isinstance(self.policy, LearnedPolicy)
         width = self.policy.length - holes if learned else max(map(len, prompts))
         task = self.task.of(width, holes)
         rules = Rules(self.rules.actions, nfe_budget=2 * holes, block_length=self.rules.block_length)
@@ -403,11 +403,13 @@ class UnmaskLM(TemplateLM):
 
 
 def _order(name: str, task: Task, denoiser: HFDenoiser) -> Policy:
-    """Raises :class:`tasks.UnmaskError` where it sees answers or is for other symbols."""
+    """Raises :class:`tasks.UnmaskError` where it sees answers, is the denoiser's own, or is for other symbols."""
     if name.partition(":")[0] in REFERENCES:
         policy: Policy = reference(name)
         if policy.sees_answers:
             raise UnmaskError(f"the order {name} sees the answers, which the harness keeps; take another")
+        if isinstance(policy, Learned | LearnedGreedy):
+            raise UnmaskError(NO_ORDER)
         return policy
     learned = load_policy(name, None, denoiser).to(denoiser.device)
     if learned.vocab_size != task.vocab_size:

@@ -258,6 +258,7 @@ def test_the_command_and_the_entry_point(folder, tmp_path, monkeypatch, capsys) 
         ({"batch_size": "auto"}, "batch_size must be a whole number"),
         ({"order": "best"}, "unknown order policy 'best'"),
         ({"order": "oracle"}, "the order oracle sees the answers"),
+        ({"order": "learned"}, "has learned no order"),
         ({"likelihood": "mean"}, "likelihood must be bound or left_to_right or one_forward"),
         ({"samples": 0}, "samples must be"),
         ({"dtype": "int8"}, "dtype"),

@@ -127,6 +127,8 @@ def test_fixed_k_and_threshold_by_hand() -> None:
     assert chosen(FixedK(2, "confidence")) == [[0, 2], [1, 2]]
     assert chosen(Threshold(0.9)) == [[0, 2], [1]]  # below the threshold the best one, filled ones never
     assert chosen(Threshold(0.65)) == [[0, 1, 2], [1, 2]]
+    assert chosen(Threshold(0.92, at_least=2)) == [[0, 2], [1, 2]]
+    assert chosen(Threshold(0.5, at_least=1)) == chosen(Threshold(0.5, at_least=3)) == [[0, 1, 2], [0, 1, 2]]
     assert chosen(Threshold(0.35, "margin")) == [[0, 1, 2], [1]]
 
 
