@@ -20,6 +20,27 @@ from unmask_env.reference import REFERENCES, Policy, reference
 from unmask_env.state import WHOLE, Denoised, Observation
 
 PROGRAM = "policy.pt2"
+SHARED = '''
+VOCAB_SIZE = {vocab_size}
+
+
+class Program:
+    """The exported policy: which of a block's masks are filled now, with the likeliest tokens."""
+
+    def __init__(self, file):
+        self.exported, self.module = torch.export.load(file), None
+
+    def __call__(self, logits, masked, tokens, mask_id):
+        """(N, L) tokens after one step; logits (N, L, V or more), masked (N, L) bool, tokens (N, L)."""
+        logits = logits[..., :VOCAB_SIZE].float()
+        if mask_id < VOCAB_SIZE:
+            mask = torch.tensor([mask_id], device=logits.device)
+            logits = logits.index_fill(-1, mask, torch.finfo(torch.float32).min)
+        if self.module is None:
+            self.module = move_to_device_pass(self.exported, logits.device).module()
+        fill = self.module(logits, masked, tokens.long().clamp(max=VOCAB_SIZE - 1))
+        return torch.where(fill, logits.argmax(-1).to(tokens.dtype), tokens)
+'''
 SGLANG = '''"""An algorithm for SGLang's diffusion language models, written by `unmask export` for SGLang 0.5.23.
 
 Put this file into the folder sglang/srt/dllm/algorithm of SGLang's package, where it looks for algorithms, and start
@@ -27,41 +48,49 @@ Put this file into the folder sglang/srt/dllm/algorithm of SGLang's package, whe
     python -m sglang.launch_server --model-path MODEL --dllm-algorithm UnmaskPolicy --dllm-algorithm-config unmask.yaml
 """
 
-from typing import Any, List
-
 import torch
 from sglang.srt.dllm.algorithm.base import DllmAlgorithm
 from torch.export.passes import move_to_device_pass
-
-VOCAB_SIZE = {vocab_size}
-
+{shared}
 
 class UnmaskPolicy(DllmAlgorithm):
-    """Each step fills the positions of a block that the exported policy names, with the likeliest tokens."""
-
     def __init__(self, config):
         super().__init__(config)
-        self.exported = torch.export.load(config.algorithm_config["program"])
-        self.program = None
+        self.program = Program(config.algorithm_config["program"])
 
-    def step(self, forward_batch, full_logits: torch.Tensor, states: List[Any]) -> List[bool]:
+    def step(self, forward_batch, full_logits, states):
         n = forward_batch.batch_size
-        ids = forward_batch.input_ids.view(n, self.block_size)
-        masked = ids == self.mask_id
+        tokens = forward_batch.input_ids.view(n, self.block_size)
+        masked = tokens == self.mask_id
         if forward_batch.dllm_prompt_mask is not None:
             masked = masked & ~forward_batch.dllm_prompt_mask
-        logits = full_logits.view(n, self.block_size, -1)[..., :VOCAB_SIZE].float()
-        if self.mask_id < VOCAB_SIZE:
-            logits[..., self.mask_id] = torch.finfo(torch.float32).min
-        if self.program is None:
-            self.program = move_to_device_pass(self.exported, logits.device).module()
-        fill = self.program(logits, masked, ids.long().clamp(max=VOCAB_SIZE - 1))
-        filled = torch.where(fill, logits.argmax(-1).to(ids.dtype), ids)
-        forward_batch.input_ids.copy_(filled.view(-1))
+        logits = full_logits.view(n, self.block_size, -1)
+        forward_batch.input_ids.copy_(self.program(logits, masked, tokens, self.mask_id).view(-1))
         return (~masked.any(1)).tolist()
 
 
 Algorithm = UnmaskPolicy
+'''
+DINFER = '''"""A decoder for dInfer, written by `unmask export`.
+
+Give UnmaskDecoder("policy.pt2", mask_id) to its diffusion model in place of a decoder of its own.
+"""
+
+import torch
+from dinfer.decoding.parallel_strategy import ParallelDecoder, broadcast_if_needed
+from torch.export.passes import move_to_device_pass
+{shared}
+
+class UnmaskDecoder(ParallelDecoder):
+    def __init__(self, program, mask_id):
+        super().__init__(0, mask_id=mask_id)
+        self.program = Program(program)
+
+    def decode(self, logits, block_start, block_end, x, iter_threshold=None):
+        tokens = x[:, block_start:block_end]
+        masked = tokens == self.mask_id
+        x[:, block_start:block_end] = self.program(logits, masked, tokens, self.mask_id)
+        broadcast_if_needed(x.data)
 '''
 
 
@@ -103,14 +132,14 @@ class Decision(nn.Module):
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a rule or a trained policy as a program that needs torch alone, or as an algorithm for SGLang."""
+    """Write a rule or a trained policy as a program that needs torch alone, and what SGLang or dInfer call it by."""
 
     policy: tyro.conf.Positional[str]
     """a reference policy that neither draws nor looks back, with its options, or a trained policy's name, folder or hub
     id"""
     out: Path
     """folder for the program and what belongs to it"""
-    to: Literal["torch", "sglang"] = "torch"
+    to: Literal["torch", "sglang", "dinfer"] = "torch"
     vocab_size: AtLeast2 | None = None
     """symbols, of a rule; a trained policy knows its own"""
     length: AtLeast1 | None = None
@@ -155,14 +184,18 @@ def run(command: ExportCommand) -> None:
     write_atomically(command.out / PROGRAM, lambda path: _save(program, path))
     settings = {"policy": command.policy, "vocab_size": vocab_size, "length": length, "torch": torch.__version__}
     write_json(command.out / "policy.json", settings)
-    if command.to == "sglang":
-        texts = {
-            "unmask_policy.py": SGLANG.replace("{vocab_size}", str(vocab_size)),
-            "unmask.yaml": f"program: {(command.out / PROGRAM).resolve()}\nblock_size: {length}\n",
-        }
-        for name, text in texts.items():
-            write_atomically(command.out / name, lambda path, text=text: path.write_text(text))
+    for name, text in engine_files(command.to, vocab_size, length, command.out / PROGRAM).items():
+        write_atomically(command.out / name, lambda path, text=text: path.write_text(text))
     print(f"{command.out / PROGRAM}: {command.policy}, {vocab_size} symbols, {length} positions")
+
+
+def engine_files(to: str, vocab_size: int, length: int, program: Path) -> dict[str, str]:
+    """What an engine needs beside the program, by file."""
+    shared = SHARED.replace("{vocab_size}", str(vocab_size))
+    if to == "sglang":
+        settings = f"program: {program.resolve()}\nblock_size: {length}\n"
+        return {"unmask_policy.py": SGLANG.replace("{shared}", shared), "unmask.yaml": settings}
+    return {"unmask_decoder.py": DINFER.replace("{shared}", shared)} if to == "dinfer" else {}
 
 
 def _save(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agents.cli import main
-from agents.export import export
+from agents.export import engine_files, export
 from agents.policy import load_policy
 from tasks import UnmaskError
 from tests.toys import generator, observation
@@ -51,49 +51,86 @@ def played(program, process, instances):
     return tokens
 
 
-@pytest.mark.parametrize("name", ["sudoku6-tiny-sets-rewards", "sudoku6-tiny-rewards"])
-def test_a_trained_policy_from_its_file(name, tmp_path, capsys) -> None:
-    main(["export", name, "--out", str(tmp_path)])
-    assert "6 symbols, 36 positions" in capsys.readouterr().out
-    program = torch.export.load(tmp_path / "policy.pt2").module()
+SETS = "sudoku6-tiny-sets-rewards"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """What `unmask export --to sglang` leaves of a packaged policy."""
+    folder = tmp_path_factory.mktemp("exported")
+    main(["export", SETS, "--to", "sglang", "--out", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("name", [SETS, "sudoku6-tiny-rewards"])
+def test_a_trained_policy_from_its_file(name, exported, tmp_path, capsys) -> None:
+    folder = exported if name == SETS else tmp_path
+    if name != SETS:
+        main(["export", name, "--out", str(folder)])
+        assert "6 symbols, 36 positions" in capsys.readouterr().out
+        assert {file.name for file in folder.iterdir()} == {"policy.pt2", "policy.json"}
+    program = torch.export.load(folder / "policy.pt2").module()
     policy = load_policy(name)
     process = make_process("sudoku6", denoiser="sudoku6-tiny", actions=policy.actions)
     instances = process.task.heldout(20)
     assert torch.equal(played(program, process, instances), process.rollout(policy, instances).tokens)
-    assert json.loads((tmp_path / "policy.json").read_text())["policy"] == name
+    assert json.loads((folder / "policy.json").read_text())["policy"] == name
 
 
-def test_the_algorithm_for_sglang(tmp_path, monkeypatch) -> None:
-    """Its step alone: SGLang is not here, so its base class is stood in for by what of it the step reads."""
-    main(["export", "sudoku6-tiny-sets-rewards", "--to", "sglang", "--out", str(tmp_path)])
-    program = (tmp_path / "unmask.yaml").read_text().splitlines()[0].removeprefix("program: ")
+def defined_by(text, monkeypatch, module, **names):
+    """What an exported file defines. The engines are not here: what of theirs it imports is stood in for."""
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+    vars(sys.modules[module]).update(names)
+    defined: dict = {}
+    exec(text, defined)
+    return defined
 
+
+def rolled():
+    """Boards, the network whose logits an engine would have, and the boards as the process fills them."""
+    process = make_process("sudoku6", denoiser="sudoku6-tiny", actions="set")
+    instances = process.task.heldout(5)
+    return instances.tokens, process.denoiser.model, process.rollout(load_policy(SETS), instances).tokens
+
+
+def test_the_step_of_the_algorithm_for_sglang(exported, monkeypatch) -> None:
     class DllmAlgorithm:
         def __init__(self, config):
             self.block_size, self.mask_id = config.block_size, config.mask_id
 
-    for name in ("sglang", "sglang.srt", "sglang.srt.dllm", "sglang.srt.dllm.algorithm"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    base = ModuleType("sglang.srt.dllm.algorithm.base")
-    base.DllmAlgorithm = DllmAlgorithm
-    monkeypatch.setitem(sys.modules, base.__name__, base)
-    written = {}
-    exec((tmp_path / "unmask_policy.py").read_text(), written)
-    config = SimpleNamespace(block_size=36, mask_id=6, algorithm_config={"program": program})
-    algorithm = written["Algorithm"](config)
+    base = "sglang.srt.dllm.algorithm.base"
+    text = (exported / "unmask_policy.py").read_text()
+    defined = defined_by(text, monkeypatch, base, DllmAlgorithm=DllmAlgorithm)
+    program, size = (line.partition(": ")[2] for line in (exported / "unmask.yaml").read_text().splitlines())
+    config = SimpleNamespace(block_size=int(size), mask_id=6, algorithm_config={"program": program})
+    algorithm = defined["Algorithm"](config)
+    tokens, model, filled = rolled()
+    batch = SimpleNamespace(batch_size=5, input_ids=tokens.flatten().int(), dllm_prompt_mask=None)
+    done, steps = [False], 0
+    while not all(done):
+        logits = model(batch.input_ids.long().view(5, 36))[0]
+        done, steps = algorithm.step(batch, logits.flatten(0, 1), [None] * 5), steps + 1
+        assert steps <= 37  # SGLang's own limit
+    assert torch.equal(batch.input_ids.long().view(5, 36), filled)
 
-    policy = load_policy("sudoku6-tiny-sets-rewards")
-    process = make_process("sudoku6", denoiser="sudoku6-tiny", actions="set")
-    instances = process.task.heldout(5)
-    batch = SimpleNamespace(batch_size=5, input_ids=instances.tokens.flatten().int(), dllm_prompt_mask=None)
-    done = [False]
-    for _ in range(37):
-        logits = process.denoiser.model(batch.input_ids.long().view(5, 36))[0]
-        done = algorithm.step(batch, logits.flatten(0, 1), [None] * 5)
-        if all(done):
-            break
-    assert all(done)
-    assert torch.equal(batch.input_ids.long().view(5, 36), process.rollout(policy, instances).tokens)
+
+def test_the_step_of_the_decoder_for_dinfer(exported, monkeypatch) -> None:
+    class ParallelDecoder:
+        def __init__(self, temperature, remasking="low_confidence", mask_id=126336):
+            self.mask_id = mask_id
+
+    names = {"ParallelDecoder": ParallelDecoder, "broadcast_if_needed": lambda x: None}
+    (text,) = engine_files("dinfer", 6, 36, exported / "policy.pt2").values()
+    defined = defined_by(text, monkeypatch, "dinfer.decoding.parallel_strategy", **names)
+    decoder = defined["UnmaskDecoder"](exported / "policy.pt2", 6)
+    tokens, model, filled = rolled()
+    prompt = torch.zeros(5, 3, dtype=torch.long)
+    x = torch.cat([prompt, tokens], 1)
+    while bool((x == 6).any()):
+        decoder.decode(model(x[:, 3:])[0], 3, 39, x)
+    assert torch.equal(x, torch.cat([prompt, filled], 1))
 
 
 @pytest.mark.parametrize(
