@@ -52,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("agents.evaluate:EvaluateCommand", "run", "Compare orders: a table with 95 % intervals."),
     "frontier": Command("agents.frontier:FrontierCommand", "run", "Solve rate against forwards, all settings."),
     "likelihood": Command("pretrain.likelihood:LikelihoodCommand", "run", "Bounds on -log p(x) of a denoiser."),
+    "export": Command("agents.export:ExportCommand", "run", "Write an order as a program of torch, SGLang or dInfer."),
     "show": Command("agents.show:ShowCommand", "run", "Watch one instance being filled."),
     "demo": Command("agents.demo:DemoConfig", "run", "Train on 6x6 Sudoku and compare, in minutes."),
 }

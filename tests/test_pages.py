@@ -1,11 +1,13 @@
 """What the README and the documentation show must run."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+EXTRAS = {"agents.lm_eval": "lm_eval", "agents.diffusers": "diffusers"}  # what snippets import, and the library of it
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -22,6 +24,10 @@ SNIPPETS = [
 
 @pytest.mark.parametrize(("page", "block"), SNIPPETS)
 def test_python_of_the_pages_runs(page: Path, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, library in EXTRAS.items():
+        if f"from {module} import" in block:
+            pytest.importorskip(library, reason="needs an extra")
+            warnings.simplefilter("ignore")  # of the library
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(page), "exec"), {"__name__": "page"})
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from agents import evaluate, frontier, imitation, sb3_ppo, show, torchrl_ppo, upo
+from agents import evaluate, export, frontier, imitation, sb3_ppo, show, torchrl_ppo, upo
 from agents.decoding import Thresholds
 from agents.demo import DemoConfig
 from agents.policy import PolicyConfig
@@ -20,7 +20,13 @@ from unmask_env.reference import REFERENCES
 from unmask_env.state import Rules
 
 BETWEEN = 1e-6  # just outside
-COMMANDS = [evaluate.EvaluateCommand, frontier.FrontierCommand, show.ShowCommand, LikelihoodCommand]
+COMMANDS = [
+    evaluate.EvaluateCommand,
+    export.ExportCommand,
+    frontier.FrontierCommand,
+    show.ShowCommand,
+    LikelihoodCommand,
+]
 LEARNERS = [
     upo.UPOConfig,
     imitation.ImitationConfig,

@@ -16,7 +16,7 @@ from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, library
 from tasks.tokenizers import unread
 from unmask_env.families import Family, configure, family_of
-from unmask_env.state import WHOLE, Denoised
+from unmask_env.state import CHUNK, WHOLE, Denoised
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -90,7 +90,7 @@ class HFDenoiser:
                 f"task {task.name} has {task.vocab_size} symbols, the model {source} only {config.vocab_size} tokens; "
                 "read the task with the model's own tokenizer"
             )
-        context = _context(self.model)
+        self.context = context = _context(self.model)  # how many tokens it takes, where that is known
         if context is not None and task.length > context:
             raise IncompatibleDenoiserError(
                 f"sequences of task {task.name} have {task.length} positions, the context of {source} {context}"
@@ -118,6 +118,28 @@ class HFDenoiser:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
         """One forward of (N, L) task tokens; where it holds padding the result means nothing."""
+        log_probs_at, hidden = self._forward(tokens)
+        if self.vocab_size > WHOLE:
+            everywhere = torch.ones_like(tokens, dtype=torch.bool)
+            return Denoised.at(everywhere if where is None else where, self.vocab_size, log_probs_at, hidden)
+        rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand(tokens.shape)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        return Denoised.of(log_probs_at(rows, positions), hidden)
+
+    @torch.no_grad()
+    def log_prob_of(self, symbols: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+        """(N, L) float32 log-probability of ``symbols`` (N, L) given ``tokens`` (N, L), from one forward; 0 outside
+        ``where`` (N, L) bool. Of the whole vocabulary, where a :class:`Denoised` shows the likeliest symbols alone."""
+        log_probs_at, _ = self._forward(tokens)
+        answer = torch.zeros(tokens.shape, device=tokens.device)
+        for some in where.nonzero().split(max(1, CHUNK // self.vocab_size)):
+            at = some.unbind(1)
+            answer[at] = log_probs_at(*at).gather(-1, symbols[at].unsqueeze(-1)).squeeze(-1)
+        return answer
+
+    def _forward(self, tokens: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor | None]:
+        """What maps rows and positions (...) of ``tokens`` (N, L) to their (..., V) log-probabilities, and the hidden
+        states (N, L, D), where they are asked for."""
         self.calls += 1
         real = torch.ones_like(tokens, dtype=torch.bool) if self.pad_id is None else tokens != self.pad_id
         if self.pad_side == "left":
@@ -141,12 +163,7 @@ class HFDenoiser:
                 chosen[..., self.mask_id] = -torch.inf  # a mask is no answer
             return chosen.log_softmax(-1)
 
-        if self.vocab_size > WHOLE:
-            everywhere = torch.ones_like(tokens, dtype=torch.bool)
-            return Denoised.at(everywhere if where is None else where, self.vocab_size, log_probs_at, hidden)
-        rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand(tokens.shape)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        return Denoised.of(log_probs_at(rows, positions), hidden)
+        return log_probs_at, hidden
 
     def _body(self, ids: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Of (N, L) model tokens, padded on the right: what :meth:`_logits` makes logits of, and float32 hidden states,

@@ -419,11 +419,13 @@ class FixedK(_Deterministic):
 )
 @dataclass(frozen=True)
 class Threshold(_Deterministic):
-    """Every fillable position whose score reaches ``theta``, and the best one in any case (Fast-dLLM's confidence
-    threshold, arXiv 2505.22618; its default is 0.9). By entropy: whose entropy is at most ``-theta`` nats."""
+    """Every fillable position whose score reaches ``theta``, and the ``at_least`` best ones in any case (Fast-dLLM's
+    confidence threshold, arXiv 2505.22618; its default is 0.9). By entropy: whose entropy is at most ``-theta`` nats.
+    With ``at_least`` of block length / steps it is the block refinement of LLaDA2 and ``diffusers``."""
 
     theta: float = 0.9
     score: ScoreName = "confidence"
+    at_least: AtLeast1 = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -434,7 +436,7 @@ class Threshold(_Deterministic):
 
     def fills(self, seen: Observation) -> Tensor:
         score = SCORES[self.score](seen)
-        return (score >= self.theta) | (ranked(score, seen.fillable) == 0)
+        return (score >= self.theta) | (ranked(score, seen.fillable) < self.at_least)
 
 
 @register(

@@ -35,7 +35,7 @@ TINY = ("--task", "sudoku6", "--denoiser", "sudoku6-tiny")
 LEVELS = [
     (), ("list",), ("pretrain",), ("pretrain", "mdm"), ("train",), ("train", "upo"), ("train", "imitation"),
     ("train", "ppo-sb3"), ("train", "ppo-torchrl"), ("train", "grpo-torchrl"),
-    ("evaluate",), ("frontier",), ("likelihood",), ("show",), ("demo",),
+    ("evaluate",), ("frontier",), ("likelihood",), ("export",), ("show",), ("demo",),
 ]  # fmt: skip
 
 

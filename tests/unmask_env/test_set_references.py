@@ -127,6 +127,8 @@ def test_fixed_k_and_threshold_by_hand() -> None:
     assert chosen(FixedK(2, "confidence")) == [[0, 2], [1, 2]]
     assert chosen(Threshold(0.9)) == [[0, 2], [1]]  # below the threshold the best one, filled ones never
     assert chosen(Threshold(0.65)) == [[0, 1, 2], [1, 2]]
+    assert chosen(Threshold(0.92, at_least=2)) == [[0, 2], [1, 2]]
+    assert chosen(Threshold(0.5, at_least=1)) == chosen(Threshold(0.5, at_least=3)) == [[0, 1, 2], [0, 1, 2]]
     assert chosen(Threshold(0.35, "margin")) == [[0, 1, 2], [1]]
 
 
@@ -417,7 +419,7 @@ def test_errors_in_one_line() -> None:
     with pytest.raises(tasks.UnknownNameError, match="unknown reference policy 'luck'"):
         reference("luck")
     for make, message in (
-        (lambda: reference("threshold", theta=0.5, tau=1), "takes theta, score; not tau"),
+        (lambda: reference("threshold", theta=0.5, tau=1), "takes theta, score, at_least; not tau"),
         (lambda: FixedK(0), "k must be a whole number of at least 1, not 0"),
         (lambda: FixedK(2, "luck"), "score must be confidence or margin or entropy, not 'luck'"),
         (lambda: SoftThreshold(theta=1.5), "theta must be a number above 0 and below 1, not 1.5"),
