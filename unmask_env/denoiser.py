@@ -39,6 +39,43 @@ class Denoiser(Protocol):
     def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised: ...
 
 
+class CanvasDenoiser(Protocol):
+    """A denoiser of uniform noise on canvases, for actions ``accept``: what is on the board are symbols, not masks.
+
+    Attributes:
+        canvas_length: positions of a canvas; they follow the task's prompt without gaps.
+        ends: the tokens that end a sequence; behind them is ``pad_id``. None: ().
+    """
+
+    calls: int
+    hidden_dim: int | None
+    device: torch.device
+    canvas_length: int
+    ends: tuple[int, ...]
+    pad_id: int
+
+    def begin(self, n: int) -> Tensor | None:
+        """(N, ...) zeros: what is carried to the first forward of a canvas; None where nothing is carried."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        where: Tensor,
+        left: Tensor,
+        carried: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Denoised:
+        """One forward on the canvas in play of each row.
+
+        Args:
+            tokens: (N, L) int64. where: (N, L) bool, the free positions of the canvas; rows with none are done.
+            left: (N,) float32 the share of the canvas's forwards that is left, 1 in its first.
+            carried: what the forward before gave as :attr:`unmask_env.state.Denoised.carried`, 0 where a canvas begins.
+            generator: draw :attr:`unmask_env.state.Denoised.drawn` from it; None: draw nothing.
+        """
+        ...
+
+
 def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: Tensor, where: Tensor | None) -> None:
     """Hold what a denoiser says of ``tokens`` (N, L) to its form, and to being probabilities where it counts.
 
