@@ -163,8 +163,8 @@ class DiffusionGemma:
         return torch.matmul(p, weight[: self.vocab_size]) * self._embedding.embed_scale.to(weight.dtype)
 
     def _decoded(self, tokens: Tensor, playing: Tensor, start: Tensor, canvas: Tensor, carried: Tensor) -> Tensor:
-        """(N, C, D) the decoder's last states; 0 of rows that are done. Rows with prefixes of one length go together, so
-        that nothing is padded."""
+        """(N, C, D) the decoder's last states; 0 of rows that are done. Rows with prefixes of one length go together
+        so that nothing is padded."""
         given = torch.zeros_like(start)
         if self._task_pad is not None:  # padding left of the prompt
             given = (tokens[:, : self.prompt_length] == self._task_pad).long().cumprod(1).sum(1)
