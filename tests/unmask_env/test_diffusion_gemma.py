@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents import imitation
+from agents import imitation, upo
 from agents.imitation import ImitationConfig
 from tasks import Instances, Task, UnmaskError
 from tests.oracles.enumeration import random_joint
@@ -291,6 +291,19 @@ def test_nothing_of_the_vocabulary_is_kept() -> None:
     assert state.previous.carried is state.previous.drawn is None
     recorded = process.rollout(EntropyBounded(), task.sample(3, generator()), fill_generator=generator(), record=True)
     assert all(step.observation.denoised.carried is None for step in recorded.steps)
+
+
+def test_upo_trains_which_symbols_are_accepted(tmp_path: Path) -> None:
+    made, task = model(**CALM), Continue(24, prompt=3, canvases=1)
+    rules = Rules("accept", canvas_steps=4)
+    process = Unmasking(task, DiffusionGemma(made, task), rules)
+    config = upo.UPOConfig(
+        out=str(tmp_path), rules=rules, fill_temperature=1.0, puzzles=4, group=4, iterations=2, validation_puzzles=8
+    )
+    policy = upo.train(config, process)
+    played = replace(process, temperature=1.0).rollout(policy, task.heldout(4), fill_generator=generator())
+    assert policy.actions == "set"
+    assert bool(played.state.terminated.all())
 
 
 # ---------------------------------------------------------------------- the rules, by hand
