@@ -168,7 +168,7 @@ def require_suited(name: str, policy: Policy, actions: Actions | None) -> None:
     """Raises :class:`tasks.UnmaskError` where ``actions`` are named and do not allow what ``policy`` does. A learned
     policy that masks again can do without."""
     masks_again = isinstance(policy, Reference) and policy.actions == "set+remask"
-    if (actions == "single" and policy.actions != "single") or (actions == "set" and masks_again):
+    if (actions == "single" and policy.actions != "single") or (actions in ("set", "accept") and masks_again):
         raise UnmaskError(f"{name} is for actions {policy.actions!r}; leave --actions out, or name them")
 
 
@@ -183,7 +183,7 @@ def played_by(process: Unmasking, policy: Policy) -> Unmasking:
 
 def generators(process: Unmasking, policy: Policy, seed: int) -> list[torch.Generator | None]:
     """What the policy is sampled with, and the filling; None for what draws nothing."""
-    drawn = (policy.sampled, process.temperature > 0)
+    drawn = (policy.sampled, process.draws)
     return [torch.Generator(process.device).manual_seed(seed + k) if draws else None for k, draws in enumerate(drawn)]
 
 
@@ -321,7 +321,8 @@ class BoardCommand:
     denoiser: str | None = None
     """packaged name, folder or hub id; an environment has a default one"""
     actions: Actions | None = None
-    """one position per forward, a set of them, or also positions to mask again; default: by order"""
+    """one position per forward, a set of them, or also positions to mask again; accept: what stays on the canvas of a
+    denoiser of uniform noise; default: by order"""
     temperature: NotNegative = 0.0
     """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
     seed: Seed = 0

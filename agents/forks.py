@@ -26,7 +26,7 @@ def uncertain_states(
     state = process.reset(instances)
     kept, count = state, torch.zeros(len(state), device=process.device)
     while not bool(state.done.all()):
-        seen = process.observe(state)
+        seen = process.observe(state, generator)
         uncertain = ~seen.certain(defer_above).any(1) & (seen.fillable.sum(1) > 1)
         count += uncertain
         draw = torch.rand(len(state), generator=generator, device=process.device)

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from agents.policy import OrderPolicy, belief_log_prob, new_policy
 from agents.remask_policy import RemaskPolicy
-from agents.setup import TrainConfig, annealed, descend, load_init, make_optimizer, process_of, publisher
+from agents.setup import (
+    TrainConfig,
+    annealed,
+    descend,
+    load_init,
+    make_optimizer,
+    process_of,
+    publisher,
+    require_masks,
+)
 from agents.states import States
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
@@ -72,6 +81,7 @@ def check(config: ImitationConfig) -> ImitationConfig:
         UnmaskError: settings that are out of range or do not fit each other.
     """
     validate(config)
+    require_masks(config.rules)
     if config.certain_fraction is None:
         config = replace(config, certain_fraction=CERTAIN_FRACTION[config.rules.actions])
     if config.rules.remask_budget is not None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from agents.imitation import CERTAIN_FRACTION, mean_cross_entropy, part_to_train, set_imitation_loss, start_sets
 from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
-from agents.setup import Setup, TrainConfig, annealed, descend, make_optimizer, publisher, setup
+from agents.setup import Setup, TrainConfig, annealed, descend, make_optimizer, publisher, require_masks, setup
 from agents.states import States, at_random_threshold
 from agents.validation import Validation, say
 from pretrain.checkpoint import step_generator
@@ -458,6 +458,7 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
     Raises:
         UnmaskError: settings that do not fit each other.
     """
+    require_masks(config.rules)
     sets, remasks = config.rules.actions != "single", config.rules.actions == "set+remask"
     if sets and config.sampled:
         raise UnmaskError("sampled is for single positions; over sets leave it out")

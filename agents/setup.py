@@ -169,6 +169,12 @@ def setup(
     return Setup(config, process, g, policy.to(process.device))
 
 
+def require_masks(rules: Rules) -> None:
+    """Raises :class:`tasks.UnmaskError` where the rules are those of a canvas."""
+    if rules.actions == "accept":
+        raise UnmaskError("this algorithm is for masks; policies of actions 'accept' are trained with upo")
+
+
 def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPolicy:
     """The policy ``config.init``. Raises :class:`tasks.UnmaskError` if it chooses other actions than the rules have."""
     policy = load_policy(config.init, process.task, process.denoiser)

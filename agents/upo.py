@@ -343,7 +343,7 @@ def imitate(
     set_learning_rate(optimizer, config.lr)
     count = config.puzzles * config.group
     instances = process.task.sample(count, generator)
-    played = process.rollout(behaviour, instances, generator, fill_stream(config, generator), record=True)
+    played = process.rollout(behaviour, instances, generator, fill_stream(process, generator), record=True)
     batch = flatten(played, torch.zeros(count, device=process.device), reference.looks_back)
     policy.train()
 
@@ -383,7 +383,7 @@ def play_groups(
 ) -> tuple[Rollout, Instances, Tensor]:
     """``config.puzzles`` groups of trajectories; their instances; and which of these are fresh, (puzzles,) bool."""
     config, process, _, policy = ready
-    draws = generator, fill_stream(config, generator)
+    draws = generator, fill_stream(process, generator)
     if not config.branch:
         instances, fresh = replay.sample(config.puzzles, generator)
         played = process.rollout(behaviour, instances.repeat(config.group), *draws, record=True)
@@ -398,9 +398,9 @@ def play_groups(
     return played, instances[rows.to(instances.tokens.device)], (rows < fresh).cpu()
 
 
-def fill_stream(config: UPOConfig, generator: torch.Generator) -> torch.Generator | None:
+def fill_stream(process: Unmasking, generator: torch.Generator) -> torch.Generator | None:
     """What draws the symbols, where they are drawn."""
-    return generator if config.fill_temperature > 0 else None
+    return generator if process.draws else None
 
 
 def collect(

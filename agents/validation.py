@@ -185,7 +185,7 @@ class Validation:
                 part = self.instances[some.to(process.device)]
                 draws = [torch.Generator(process.device).manual_seed(2 * number + k) for k in range(2)]
                 ties = draws[0] if isinstance(policy, Greedy) and policy.actions == "single" else None
-                played = process.rollout(policy, part, ties, draws[1] if process.temperature > 0 else None)
+                played = process.rollout(policy, part, ties, draws[1] if process.draws else None)
                 score = next(iter(process.task.metrics(played.tokens, part).values()))
                 parts.append((score.double(), played.reward.double(), played.nfe.double()))
         score, reward, nfe = (torch.cat(columns) for columns in zip(*parts, strict=True))

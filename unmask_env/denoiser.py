@@ -17,6 +17,7 @@ from pretrain.checkpoint import PACKAGED_DENOISERS, checked_device, load_model
 from pretrain.uniform import ALPHA_MIN
 from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
 from tasks.settings import AtLeast1, Depth, check
+from unmask_env.diffusion_gemma import DiffusionGemma, is_diffusion_gemma
 from unmask_env.language_models import HFDenoiser
 from unmask_env.state import CHUNK, WHOLE, Denoised
 
@@ -38,6 +39,43 @@ class Denoiser(Protocol):
     device: torch.device
 
     def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised: ...
+
+
+class CanvasDenoiser(Protocol):
+    """A denoiser of uniform noise on canvases, for actions ``accept``: what is on the board are symbols, not masks.
+
+    Attributes:
+        canvas_length: positions of a canvas; they follow the task's prompt without gaps.
+        ends: the tokens that end a sequence; behind them is ``pad_id``. None: ().
+    """
+
+    calls: int
+    hidden_dim: int | None
+    device: torch.device
+    canvas_length: int
+    ends: tuple[int, ...]
+    pad_id: int
+
+    def begin(self, n: int) -> Tensor | None:
+        """(N, ...) zeros: what is carried to the first forward of a canvas; None where nothing is carried."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        where: Tensor,
+        left: Tensor,
+        carried: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Denoised:
+        """One forward on the canvas in play of each row.
+
+        Args:
+            tokens: (N, L) int64. where: (N, L) bool, the free positions of the canvas; rows with none are done.
+            left: (N,) float32 the share of the canvas's forwards that is left, 1 in its first.
+            carried: what the forward before gave as :attr:`unmask_env.state.Denoised.carried`, 0 where a canvas begins.
+            generator: draw :attr:`unmask_env.state.Denoised.drawn` from it; None: draw nothing.
+        """
+        ...
 
 
 def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: Tensor, where: Tensor | None) -> None:
@@ -226,22 +264,27 @@ class TableDenoiser:
         return Denoised.of((marginal / marginal.sum(-1, keepdim=True).clamp(min=1e-300)).log().float())
 
 
-def load_denoiser(source: str | Path | Backbone | Denoiser, task: Task, device: torch.device | str = "cpu") -> Denoiser:
+def load_denoiser(
+    source: str | Path | Backbone | Denoiser | CanvasDenoiser, task: Task, device: torch.device | str = "cpu"
+) -> Denoiser | CanvasDenoiser:
     """A denoiser by packaged name, folder or hub id; a backbone is wrapped; a denoiser is returned as it is.
 
     A name may carry how a recurrent one reads: ``sudoku6-recurrent:passes=6,read=always``; see :class:`FrozenDenoiser`.
     ``hf:`` and a folder or hub id is a model of ``transformers``, with the options of
-    :class:`unmask_env.language_models.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``.
+    :class:`unmask_env.language_models.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``; a DiffusionGemma has those
+    of :class:`unmask_env.diffusion_gemma.DiffusionGemma`.
 
     Raises:
         CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
     """
     device = checked_device(device)
     if isinstance(source, str) and source.startswith(HUGGING_FACE):
-        options = read_options(f"denoiser {source!r}", source.removeprefix(HUGGING_FACE), HFDenoiser)
+        text = source.removeprefix(HUGGING_FACE)
+        kind = DiffusionGemma if is_diffusion_gemma(text.partition(",")[0]) else HFDenoiser
+        options = read_options(f"denoiser {source!r}", text, kind)
         if options.keys() & {"task", "device"} or "source" not in options:
             raise UnmaskError(f"denoiser {source!r} must be hf:SOURCE, followed by options; not task or device")
-        return HFDenoiser(**options, task=task, device=device)
+        return kind(**options, task=task, device=device)
     if isinstance(source, str | Path):
         name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
         if adapter_folder(name) is not None:

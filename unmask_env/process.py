@@ -9,6 +9,9 @@ fills them; a finished sequence is rewarded. Nothing here knows Gymnasium, tenso
         seen = process.observe(state)                         # the one denoiser forward
         state, reward = process.step(state, seen, policy(seen).mode())
 
+With actions ``accept`` the masked positions of the block in play are a canvas: they hold uniform noise and accepted
+symbols, until the canvas settles (:mod:`unmask_env.canvas`). All else is the same.
+
 Shapes: N rows, L positions; an action has A = L entries, or 2 L where positions may be masked again.
 """
 
@@ -22,9 +25,22 @@ from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import NotNegative, validate
-from unmask_env.denoiser import Denoiser, check_denoised
+from unmask_env.canvas import after_end, begin, check_canvas, followed
+from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised
 from unmask_env.reference import Policy
-from unmask_env.state import SINGLE, WHOLE, History, InvalidActionError, Observation, Rollout, Rules, State, Step
+from unmask_env.state import (
+    SINGLE,
+    WHOLE,
+    Canvas,
+    Denoised,
+    History,
+    InvalidActionError,
+    Observation,
+    Rollout,
+    Rules,
+    State,
+    Step,
+)
 
 
 def checked_reward(task: Task, tokens: Tensor, instances: Instances) -> Tensor:
@@ -45,18 +61,20 @@ class Unmasking:
 
     Attributes:
         temperature: of the filling: 0 takes the denoiser's most likely symbol, above 0 samples p^(1 / temperature).
+            With actions ``accept`` 0 or 1: a denoiser of canvases has a temperature schedule of its own.
 
     Raises:
-        UnmaskError: a temperature below 0.
+        UnmaskError: a temperature below 0; a denoiser of canvases with other actions than ``accept``, or the reverse.
     """
 
     task: Task
-    denoiser: Denoiser
+    denoiser: Denoiser | CanvasDenoiser
     rules: Rules = SINGLE
     temperature: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         validate(self)
+        check_canvas(self.task, self.denoiser, self.rules, self.temperature)
 
     @property
     def device(self) -> torch.device:
@@ -69,16 +87,40 @@ class Unmasking:
 
     @property
     def horizon(self) -> int:
-        """The most forwards that an episode takes: without a budget 2 L, so that remasking or illegal actions end."""
+        """The most forwards that an episode takes: without a budget 2 L, so that remasking or illegal actions end; of
+        canvases ``canvas_steps`` each."""
+        if self.rules.nfe_budget is None and self._accepts:
+            return self.rules.canvas_steps * ((self.task.length - self.task.prompt_length) // self.block_length)
         return self.rules.nfe_budget or 2 * self.task.length
+
+    @property
+    def _accepts(self) -> bool:
+        return self.rules.actions == "accept"
+
+    @property
+    def draws(self) -> bool:
+        """Whether play draws symbols, so that it takes a ``fill_generator``: sampled filling, and the noise of a
+        canvas."""
+        return self.temperature > 0 or self._accepts
+
+    @property
+    def block_length(self) -> int | None:
+        """Positions of a block or a canvas; None where all behind the prompt is one."""
+        own = self.rules.block_length
+        return getattr(self.denoiser, "canvas_length", None) if own is None else own
 
     @cached_property
     def _block(self) -> Tensor | None:
         """(L,) the block of each position, where filling goes block by block."""
-        if self.rules.block_length is None:
+        if self.block_length is None:
             return None
         index = torch.arange(self.task.length, device=self.device) - self.task.prompt_length
-        return index.clamp(min=0) // self.rules.block_length
+        return index.clamp(min=0) // self.block_length
+
+    @cached_property
+    def _within_block(self) -> Tensor:
+        """(L,) where each position is in its block, from 0."""
+        return (torch.arange(self.task.length, device=self.device) - self.task.prompt_length) % self.block_length
 
     @cached_property
     def _of_blocks(self) -> Tensor | None:
@@ -107,6 +149,7 @@ class Unmasking:
             done=~masked.any(1),
             truncated=no,
             illegal=no,
+            canvas=begin(self.denoiser, n) if self._accepts else None,
         )
 
     def permitted(self, state: State) -> tuple[Tensor, Tensor | None]:
@@ -125,10 +168,17 @@ class Unmasking:
             filled = filled & (state.remask_count.sum(1, keepdim=True) < self.rules.remask_budget)
         return fillable, filled & within & state.masked.any(1, keepdim=True)
 
-    def observe(self, state: State) -> Observation:
-        """What a policy sees of ``state``: one denoiser forward for all rows together."""
+    def observe(self, state: State, generator: torch.Generator | None = None) -> Observation:
+        """What a policy sees of ``state``: one denoiser forward for all rows together.
+
+        Args:
+            generator: with actions ``accept``, draws the noise of canvases that begin and the denoiser's symbols.
+        """
         fillable, remaskable = self.permitted(state)
-        if self.task.vocab_size <= WHOLE:
+        tokens = state.tokens
+        if self._accepts:
+            tokens, denoised = self._observe_canvas(state, fillable, generator)
+        elif self.task.vocab_size <= WHOLE:
             denoised = self.denoiser(state.tokens)
         else:  # only where something may happen: elsewhere a vocabulary of this size is not worth its memory
             denoised = self.denoiser(state.tokens, fillable if remaskable is None else fillable | remaskable)
@@ -143,7 +193,7 @@ class Unmasking:
             block = self._block.masked_fill(~state.masked, self._of_blocks.shape[1] - 1).min(1).values
             block_holes = ((state.instances.tokens == self.task.mask_id).float() @ self._of_blocks).long()
         return Observation(
-            state.tokens,
+            tokens,
             state.masked,
             fillable,
             denoised,
@@ -159,7 +209,8 @@ class Unmasking:
 
         Args:
             seen: what :meth:`observe` made of ``state``. action: (N, A) bool, or (N, L) to mask nothing again.
-            uniform: (N, L) in [0, 1), the randomness of filling above temperature 0.
+            uniform: (N, L) in [0, 1), the randomness of filling above temperature 0; with actions ``accept`` the noise,
+                symbols (N, L) int64. :meth:`uniform` draws either.
 
         Returns:
             The state that follows, whose ``done``, ``truncated`` and ``illegal`` tell how it went, and the reward (N,).
@@ -167,12 +218,14 @@ class Unmasking:
         Raises:
             InvalidActionError: an illegal action under ``on_illegal="raise"``, or one of the wrong shape.
         """
-        if self.temperature > 0 and uniform is None:
+        if self.draws and uniform is None:
             raise UnmaskError("filling above temperature 0 draws symbols; give step(..., uniform=) or a fill_generator")
         fill, remask, illegal = self._legal(state, seen, action)
-        symbols = seen.denoised.draw(self.temperature, uniform)
-        tokens = torch.where(fill, symbols, state.tokens)
-        masked = state.masked & ~fill
+        if self._accepts:
+            tokens, masked, symbols, fill, canvas = self._accept(state, seen, fill, illegal, uniform)
+        else:
+            symbols, canvas = seen.denoised.draw(self.temperature, uniform), None
+            tokens, masked = torch.where(fill, symbols, state.tokens), state.masked & ~fill
         if remask is not None:
             tokens, masked = tokens.masked_fill(remask, self.task.mask_id), masked | remask
         if (settled := self.task.settled(tokens)) is not None:
@@ -194,6 +247,7 @@ class Unmasking:
             state.truncated | truncated,
             illegal,
             seen.denoised.without_hidden(),
+            canvas,
         )
         return following, self._reward(following, complete)
 
@@ -208,7 +262,7 @@ class Unmasking:
         legal = ~(fill & ~seen.fillable).any(1)
         if self.rules.actions == "single":
             legal &= fill.sum(1) == 1
-        else:
+        elif not self._accepts:
             confidence = seen.denoised.best_log_prob.masked_fill(~seen.fillable, -torch.inf)
             best = torch.zeros_like(fill).scatter_(1, confidence.argmax(1, keepdim=True), True) & seen.fillable
             fill = torch.where(fill.any(1, keepdim=True), fill, best)
@@ -222,6 +276,39 @@ class Unmasking:
             raise InvalidActionError(self._why_illegal(int(illegal.nonzero()[0]), state, seen, action))
         acts = (legal & ~state.done).unsqueeze(1)
         return fill & acts, None if remask is None else remask & acts, illegal
+
+    # ------------------------------------------------------------------ the canvas
+    def _observe_canvas(
+        self, state: State, fillable: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Denoised]:
+        """The tokens (N, L), noise where a canvas begins, and the forward on them."""
+        if generator is None:
+            raise UnmaskError("a canvas holds noise; give observe(..., generator=) or a fill_generator")
+        tokens, blank = state.tokens, fillable & (state.tokens == self.task.mask_id)
+        if bool(blank.any()):
+            tokens = torch.where(blank, self.uniform(state, generator), tokens)
+        left = (self.rules.canvas_steps - state.canvas.steps) / self.rules.canvas_steps
+        draws = generator if self.temperature > 0 else None
+        return tokens, self.denoiser(tokens, fillable, left, state.canvas.carried, draws)
+
+    def _accept(
+        self, state: State, seen: Observation, accepted: Tensor, illegal: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Canvas]:
+        """One forward's step on the canvas: accepted positions hold the denoiser's symbols and the others ``noise``, or
+        all of them, where the canvas ends, its most likely symbols.
+
+        Returns:
+            tokens and masked, (N, L) each; the denoiser's symbols (N, L) and where they were written (N, L) bool.
+        """
+        denoised, on = seen.denoised, seen.fillable
+        canvas, ended = followed(self.rules, state, seen)
+        settled = on & ended.unsqueeze(1)
+        symbols = denoised.best if denoised.drawn is None else denoised.drawn
+        symbols = torch.where(settled, denoised.best, symbols)
+        tokens = torch.where(on & ~illegal.unsqueeze(1), noise, seen.tokens)  # an illegal action changes nothing
+        tokens = torch.where(accepted | settled, symbols, tokens)
+        tokens, masked = after_end(self.denoiser, tokens, state.masked & ~settled, settled)
+        return tokens, masked, symbols, accepted | settled, canvas
 
     def _reward(self, state: State, complete: Tensor) -> Tensor:
         """(N,) float32: the task's reward of rows that are complete, with forwards counted in; 0 elsewhere."""
@@ -267,36 +354,46 @@ class Unmasking:
         Args:
             policy: one that sees the answers is told them here.
             generator: the policy is sampled from it; without one it takes its mode.
-            fill_generator: draws the symbols above temperature 0.
+            fill_generator: draws the symbols above temperature 0, and the noise of a canvas.
             record: keep observations, actions and their log-probabilities; hidden states only for policies that read
                 them.
             start: states of ``instances`` to go on from; default: their first.
 
         Raises:
-            UnmaskError: a fill_generator at temperature 0, or none above it.
+            UnmaskError: a fill_generator at temperature 0, or none above it. A canvas needs one in any case.
         """
-        if (self.temperature > 0) != (fill_generator is not None):
-            raise UnmaskError("sampled filling needs both a temperature above 0 and a fill_generator")
+        if self.draws != (fill_generator is not None):
+            raise UnmaskError(
+                "the noise of a canvas is drawn; give a fill_generator"
+                if self._accepts
+                else "sampled filling needs both a temperature above 0 and a fill_generator"
+            )
         policy = policy.for_instances(self.task, instances.to(self.device))
         state, steps = self.reset(instances) if start is None else start, []
         reward = torch.zeros(len(state), device=self.device)
         denoiser_passes, policy_passes = torch.zeros_like(state.steps), torch.zeros_like(state.steps)
         while not bool(state.done.all()):
-            seen = self.observe(state)
+            seen = self.observe(state, fill_generator)
             distribution = policy(seen)
             playing = (~state.done).long()
             denoiser_passes += playing if seen.denoised.passes is None else seen.denoised.passes * playing
             policy_passes += 0 if distribution.passes is None else distribution.passes * playing
             action = distribution.act(generator)
             if record:
-                kept = seen if policy.reads_hidden else replace(seen, denoised=seen.denoised.without_hidden())
-                steps.append(Step(kept, action, ~state.done, distribution.log_prob(action)))
+                denoised = seen.denoised
+                denoised = denoised.without_carried() if policy.reads_hidden else denoised.without_hidden()
+                steps.append(Step(replace(seen, denoised=denoised), action, ~state.done, distribution.log_prob(action)))
             state, gained = self.step(state, seen, action, self.uniform(state, fill_generator))
             reward += gained
         return Rollout(state, reward, steps, denoiser_passes, policy_passes)
 
     def uniform(self, state: State, generator: torch.Generator | None) -> Tensor | None:
-        """(N, L) in [0, 1), the randomness of one step's filling; None without a generator or where none is drawn."""
-        if generator is None or self.temperature == 0:
+        """(N, L) in [0, 1), the randomness of one step's filling, or with actions ``accept`` (N, L) int64, noise for
+        the canvas; None without a generator or where none is drawn."""
+        if generator is None or not self.draws:
             return None
+        if self._accepts:  # as much as a canvas holds, the same for every block: one of them takes it
+            shape = (len(state), self.block_length)
+            noise = torch.randint(self.task.vocab_size, shape, generator=generator, device=self.device)
+            return noise[:, self._within_block]
         return torch.rand(state.tokens.shape, generator=generator, device=self.device)

@@ -467,7 +467,8 @@ class Factor(_Deterministic):
 @dataclass(frozen=True)
 class EntropyBounded(_Deterministic):
     """The k fillable positions of least entropy H, for the largest k whose sum_i H_i - max_i H_i is at most ``gamma``:
-    a bound on how far their joint is from the product that fills them (EB-sampler, arXiv 2505.24857)."""
+    a bound on how far their joint is from the product that fills them (EB-sampler, arXiv 2505.24857). With actions
+    ``accept`` it is the sampler of ``transformers``' DiffusionGemma, whose ``entropy_bound`` is ``gamma``."""
 
     gamma: NotNegative = 0.1
 

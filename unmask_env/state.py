@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tasks import Instances, UnmaskError
-from tasks.settings import AtLeast0, AtLeast1, Range, validate
+from tasks.settings import AtLeast0, AtLeast1, Positive, Range, validate
 
-Actions = Literal["single", "set", "set+remask"]
+Actions = Literal["single", "set", "set+remask", "accept"]
 WHOLE = 128  # vocabularies up to this many symbols are shown whole: K = V
 CHUNK = 2**22  # numbers of a (positions, V) tensor that are made at a time
 SHOWN = 16  # the most likely symbols that are shown of larger ones
@@ -43,15 +43,23 @@ class Rules:
         actions: ``single``: one masked position per forward. ``set``: the positions to fill in one forward.
             ``set+remask``: those and, behind them, the filled positions to mask again; what an instance gives stays.
             **An empty set fills the most confident position**, so every forward makes progress.
+            ``accept``: of a canvas that holds uniform noise, the positions that take the denoiser's symbols in this
+            forward; all others are noise again, also those that were accepted before (:mod:`unmask_env.canvas`).
         on_illegal: an illegal action (a position that may not be chosen, or more remasking than the budget leaves)
             changes nothing and costs its forward (``noop``), ends the episode with reward 0 (``terminate``), or raises.
         nfe_budget: episodes are truncated after this many denoiser forwards; None: after 2 L.
         block_length: positions behind the task's prompt are filled block by block of this many (LLaDA's
-            semi-autoregressive decoding, arXiv 2502.09992); within a block the order is free. None: one block.
+            semi-autoregressive decoding, arXiv 2502.09992); within a block the order is free. None: one block, or with
+            ``accept`` the denoiser's own canvas.
         remask_budget: how many positions an episode may mask again; None: any number.
         speed: exponent alpha of rewards r ((H - NFE + 1) / H)^alpha for H holes (Jazbec et al. 2025, arXiv 2512.09106);
             0 does not count forwards.
         speed_bonus: add alpha (H - NFE + 1) / H instead, whatever r is. It is known to end in one-step policies.
+        canvas_steps: with ``accept``, the most forwards that a canvas takes. Its end is the denoiser's most likely
+            symbols.
+        stop_entropy, stop_stable: with ``accept``, a canvas ends earlier where the mean entropy of its positions is
+            below ``stop_entropy`` nats and the most likely symbols were the same as in each of the ``stop_stable``
+            forwards before. None: never earlier. The defaults are those of ``transformers``' DiffusionGemma.
 
     Raises:
         UnmaskError: a setting that is not allowed.
@@ -64,6 +72,9 @@ class Rules:
     remask_budget: AtLeast0 | None = None
     speed: Annotated[float, Range(least=0)] = 0.0
     speed_bonus: bool = False
+    canvas_steps: AtLeast1 = 48
+    stop_entropy: Positive | None = 0.005
+    stop_stable: AtLeast0 = 1
 
     def __post_init__(self) -> None:
         validate(self)
@@ -109,6 +120,8 @@ class Denoised:
         hidden: (N, L, D), where the denoiser gives some.
         order_weights: (N, L), where it has learned an order: the larger, the sooner a position is filled.
         passes: (N,) int64, how many network passes each row took; None: one.
+        drawn: (N, L) int64, a sample of every position's distribution, where it was asked for: of large vocabularies it
+            is drawn among all symbols. carried: (N, ...), what a denoiser of canvases reads in its next forward.
     """
 
     vocab_size: int
@@ -120,6 +133,8 @@ class Denoised:
     _entropy: Tensor | None = None
     passes: Tensor | None = None
     _places: Tensor | None = None  # (N, L) int32, where among W each position is kept, -1: nowhere; None: W = L
+    drawn: Tensor | None = None
+    carried: Tensor | None = None
 
     @classmethod
     def of(cls, log_probs: Tensor, hidden: Tensor | None = None, order_weights: Tensor | None = None) -> Denoised:
@@ -283,8 +298,14 @@ class Denoised:
         """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
         return _join(parts, how)
 
+    def without_carried(self) -> Denoised:
+        return self if self.carried is None else replace(self, carried=None)
+
     def without_hidden(self) -> Denoised:
-        return self if self.hidden is None else replace(self, hidden=None)
+        """Without what only its own step reads: hidden states, and what is drawn and carried."""
+        if self.hidden is None and self.drawn is None and self.carried is None:
+            return self
+        return replace(self, hidden=None, drawn=None, carried=None)
 
 
 def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> Any:
@@ -353,7 +374,7 @@ class Observation:
     answers are not here.
 
     Attributes:
-        tokens: (N, L) int64; V where a position is masked.
+        tokens: (N, L) int64; V where a position is masked, and noise or an accepted symbol on a canvas.
         masked: (N, L) bool. fillable: (N, L) bool, those that may be filled now: all, or those of the current block.
         denoised: the denoiser's forward on ``tokens``; ``top_symbols``, ``top_log_probs``, ``entropy``, ``hidden`` and
             ``order_weights`` are its.
@@ -421,11 +442,26 @@ class Observation:
 
 # ---------------------------------------------------------------------- where play stands
 @dataclass(frozen=True)
+class Canvas:
+    """What is remembered of the canvas in play; all zero where it begins.
+
+    Attributes:
+        steps: (N,) int64, denoiser forwards that it had.
+        stable: (N,) int64, for how many of them, up to the last, the most likely symbols were those of the one before.
+        carried: (N, ...), what the denoiser carries from one forward to the next (self-conditioning); None: nothing.
+    """
+
+    steps: Tensor
+    stable: Tensor
+    carried: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class State:
     """N boards in play; rows are independent, and everything that is remembered of them is here.
 
     Attributes:
-        tokens: (N, L) int64. masked: (N, L) bool.
+        tokens: (N, L) int64. masked: (N, L) bool, positions that are not settled: those of a canvas hold symbols, too.
         instances: the problems, with their answers, that the rows came from.
         steps: (N,) int64, denoiser forwards (NFE) of the episode so far.
         remask_count: (N, L) int64, how often each position was masked again.
@@ -433,6 +469,7 @@ class State:
         done: (N,) bool, rows whose episode has ended: they idle. truncated: of those, the ones cut off by the budget.
         illegal: (N,) bool, rows whose last action was illegal.
         previous: the last forward, without hidden states; None before the first step.
+        canvas: with actions ``accept``, what is remembered of the canvas in play; else None.
     """
 
     tokens: Tensor
@@ -445,6 +482,7 @@ class State:
     truncated: Tensor
     illegal: Tensor
     previous: Denoised | None = None
+    canvas: Canvas | None = None
 
     @property
     def terminated(self) -> Tensor:

@@ -121,6 +121,8 @@ class Streams:
         if unknown := [part for part in show if part not in get_args(Extra)]:
             raise UnmaskError(f"show takes {' and '.join(get_args(Extra))}, not {unknown[0]!r}")
         self.process: Unmasking = make_process(device=device, **options)
+        if self.process.rules.actions == "accept":
+            raise UnmaskError("environments play on masks; play actions 'accept' with Unmasking.rollout")
         self.reference = checked_reference(reference, self.process.rules)
         self.n, self.device, self.extras = n, self.process.device, show
         if self.device.type != checked_device(device).type:

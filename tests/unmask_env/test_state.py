@@ -12,7 +12,7 @@ from unmask_env.state import FLOOR, Denoised, Rules
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"actions": "sets"}, "actions must be single or set or set\\+remask, not 'sets'"),
+        ({"actions": "sets"}, "actions must be single or set or set\\+remask or accept, not 'sets'"),
         ({"nfe_budget": 0}, "nfe_budget must be a whole number of at least 1, not 0"),
         ({"block_length": 1.5}, "block_length must be a whole number of at least 1, not 1.5"),
         ({"remask_budget": 2}, "remask_budget is for actions 'set\\+remask', not 'single'"),
