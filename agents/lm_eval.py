@@ -31,7 +31,7 @@ from agents.policy import LearnedPolicy, load_policy
 from pretrain.masking import plackett_luce
 from tasks import Instances, Task, UnmaskError
 from tasks.errors import first_line
-from tasks.lines import all_tokens, load_tokenizer
+from tasks.tokenizers import all_tokens, load_tokenizer
 from tasks.math_word import ENDS_OF_TURN
 from tasks.settings import AtLeast1, NotNegative, Seed, checked
 from unmask_env.denoiser import HUGGING_FACE, load_denoiser
@@ -164,7 +164,7 @@ class UnmaskLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UnmaskError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         source = denoiser.removeprefix(HUGGING_FACE).partition(",")[0].strip('"')
-        self.tokenizer = load_tokenizer(tokenizer or source, trust_remote_code)
+        self.tokenizer = load_tokenizer(tokenizer or source, trust_remote_code, pads=True)
         self.task = Prompts(self.tokenizer)
         more = {"dtype": dtype, "trust_remote_code": str(trust_remote_code).lower() if trust_remote_code else None}
         named = ",".join([denoiser, *(f"{name}={value}" for name, value in more.items() if value is not None)])
