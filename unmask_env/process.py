@@ -24,7 +24,19 @@ from tasks import Instances, Task, UnmaskError
 from tasks.settings import NotNegative, validate
 from unmask_env.denoiser import Denoiser, check_denoised
 from unmask_env.reference import Policy
-from unmask_env.state import SINGLE, WHOLE, History, InvalidActionError, Observation, Rollout, Rules, State, Step
+from unmask_env.state import (
+    SINGLE,
+    WHOLE,
+    Block,
+    Denoised,
+    History,
+    InvalidActionError,
+    Observation,
+    Rollout,
+    Rules,
+    State,
+    Step,
+)
 
 
 def checked_reward(task: Task, tokens: Tensor, instances: Instances) -> Tensor:
@@ -128,20 +140,19 @@ class Unmasking:
     def observe(self, state: State) -> Observation:
         """What a policy sees of ``state``: one denoiser forward for all rows together."""
         fillable, remaskable = self.permitted(state)
-        if self.task.vocab_size <= WHOLE:
-            denoised = self.denoiser(state.tokens)
-        else:  # only where something may happen: elsewhere a vocabulary of this size is not worth its memory
-            denoised = self.denoiser(state.tokens, fillable if remaskable is None else fillable | remaskable)
+        block = block_holes = None
+        holes = state.instances.tokens == self.task.mask_id
+        if self._block is not None:
+            block = self._block.masked_fill(~state.masked, self._of_blocks.shape[1] - 1).min(1).values
+            block_holes = (holes.float() @ self._of_blocks).long()
+        denoised = self._denoised(state, fillable if remaskable is None else fillable | remaskable, holes, block)
         first = not self._looked_at and bool(fillable.any())
         check_denoised(self.denoiser, denoised, self.task, state.tokens, fillable if first else None)
         if first:
             self._looked_at.append(True)
-        left = block = block_holes = None
+        left = None
         if self.rules.remask_budget is not None:
             left = self.rules.remask_budget - state.remask_count.sum(1)
-        if self._block is not None:
-            block = self._block.masked_fill(~state.masked, self._of_blocks.shape[1] - 1).min(1).values
-            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ self._of_blocks).long()
         return Observation(
             state.tokens,
             state.masked,
@@ -151,6 +162,25 @@ class Unmasking:
             None if remaskable is None else state.remask_count,
             History(state.steps, state.fill_prob, state.previous, left, block, block_holes),
         )
+
+    def _denoised(self, state: State, where: Tensor, holes: Tensor, block: Tensor | None) -> Denoised:
+        """The forward: of a large vocabulary only ``where`` (N, L) something may happen, since elsewhere it is not
+        worth its memory; and of a denoiser that carries something with the ``block`` (N,) in play.
+
+        Args:
+            holes: (N, L) bool, what the instances hide.
+        """
+        asked = where if self.task.vocab_size > WHOLE else None
+        if not getattr(self.denoiser, "carries", False):
+            return self.denoiser(state.tokens) if asked is None else self.denoiser(state.tokens, asked)
+        length, prompt = self.task.length, self.task.prompt_length
+        size = self.rules.block_length or length
+        start = prompt + (torch.zeros_like(state.steps) if block is None else block * size)
+        stop = (start + size).clamp(max=length)
+        position = torch.arange(length, device=self.device)
+        inside = (position >= start.unsqueeze(1)) & (position < stop.unsqueeze(1))
+        begun = state.tokens.masked_fill(holes & inside, self.task.mask_id)
+        return self.denoiser(state.tokens, asked, Block(start, stop, begun), state.carried)
 
     def step(
         self, state: State, seen: Observation, action: Tensor, uniform: Tensor | None = None
@@ -192,6 +222,7 @@ class Unmasking:
             state.truncated | truncated,
             illegal,
             seen.denoised.without_hidden(),
+            seen.denoised.carried,
         )
         return following, self._reward(following, complete)
 
@@ -287,11 +318,13 @@ class Unmasking:
             policy_passes += 0 if distribution.passes is None else distribution.passes * playing
             action = distribution.act(generator)
             if record:
-                kept = seen if policy.reads_hidden else replace(seen, denoised=seen.denoised.without_hidden())
+                denoised = seen.denoised
+                denoised = denoised.without_carried() if policy.reads_hidden else denoised.without_hidden()
+                kept = replace(seen, denoised=denoised)
                 steps.append(Step(kept, action, ~state.done, distribution.log_prob(action)))
             state, gained = self.step(state, seen, action, self.uniform(state, fill_generator))
             reward += gained
-        return Rollout(state, reward, steps, denoiser_passes, policy_passes)
+        return Rollout(replace(state, carried=None), reward, steps, denoiser_passes, policy_passes)
 
     def uniform(self, state: State, generator: torch.Generator | None) -> Tensor | None:
         """(N, L) in [0, 1), the randomness of one step's filling; None without a generator or where none is drawn."""

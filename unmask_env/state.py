@@ -109,6 +109,8 @@ class Denoised:
         hidden: (N, L, D), where the denoiser gives some.
         order_weights: (N, L), where it has learned an order: the larger, the sooner a position is filled.
         passes: (N,) int64, how many network passes each row took; None: one.
+        carried: what the denoiser is given back with the next forward: a dataclass of tensors by row, or of tuples of
+            them, which it alone reads. None of one that carries nothing.
     """
 
     vocab_size: int
@@ -120,6 +122,7 @@ class Denoised:
     _entropy: Tensor | None = None
     passes: Tensor | None = None
     _places: Tensor | None = None  # (N, L) int32, where among W each position is kept, -1: nowhere; None: W = L
+    carried: Any = None
 
     @classmethod
     def of(cls, log_probs: Tensor, hidden: Tensor | None = None, order_weights: Tensor | None = None) -> Denoised:
@@ -281,15 +284,19 @@ class Denoised:
     @classmethod
     def join(cls, parts: Sequence[Denoised], how: Callable[[Sequence[Tensor]], Tensor]) -> Denoised:
         """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return _join(parts, how)
+        return join_rows(parts, how)
+
+    def without_carried(self) -> Denoised:
+        return self if self.carried is None else replace(self, carried=None)
 
     def without_hidden(self) -> Denoised:
-        return self if self.hidden is None else replace(self, hidden=None)
+        """Without what it carries, either: what may be kept of many forwards."""
+        return self if self.hidden is None and self.carried is None else replace(self, hidden=None, carried=None)
 
 
-def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> Any:
-    """One dataclass of several of its kind, field by field: tensors by ``how``, dataclasses likewise, others as
-    they are. A field that one of them lacks is None."""
+def join_rows(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """One dataclass of several of its kind, field by field: tensors by ``how``, those in tuples and dataclasses
+    likewise, others as they are. A field that one of them lacks is None."""
     if isinstance(parts[0], Denoised):
         parts = _alike(parts)
     joined = {}
@@ -299,10 +306,12 @@ def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> An
             joined[field.name] = None
         elif isinstance(values[0], Tensor):
             joined[field.name] = how(values)
+        elif isinstance(values[0], tuple):
+            joined[field.name] = tuple(how(each) for each in zip(*values, strict=True))
         elif isinstance(values[0], int):
             joined[field.name] = values[0]
         else:
-            joined[field.name] = _join(values, how)
+            joined[field.name] = join_rows(values, how)
     return type(parts[0])(**joined)
 
 
@@ -323,6 +332,19 @@ def _alike(parts: Sequence[Denoised]) -> Sequence[Denoised]:
         replace(part, _symbols=pad(part._symbols, wider), _values=pad(part._values, wider))
         for part, wider in zip(parts, more, strict=True)
     ]
+
+
+class Block(NamedTuple):
+    """The block in play of each row, for denoisers that carry something.
+
+    ``start`` and ``stop`` (N,) int64: the positions from ``start`` on, before ``stop``. ``begun`` (N, L) int64: the
+    tokens as they were when the block began, its holes masked. Where filling does not go block by block, all that is
+    behind the prompt is one block.
+    """
+
+    start: Tensor
+    stop: Tensor
+    begun: Tensor
 
 
 # ---------------------------------------------------------------------- what everybody sees
@@ -411,12 +433,12 @@ class Observation:
         return self.fillable if self.remaskable is None else torch.cat([self.fillable, self.remaskable], 1)
 
     def __getitem__(self, rows: Tensor | slice) -> Observation:
-        return _join([self], lambda parts: parts[0][rows])
+        return join_rows([self], lambda parts: parts[0][rows])
 
     @classmethod
     def join(cls, parts: Sequence[Observation], how: Callable[[Sequence[Tensor]], Tensor]) -> Observation:
         """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return _join(parts, how)
+        return join_rows(parts, how)
 
 
 # ---------------------------------------------------------------------- where play stands
@@ -433,6 +455,8 @@ class State:
         done: (N,) bool, rows whose episode has ended: they idle. truncated: of those, the ones cut off by the budget.
         illegal: (N,) bool, rows whose last action was illegal.
         previous: the last forward, without hidden states; None before the first step.
+        carried: what the denoiser carries from that forward to the next; None of most. What rows carry that have begun
+            anew may be of boards before theirs.
     """
 
     tokens: Tensor
@@ -445,6 +469,7 @@ class State:
     truncated: Tensor
     illegal: Tensor
     previous: Denoised | None = None
+    carried: Any = None
 
     @property
     def terminated(self) -> Tensor:
@@ -455,19 +480,21 @@ class State:
         return len(self.tokens)
 
     def __getitem__(self, rows: Tensor | slice) -> State:
-        return _join([self], lambda parts: parts[0][rows])
+        return join_rows([self], lambda parts: parts[0][rows])
 
     @classmethod
     def join(cls, parts: Sequence[State], how: Callable[[Sequence[Tensor]], Tensor]) -> State:
         """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return _join(parts, how)
+        return join_rows(parts, how)
 
     def put(self, rows: Tensor, other: State) -> State:
         """This state with ``other`` in the rows ``rows`` (indices); what ``other`` has no ``previous`` of keeps its
-        old one, which its ``steps`` of 0 tell to ignore."""
+        old one, which its ``steps`` of 0 tell to ignore, and what was ``carried``, which denoisers check."""
         if other.previous is None and self.previous is not None:
             other = replace(other, previous=self.previous[rows])
-        return _join([self, other], lambda parts: parts[0].index_copy(0, rows, parts[1]))
+        if other.carried is None and self.carried is not None:
+            other = replace(other, carried=join_rows([self.carried], lambda parts: parts[0][rows]))
+        return join_rows([self, other], lambda parts: parts[0].index_copy(0, rows, parts[1]))
 
 
 class Step(NamedTuple):
