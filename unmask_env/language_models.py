@@ -154,11 +154,15 @@ class HFDenoiser:
         board; without a block it is whole.
         """
         self.calls += 1
-        real = self._real(tokens)
+        real = torch.ones_like(tokens, dtype=torch.bool) if self.pad_id is None else tokens != self.pad_id
+        if self.pad_side == "left":
+            real = real.long().cummax(1).values.bool()
+        elif self.pad_side == "right":
+            real = real.flip(1).long().cummax(1).values.bool().flip(1)
         order = real.long().argsort(dim=1, descending=True, stable=True)  # what is not padding first, in its order
         ids, counts = self._ids(tokens).gather(1, order), real.sum(1)
         if self.carries and block is not None:
-            states, hidden, carried = self._again(tokens, ids, real, order, block, carried)
+            states, hidden, carried = self._again(ids, real, order, block, carried)
         elif self.masks_padding:
             states, hidden = self._body(ids, torch.arange(ids.shape[1], device=ids.device) < counts.unsqueeze(1))
         else:
@@ -181,25 +185,16 @@ class HFDenoiser:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         return dataclasses.replace(Denoised.of(log_probs_at(rows, positions), hidden), carried=carried)
 
-    def _real(self, tokens: Tensor) -> Tensor:
-        """(N, L) bool: what is not padding."""
-        real = torch.ones_like(tokens, dtype=torch.bool) if self.pad_id is None else tokens != self.pad_id
-        if self.pad_side == "left":
-            return real.long().cummax(1).values.bool()
-        return real.flip(1).long().cummax(1).values.bool().flip(1) if self.pad_side == "right" else real
-
     def _ids(self, tokens: Tensor) -> Tensor:
         """The model's tokens."""
         return torch.where(tokens == self.vocab_size, self.mask_id, tokens)
 
     def _again(
-        self, tokens: Tensor, ids: Tensor, real: Tensor, order: Tensor, block: Block, carried: KeyValues | None
+        self, ids: Tensor, real: Tensor, order: Tensor, block: Block, carried: KeyValues | None
     ) -> tuple[Tensor, Tensor | None, KeyValues]:
-        """As :meth:`_body`, and what is carried on; ``ids`` are ``tokens`` in the ``order`` of a forward."""
-        # Where a symbol of padding was filled in, nothing is where it was: such a row begins its block here.
-        moved = (self._real(block.begun) != real).any(1, keepdim=True)
-        begun = self._ids(torch.where(moved, tokens, block.begun)).gather(1, order)
-        position = torch.arange(tokens.shape[1], device=tokens.device)
+        """As :meth:`_body` of ``ids``, whose padding the ``order`` moved right, and what is carried on."""
+        begun = self._ids(block.begun).gather(1, order)  # without what was filled with a symbol of padding since
+        position = torch.arange(order.shape[1], device=order.device)
         start, stop = ((real & (position < end.unsqueeze(1))).sum(1) for end in (block.start, block.stop))
         states, carried = self._reuse(ids, begun, real.sum(1), start, stop, carried)
         return self._shift(states), None if self.hidden_dim is None else states.float(), carried
