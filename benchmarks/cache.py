@@ -7,8 +7,8 @@ Without a denoiser, small models in the layouts of LLaDA and Dream are trained h
 the Union addresses), and continue 64 letters of years from 2008 by 256 in blocks of 32; that of SDAR has the weights it
 was drawn with, since its cache is exact. *Changed* is the share of the decoded tokens that are others than without a
 cache: after the first one that is, boards are no longer the same. *Other best* compares the same boards, those of play
-without a cache: the share of fillable positions whose most likely symbol is another. The last column is the task's first measure;
-of text, the share of letters that are its own.
+without a cache: the share of fillable positions whose most likely symbol is another. The last column is the task's
+first measure; of text, the share of letters that are its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from unmask_env.process import Unmasking
 from unmask_env.reference import REFERENCES, Policy, reference
 from unmask_env.state import Rules
 
-PROMPT, ANSWER, WIDE, INNER, LAYERS, HEADS = 64, 256, 96, 256, 3, 4
+PROMPT, ANSWER, WIDE, INNER, LAYERS, HEADS = 64, 256, 64, 192, 2, 4
 LLADA = {"d_model": WIDE, "mlp_hidden_size": INNER, "n_layers": LAYERS, "n_heads": HEADS, "rope_theta": 1e4}
 LLADA |= {"max_sequence_length": PROMPT + ANSWER}
 QWEN = {"hidden_size": WIDE, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
@@ -63,6 +63,8 @@ def checkpoint(layout: str, folder: Path, task: Task, steps: int, batch: int = 8
     """A model in the ``layout`` of a family, trained for ``steps`` to fill in what is masked of a random share."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+
     family, mask, draws = FAMILIES[layout], task.vocab_size, torch.Generator().manual_seed(0)
     published = LAYOUTS[layout] | {"model_type": layout, "vocab_size": mask + 1, "mask_token_id": mask}
     torch.manual_seed(0)
@@ -81,7 +83,7 @@ def checkpoint(layout: str, folder: Path, task: Task, steps: int, batch: int = 8
         loss.backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 250 == 0:
             print(f"{layout} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(published))
@@ -136,7 +138,7 @@ def main(
     orders: tuple[str, ...] = ("max_confidence", "fixed_k:k=4"),
     block: int = 32,
     instances: int = 4,
-    steps: int = 800,
+    steps: int = 1000,
     threads: int | None = None,
     out: Path | None = None,
 ) -> None:

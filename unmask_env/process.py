@@ -141,11 +141,10 @@ class Unmasking:
         """What a policy sees of ``state``: one denoiser forward for all rows together."""
         fillable, remaskable = self.permitted(state)
         block = block_holes = None
-        holes = state.instances.tokens == self.task.mask_id
         if self._block is not None:
             block = self._block.masked_fill(~state.masked, self._of_blocks.shape[1] - 1).min(1).values
-            block_holes = (holes.float() @ self._of_blocks).long()
-        denoised = self._denoised(state, fillable if remaskable is None else fillable | remaskable, holes, block)
+            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ self._of_blocks).long()
+        denoised = self._denoised(state, fillable if remaskable is None else fillable | remaskable, block)
         first = not self._looked_at and bool(fillable.any())
         check_denoised(self.denoiser, denoised, self.task, state.tokens, fillable if first else None)
         if first:
@@ -163,13 +162,9 @@ class Unmasking:
             History(state.steps, state.fill_prob, state.previous, left, block, block_holes),
         )
 
-    def _denoised(self, state: State, where: Tensor, holes: Tensor, block: Tensor | None) -> Denoised:
+    def _denoised(self, state: State, where: Tensor, block: Tensor | None) -> Denoised:
         """The forward: of a large vocabulary only ``where`` (N, L) something may happen, since elsewhere it is not
-        worth its memory; and of a denoiser that carries something with the ``block`` (N,) in play.
-
-        Args:
-            holes: (N, L) bool, what the instances hide.
-        """
+        worth its memory; and of a denoiser that carries something with the ``block`` (N,) in play."""
         asked = where if self.task.vocab_size > WHOLE else None
         if not getattr(self.denoiser, "carries", False):
             return self.denoiser(state.tokens) if asked is None else self.denoiser(state.tokens, asked)
@@ -179,7 +174,7 @@ class Unmasking:
         stop = (start + size).clamp(max=length)
         position = torch.arange(length, device=self.device)
         inside = (position >= start.unsqueeze(1)) & (position < stop.unsqueeze(1))
-        begun = state.tokens.masked_fill(holes & inside, self.task.mask_id)
+        begun = torch.where(inside & (state.instances.tokens == self.task.mask_id), self.task.mask_id, state.tokens)
         return self.denoiser(state.tokens, asked, Block(start, stop, begun), state.carried)
 
     def step(
