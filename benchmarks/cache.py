@@ -64,7 +64,6 @@ def checkpoint(layout: str, folder: Path, task: Task, steps: int, batch: int = 8
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-
     family, mask, draws = FAMILIES[layout], task.vocab_size, torch.Generator().manual_seed(0)
     published = LAYOUTS[layout] | {"model_type": layout, "vocab_size": mask + 1, "mask_token_id": mask}
     torch.manual_seed(0)
