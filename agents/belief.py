@@ -7,6 +7,7 @@ so that a table tells how much of a gain is the reading's and how much the order
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +25,22 @@ class BeliefDenoiser:
     def __init__(self, denoiser: Denoiser, policy: OrderPolicy) -> None:
         self.denoiser, self.policy = denoiser, policy
         self.device, self.hidden_dim, self.calls = denoiser.device, denoiser.hidden_dim, 0
+        self.carries = getattr(denoiser, "carries", False)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
+    def __call__(self, tokens: Tensor, where: Tensor | None = None, *carried: Any) -> Denoised:
         self.calls += 1
-        denoised = self.denoiser(tokens) if where is None else self.denoiser(tokens, where)
+        first = self.denoiser(tokens) if where is None and not carried else self.denoiser(tokens, where, *carried)
+        denoised = first.without_carried()
         masked = tokens == denoised.vocab_size
         seen = Observation(tokens, masked, masked if where is None else where, denoised)
         rows = self.policy.uncertain(seen).nonzero().squeeze(1)
         once = torch.ones_like(tokens[:, 0]) if denoised.passes is None else denoised.passes
         denoised = replace(denoised, passes=once.index_add(0, rows, torch.full_like(rows, self.policy.num_passes)))
-        if not len(rows):
-            return denoised
-        second = self._belief(replace(seen, denoised=denoised)[rows])
-        return Denoised.join([denoised, second], lambda parts: parts[0].index_copy(0, rows, parts[1]))
+        if len(rows):
+            second = self._belief(replace(seen, denoised=denoised)[rows])
+            denoised = Denoised.join([denoised, second], lambda parts: parts[0].index_copy(0, rows, parts[1]))
+        return replace(denoised, carried=first.carried)
 
     def _belief(self, seen: Observation) -> Denoised:
         belief = self.policy.read(seen)[0][-1]

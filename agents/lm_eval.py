@@ -31,9 +31,9 @@ from agents.policy import LearnedPolicy, load_policy
 from pretrain.masking import plackett_luce
 from tasks import Instances, Task, UnmaskError
 from tasks.errors import first_line
-from tasks.tokenizers import all_tokens, load_tokenizer
 from tasks.math_word import ENDS_OF_TURN
 from tasks.settings import AtLeast1, NotNegative, Seed, checked
+from tasks.tokenizers import all_tokens, load_tokenizer
 from unmask_env.denoiser import HUGGING_FACE, load_denoiser
 from unmask_env.language_models import HFDenoiser
 from unmask_env.process import Unmasking

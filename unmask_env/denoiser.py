@@ -32,6 +32,9 @@ class Denoiser(Protocol):
 
     Above 128 symbols it is called with a second argument, ``where`` (N, L) bool: the positions at which its answer is
     wanted. ``hidden_dim`` is the number of channels of its hidden states, None where it gives none.
+
+    One whose ``carries`` is true is called with two more: the :class:`unmask_env.state.Block` in play, and what its
+    last answer ``carried`` of these rows. That may be of other boards (rows begin anew, or it is None), so it checks.
     """
 
     calls: int

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import library
-from tasks.lines import unread
+from tasks.tokenizers import unread
 from unmask_env.language_models import DType
 from unmask_env.reference import EntropyBounded
 from unmask_env.state import WHOLE, Denoised, Rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,9 +15,11 @@ from torch import Tensor
 from pretrain.adapter import adapter_folder, mask_of, masked_model
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, library
+from tasks.settings import check
 from tasks.tokenizers import unread
-from unmask_env.families import Family, configure, family_of
-from unmask_env.state import CHUNK, WHOLE, Denoised
+from unmask_env.caches import Cache, KeyValues, Reuse
+from unmask_env.families import FAMILIES, Family, configure, family_of
+from unmask_env.state import CHUNK, WHOLE, Block, Denoised
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -45,9 +48,12 @@ class HFDenoiser:
         adapter: a folder or hub id of a PEFT adapter of it. device_map: lay its layers out over devices, as
             ``transformers`` does (``auto``; it takes ``accelerate``), instead of on ``device``.
         load: more arguments of ``from_pretrained``, such as ``quantization_config``.
+        cache: use keys and values again where filling goes block by block (:mod:`unmask_env.caches`): those of the
+            prompt and of finished blocks (``prefix``), and those behind the block in play, too (``dual``). Of models
+            of a known family; exact of SDAR's, and of the others the approximation of Fast-dLLM.
 
     Raises:
-        UnmaskError: the library is missing or the model cannot be read.
+        UnmaskError: the library is missing or the model cannot be read; a cache of a model that has none.
         IncompatibleDenoiserError: the model has no head for masked tokens, no mask token, too short a context, or
             fewer tokens than the task.
     """
@@ -64,7 +70,9 @@ class HFDenoiser:
         adapter: str | None = None,
         device_map: str | None = None,
         load: Mapping[str, Any] | None = None,
+        cache: Cache = "none",
     ) -> None:
+        check("cache", cache, Cache)
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UnmaskError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
         self.name, self.device = str(source), torch.device(device)
@@ -100,6 +108,31 @@ class HFDenoiser:
         self.calls = 0
         self.masks_padding = True
         self.masks_padding = self._heeds_the_mask()
+        self.carries = cache != "none"
+        if self.carries:
+            self._check_cache(cache)
+            self._reuse = Reuse(
+                lambda ids, real, past: self._forward(ids, past_key_values=past, **self._attention(ids, real))[0],
+                lambda ids, **options: self._forward(ids, **options)[0],
+                cache == "dual",
+                self._attention_block,
+                self.shifted,
+                self.model.dtype,
+            )
+
+    @property
+    def _attention_block(self) -> int | None:
+        """Where attention goes by blocks, their length."""
+        return getattr(self.model.config, "block_length", None)
+
+    def _check_cache(self, cache: str) -> None:
+        if self._head is None or not self.masks_padding:
+            raise UnmaskError(
+                f"cache={cache} takes a model of the families {', '.join(FAMILIES)}; {self.name} is of none, so leave "
+                "the cache out"
+            )
+        if len({parameter.device for parameter in self.model.parameters()}) > 1:
+            raise UnmaskError(f"cache={cache} takes a model on one device; leave out the cache or device_map")
 
     def _mask_of(self, source: str, tokenizer: Any) -> int:
         """The tokenizer's mask token; the configuration's, which may be a default of its kind, where that has none."""
@@ -116,40 +149,54 @@ class HFDenoiser:
         return mask_id
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
-        """One forward of (N, L) task tokens; where it holds padding the result means nothing."""
-        log_probs_at, hidden = self._forward(tokens)
+    def __call__(
+        self,
+        tokens: Tensor,
+        where: Tensor | None = None,
+        block: Block | None = None,
+        carried: KeyValues | None = None,
+    ) -> Denoised:
+        """One forward of (N, L) task tokens; where it holds padding the result means nothing.
+
+        With a cache and the ``block`` in play it uses again what an earlier answer ``carried``, where that is of this
+        board; without a block it is whole.
+        """
+        log_probs_at, hidden, carried = self._asked(tokens, block, carried)
         if self.vocab_size > WHOLE:
             everywhere = torch.ones_like(tokens, dtype=torch.bool)
-            return Denoised.at(everywhere if where is None else where, self.vocab_size, log_probs_at, hidden)
+            denoised = Denoised.at(everywhere if where is None else where, self.vocab_size, log_probs_at, hidden)
+            return dataclasses.replace(denoised, carried=carried)
         rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand(tokens.shape)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        return Denoised.of(log_probs_at(rows, positions), hidden)
+        return dataclasses.replace(Denoised.of(log_probs_at(rows, positions), hidden), carried=carried)
 
     @torch.no_grad()
     def log_prob_of(self, symbols: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
         """(N, L) float32 log-probability of ``symbols`` (N, L) given ``tokens`` (N, L), from one forward; 0 outside
         ``where`` (N, L) bool. Of the whole vocabulary, where a :class:`Denoised` shows the likeliest symbols alone."""
-        log_probs_at, _ = self._forward(tokens)
+        log_probs_at = self._asked(tokens)[0]
         answer = torch.zeros(tokens.shape, device=tokens.device)
         for some in where.nonzero().split(max(1, CHUNK // self.vocab_size)):
             at = some.unbind(1)
             answer[at] = log_probs_at(*at).gather(-1, symbols[at].unsqueeze(-1)).squeeze(-1)
         return answer
 
-    def _forward(self, tokens: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor | None]:
-        """What maps rows and positions (...) of ``tokens`` (N, L) to their (..., V) log-probabilities, and the hidden
-        states (N, L, D), where they are asked for."""
+    def _asked(
+        self, tokens: Tensor, block: Block | None = None, carried: KeyValues | None = None
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor | None, KeyValues | None]:
+        """What maps rows and positions (...) of ``tokens`` (N, L) to their (..., V) log-probabilities, the hidden
+        states (N, L, D), where they are asked for, and what is carried on."""
         self.calls += 1
         real = torch.ones_like(tokens, dtype=torch.bool) if self.pad_id is None else tokens != self.pad_id
         if self.pad_side == "left":
             real = real.long().cummax(1).values.bool()
         elif self.pad_side == "right":
             real = real.flip(1).long().cummax(1).values.bool().flip(1)
-        ids = torch.where(tokens == self.vocab_size, self.mask_id, tokens)
         order = real.long().argsort(dim=1, descending=True, stable=True)  # what is not padding first, in its order
-        ids, counts = ids.gather(1, order), real.sum(1)
-        if self.masks_padding:
+        ids, counts = self._ids(tokens).gather(1, order), real.sum(1)
+        if self.carries and block is not None:
+            states, hidden, carried = self._again(ids, real, order, block, carried)
+        elif self.masks_padding:
             states, hidden = self._body(ids, torch.arange(ids.shape[1], device=ids.device) < counts.unsqueeze(1))
         else:
             states, hidden = self._one_length_at_a_time(ids, counts)
@@ -163,14 +210,35 @@ class HFDenoiser:
                 chosen[..., self.mask_id] = -torch.inf  # a mask is no answer
             return chosen.log_softmax(-1)
 
-        return log_probs_at, hidden
+        return log_probs_at, hidden, carried
+
+    def _ids(self, tokens: Tensor) -> Tensor:
+        """The model's tokens."""
+        return torch.where(tokens == self.vocab_size, self.mask_id, tokens)
+
+    def _again(
+        self, ids: Tensor, real: Tensor, order: Tensor, block: Block, carried: KeyValues | None
+    ) -> tuple[Tensor, Tensor | None, KeyValues]:
+        """As :meth:`_body` of ``ids``, whose padding the ``order`` moved right, and what is carried on."""
+        begun = self._ids(block.begun).gather(1, order)  # without what was filled with a symbol of padding since
+        position = torch.arange(order.shape[1], device=order.device)
+        start, stop = ((real & (position < end.unsqueeze(1))).sum(1) for end in (block.start, block.stop))
+        states, carried = self._reuse(ids, begun, real.sum(1), start, stop, carried)
+        return self._shift(states), None if self.hidden_dim is None else states.float(), carried
 
     def _body(self, ids: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Of (N, L) model tokens, padded on the right: what :meth:`_logits` makes logits of, and float32 hidden states,
         where they are asked for."""
-        options: dict[str, Any] = {} if seen is None else {"attention_mask": seen.long()}
-        if (block := getattr(self.model.config, "block_length", None)) is not None:
-            options["attention_mask"] = _whole_blocks(block, ids, seen, self.model.dtype)
+        states, last = self._forward(ids, **self._attention(ids, seen))
+        return self._shift(states), None if last is None else last.float()
+
+    def _attention(self, ids: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
+        if self._attention_block is not None:
+            return {"attention_mask": _whole_blocks(self._attention_block, ids, seen, self.model.dtype)}
+        return {} if seen is None else {"attention_mask": seen.long()}
+
+    def _forward(self, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """The model on (N, L) of its tokens: states or logits where the model has them, and the last hidden states."""
         try:
             if self._head is not None:
                 states = last = self.model.base_model(input_ids=ids, **options).last_hidden_state
@@ -187,9 +255,10 @@ class HFDenoiser:
                 f"the model {self.name} answers {tuple(ids.shape)} tokens with logits of shape {tuple(states.shape)}; "
                 f"({', '.join(map(str, ids.shape))}, at least {self.vocab_size}) are needed"
             )
-        if self.shifted:
-            states = torch.cat([states[:, :1], states[:, :-1]], 1)
-        return states, None if self.hidden_dim is None else last.float()
+        return states, None if self.hidden_dim is None else last
+
+    def _shift(self, states: Tensor) -> Tensor:
+        return torch.cat([states[:, :1], states[:, :-1]], 1) if self.shifted else states
 
     def _logits(self, states: Tensor) -> Tensor:
         """(..., V), in the model's precision."""

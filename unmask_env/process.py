@@ -31,6 +31,7 @@ from unmask_env.reference import Policy
 from unmask_env.state import (
     SINGLE,
     WHOLE,
+    Block,
     Canvas,
     Denoised,
     History,
@@ -175,23 +176,22 @@ class Unmasking:
             generator: with actions ``accept``, draws the noise of canvases that begin and the denoiser's symbols.
         """
         fillable, remaskable = self.permitted(state)
+        block = block_holes = None
+        if self._block is not None:
+            block = self._block.masked_fill(~state.masked, self._of_blocks.shape[1] - 1).min(1).values
+            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ self._of_blocks).long()
         tokens = state.tokens
         if self._accepts:
             tokens, denoised = self._observe_canvas(state, fillable, generator)
-        elif self.task.vocab_size <= WHOLE:
-            denoised = self.denoiser(state.tokens)
-        else:  # only where something may happen: elsewhere a vocabulary of this size is not worth its memory
-            denoised = self.denoiser(state.tokens, fillable if remaskable is None else fillable | remaskable)
+        else:
+            denoised = self._denoised(state, fillable if remaskable is None else fillable | remaskable, block)
         first = not self._looked_at and bool(fillable.any())
         check_denoised(self.denoiser, denoised, self.task, state.tokens, fillable if first else None)
         if first:
             self._looked_at.append(True)
-        left = block = block_holes = None
+        left = None
         if self.rules.remask_budget is not None:
             left = self.rules.remask_budget - state.remask_count.sum(1)
-        if self._block is not None:
-            block = self._block.masked_fill(~state.masked, self._of_blocks.shape[1] - 1).min(1).values
-            block_holes = ((state.instances.tokens == self.task.mask_id).float() @ self._of_blocks).long()
         return Observation(
             tokens,
             state.masked,
@@ -201,6 +201,21 @@ class Unmasking:
             None if remaskable is None else state.remask_count,
             History(state.steps, state.fill_prob, state.previous, left, block, block_holes),
         )
+
+    def _denoised(self, state: State, where: Tensor, block: Tensor | None) -> Denoised:
+        """The forward: of a large vocabulary only ``where`` (N, L) something may happen, since elsewhere it is not
+        worth its memory; and of a denoiser that carries something with the ``block`` (N,) in play."""
+        asked = where if self.task.vocab_size > WHOLE else None
+        if not getattr(self.denoiser, "carries", False):
+            return self.denoiser(state.tokens) if asked is None else self.denoiser(state.tokens, asked)
+        length, prompt = self.task.length, self.task.prompt_length
+        size = self.rules.block_length or length
+        start = prompt + (torch.zeros_like(state.steps) if block is None else block * size)
+        stop = (start + size).clamp(max=length)
+        position = torch.arange(length, device=self.device)
+        inside = (position >= start.unsqueeze(1)) & (position < stop.unsqueeze(1))
+        begun = torch.where(inside & (state.instances.tokens == self.task.mask_id), self.task.mask_id, state.tokens)
+        return self.denoiser(state.tokens, asked, Block(start, stop, begun), state.carried)
 
     def step(
         self, state: State, seen: Observation, action: Tensor, uniform: Tensor | None = None
@@ -248,6 +263,7 @@ class Unmasking:
             illegal,
             seen.denoised.without_hidden(),
             canvas,
+            None if self._accepts else seen.denoised.carried,
         )
         return following, self._reward(following, complete)
 
@@ -385,7 +401,7 @@ class Unmasking:
                 steps.append(Step(replace(seen, denoised=denoised), action, ~state.done, distribution.log_prob(action)))
             state, gained = self.step(state, seen, action, self.uniform(state, fill_generator))
             reward += gained
-        return Rollout(state, reward, steps, denoiser_passes, policy_passes)
+        return Rollout(replace(state, carried=None), reward, steps, denoiser_passes, policy_passes)
 
     def uniform(self, state: State, generator: torch.Generator | None) -> Tensor | None:
         """(N, L) in [0, 1), the randomness of one step's filling, or with actions ``accept`` (N, L) int64, noise for

@@ -121,7 +121,9 @@ class Denoised:
         order_weights: (N, L), where it has learned an order: the larger, the sooner a position is filled.
         passes: (N,) int64, how many network passes each row took; None: one.
         drawn: (N, L) int64, a sample of every position's distribution, where it was asked for: of large vocabularies it
-            is drawn among all symbols. carried: (N, ...), what a denoiser of canvases reads in its next forward.
+            is drawn among all symbols.
+        carried: what the denoiser is given back with the next forward: a tensor by row, or a dataclass of such, or of
+            tuples of them, which it alone reads. None of one that carries nothing.
     """
 
     vocab_size: int
@@ -134,7 +136,7 @@ class Denoised:
     passes: Tensor | None = None
     _places: Tensor | None = None  # (N, L) int32, where among W each position is kept, -1: nowhere; None: W = L
     drawn: Tensor | None = None
-    carried: Tensor | None = None
+    carried: Any = None
 
     @classmethod
     def of(cls, log_probs: Tensor, hidden: Tensor | None = None, order_weights: Tensor | None = None) -> Denoised:
@@ -296,7 +298,7 @@ class Denoised:
     @classmethod
     def join(cls, parts: Sequence[Denoised], how: Callable[[Sequence[Tensor]], Tensor]) -> Denoised:
         """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return _join(parts, how)
+        return join_rows(parts, how)
 
     def without_carried(self) -> Denoised:
         return self if self.carried is None else replace(self, carried=None)
@@ -308,9 +310,9 @@ class Denoised:
         return replace(self, hidden=None, drawn=None, carried=None)
 
 
-def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> Any:
-    """One dataclass of several of its kind, field by field: tensors by ``how``, dataclasses likewise, others as
-    they are. A field that one of them lacks is None."""
+def join_rows(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """One dataclass of several of its kind, field by field: tensors by ``how``, those in tuples and dataclasses
+    likewise, others as they are. A field that one of them lacks is None."""
     if isinstance(parts[0], Denoised):
         parts = _alike(parts)
     joined = {}
@@ -320,10 +322,12 @@ def _join(parts: Sequence[Any], how: Callable[[Sequence[Tensor]], Tensor]) -> An
             joined[field.name] = None
         elif isinstance(values[0], Tensor):
             joined[field.name] = how(values)
+        elif isinstance(values[0], tuple):
+            joined[field.name] = tuple(how(each) for each in zip(*values, strict=True))
         elif isinstance(values[0], int):
             joined[field.name] = values[0]
         else:
-            joined[field.name] = _join(values, how)
+            joined[field.name] = join_rows(values, how)
     return type(parts[0])(**joined)
 
 
@@ -344,6 +348,19 @@ def _alike(parts: Sequence[Denoised]) -> Sequence[Denoised]:
         replace(part, _symbols=pad(part._symbols, wider), _values=pad(part._values, wider))
         for part, wider in zip(parts, more, strict=True)
     ]
+
+
+class Block(NamedTuple):
+    """The block in play of each row, for denoisers that carry something.
+
+    ``start`` and ``stop`` (N,) int64: the positions from ``start`` on, before ``stop``. ``begun`` (N, L) int64: the
+    tokens as they were when the block began, its holes masked. Where filling does not go block by block, all that is
+    behind the prompt is one block.
+    """
+
+    start: Tensor
+    stop: Tensor
+    begun: Tensor
 
 
 # ---------------------------------------------------------------------- what everybody sees
@@ -432,12 +449,12 @@ class Observation:
         return self.fillable if self.remaskable is None else torch.cat([self.fillable, self.remaskable], 1)
 
     def __getitem__(self, rows: Tensor | slice) -> Observation:
-        return _join([self], lambda parts: parts[0][rows])
+        return join_rows([self], lambda parts: parts[0][rows])
 
     @classmethod
     def join(cls, parts: Sequence[Observation], how: Callable[[Sequence[Tensor]], Tensor]) -> Observation:
         """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return _join(parts, how)
+        return join_rows(parts, how)
 
 
 # ---------------------------------------------------------------------- where play stands
@@ -470,6 +487,8 @@ class State:
         illegal: (N,) bool, rows whose last action was illegal.
         previous: the last forward, without hidden states; None before the first step.
         canvas: with actions ``accept``, what is remembered of the canvas in play; else None.
+        carried: what the denoiser carries from that forward to the next; None of most. What rows carry that have begun
+            anew may be of boards before theirs. Of a canvas it stands there.
     """
 
     tokens: Tensor
@@ -483,6 +502,7 @@ class State:
     illegal: Tensor
     previous: Denoised | None = None
     canvas: Canvas | None = None
+    carried: Any = None
 
     @property
     def terminated(self) -> Tensor:
@@ -493,19 +513,21 @@ class State:
         return len(self.tokens)
 
     def __getitem__(self, rows: Tensor | slice) -> State:
-        return _join([self], lambda parts: parts[0][rows])
+        return join_rows([self], lambda parts: parts[0][rows])
 
     @classmethod
     def join(cls, parts: Sequence[State], how: Callable[[Sequence[Tensor]], Tensor]) -> State:
         """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return _join(parts, how)
+        return join_rows(parts, how)
 
     def put(self, rows: Tensor, other: State) -> State:
         """This state with ``other`` in the rows ``rows`` (indices); what ``other`` has no ``previous`` of keeps its
-        old one, which its ``steps`` of 0 tell to ignore."""
+        old one, which its ``steps`` of 0 tell to ignore, and what was ``carried``, which denoisers check."""
         if other.previous is None and self.previous is not None:
             other = replace(other, previous=self.previous[rows])
-        return _join([self, other], lambda parts: parts[0].index_copy(0, rows, parts[1]))
+        if other.carried is None and self.carried is not None:
+            other = replace(other, carried=join_rows([self.carried], lambda parts: parts[0][rows]))
+        return join_rows([self, other], lambda parts: parts[0].index_copy(0, rows, parts[1]))
 
 
 class Step(NamedTuple):

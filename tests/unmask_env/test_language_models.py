@@ -126,11 +126,11 @@ def published_weights(family, model):
     return {names[name]: weight.clone() for name, weight in model.state_dict().items()}
 
 
-def save_published(name, path, vocab_size):
+def save_published(name, path, vocab_size, **sizes):
     small = {"vocab_size": vocab_size, "mask_token_id": 3, "pad_token_id": 0}
     small |= {"embedding_size": vocab_size, "d_model": 16, "mlp_hidden_size": 32, "n_heads": 2, "n_kv_heads": 1}
     small |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    small |= {"max_sequence_length": 24, "max_position_embeddings": 24}
+    small |= {"max_sequence_length": 24, "max_position_embeddings": 24, **sizes}
     config, family = published(name, **small), FAMILIES[name]
     made = configure(family, config, name)
     made.initializer_range = 0.5

@@ -514,7 +514,7 @@ def test_mistakes_with_regularised_rewards() -> None:
         ({"group": 0}, "num_envs must be a multiple of group; 4 is not one of 0"),
         ({"reference": "oracle"}, "the oracle sees the answers"),
         ({"temperature": -1.0}, "temperature must be a number of at least 0"),
-        ({"denoiser": None}, "needs a denoiser; give denoiser="),
+        ({"denoiser": None}, "needs a denoiser; give one"),
     ],
 )
 def test_mistakes_give_one_clear_line(options: dict, message: str) -> None:
