@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ COMMANDS: dict[str, Command] = {
 }
 DEFAULT_LEARNER = "policy-iteration"
 """What ``unmask train --out DIR`` means."""
+TOGETHER = ("pretrain", "train policy-iteration", "train imitation", "train upo", "evaluate")
+"""Commands that several processes of ``torchrun`` share."""
 
 
 def usage(group: str = "") -> str:
@@ -63,8 +66,9 @@ def usage(group: str = "") -> str:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"unmask: {message}", file=sys.stderr)
+    """End the program with one line on stderr, which under ``torchrun`` names its process if that is not the first."""
+    rank = os.environ.get("RANK", "0")
+    print(f"unmask{f' (process {rank})' if rank != '0' else ''}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -136,13 +140,13 @@ def dispatch(args: Sequence[str]) -> None:
         print(f"usage: unmask list\n\n{COMMANDS['list'].help}") if rest else list_everything()
         return
     settings = parse(name, rest)
+    from pretrain import processes
+
+    if not name.startswith(TOGETHER):
+        processes.require_one(f"unmask {name}")
     module = COMMANDS[name].settings.partition(":")[0]
     getattr(importlib.import_module(module), COMMANDS[name].function)(settings)
-    if name.startswith("pretrain"):
-        import torch
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    processes.leave()
 
 
 def main(args: Sequence[str] | None = None) -> None:
