@@ -40,9 +40,9 @@ class Replay:
 
     def add(self, instances: Instances, failed: Tensor) -> None:
         """Keep the instances where ``failed`` (N,) bool; those of all processes, in each."""
-        tokens, answers = zip(*processes.gather((instances.tokens[failed].cpu(), instances.answers[failed].cpu())))
-        self.tokens = torch.cat([self.tokens, *tokens])[-self.capacity :]
-        self.answers = torch.cat([self.answers, *answers])[-self.capacity :]
+        for tokens, answers in processes.gather((instances.tokens[failed].cpu(), instances.answers[failed].cpu())):
+            self.tokens = torch.cat([self.tokens, tokens])[-self.capacity :]
+            self.answers = torch.cat([self.answers, answers])[-self.capacity :]
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "answers": self.answers}

@@ -131,8 +131,8 @@ class Setup(NamedTuple):
 
 
 def process_of(config: TrainConfig, process: Unmasking | None, temperature: float = 0.0) -> Unmasking:
-    """The decision process that ``config`` names, or the task and denoiser of ``process`` under its rules; having joined
-    the other processes where ``torchrun`` started several."""
+    """The decision process that ``config`` names, or the task and denoiser of ``process`` under its rules. Where
+    ``torchrun`` has started several processes, this one joins them."""
     device = resolve_device(config.device, config.threads)
     device = processes.join(device if process is None else process.device)
     if process is not None:

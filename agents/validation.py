@@ -48,8 +48,8 @@ class Greedy(Policy):
 
 
 class Watched(Policy):
-    """A policy, and its entropy and its divergence from a reference (N,) at each of its decisions; the rows that another
-    process plays have none here."""
+    """A policy, and its entropy and its divergence from a reference (N,) at each of its decisions, of the
+    rows that this process plays."""
 
     def __init__(self, policy: Policy, reference: Reference) -> None:
         self.policy, self.reference = policy, reference
