@@ -79,7 +79,7 @@ def test_evaluation_gives_the_rows_of_one_process(folder: Path, temperature: flo
         assert played.keys() == expected.keys()
         for name, values in expected.items():
             assert torch.equal(played[name], values), name
-    assert len({tuple(v.tolist()) for name, v in expected.items() if name.endswith("solved")}) > 4, "orders differ"
+    assert len({tuple(v.tolist()) for name, v in expected.items() if name.endswith("solved")}) > 2, "orders differ"
 
 
 def test_the_command_writes_the_rows_of_one_process(folder: Path, tmp_path: Path) -> None:
