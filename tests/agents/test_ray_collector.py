@@ -1,18 +1,15 @@
 """Ray's workers play with the weights that they were last sent."""
 
-import os
-
 import pytest
 import torch
 
+from agents.ray_collector import ray_collector
 from agents.torchrl_ppo import make_actor, observation_keys
 from tasks import UnmaskError, get
 from tests.toys import random_order
 from unmask_env.torchrl_env import UnmaskTorchEnv
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # it leaves CUDA_VISIBLE_DEVICES alone
-from agents.ray_collector import ray_collector
 
 BOARDS = {"task": "sudoku4", "denoiser": "sudoku4"}
 
