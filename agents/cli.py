@@ -69,6 +69,11 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """End the program with one line on stderr, which under ``torchrun`` names its process if that is not the first."""
     rank = os.environ.get("RANK", "0")
     print(f"unmask{f' (process {rank})' if rank != '0' else ''}: {message}", file=sys.stderr)
+    group = sys.modules.get("torch.distributed")
+    if group is not None and group.is_available() and group.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at once: torch's own end could wait for the others, or abort over what they do
     sys.exit(code)
 
 
