@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ COMMANDS: dict[str, Command] = {
 }
 DEFAULT_LEARNER = "policy-iteration"
 """What ``unmask train --out DIR`` means."""
+TOGETHER = ("pretrain", "train policy-iteration", "train imitation", "train upo", "evaluate")
+"""Commands that several processes of ``torchrun`` share."""
 
 
 def usage(group: str = "") -> str:
@@ -68,8 +71,14 @@ def usage(group: str = "") -> str:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"unmask: {message}", file=sys.stderr)
+    """End the program with one line on stderr, which under ``torchrun`` names its process if that is not the first."""
+    rank = os.environ.get("RANK", "0")
+    print(f"unmask{f' (process {rank})' if rank != '0' else ''}: {message}", file=sys.stderr)
+    group = sys.modules.get("torch.distributed")
+    if group is not None and group.is_available() and group.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at once: torch's own end could wait for the others, or abort over what they do
     sys.exit(code)
 
 
@@ -152,13 +161,13 @@ def dispatch(args: Sequence[str]) -> None:
         print(f"usage: unmask list\n\n{COMMANDS['list'].help}") if rest else list_everything()
         return
     settings = parse(name, rest)
+    from pretrain import processes
+
+    if not name.startswith(TOGETHER):
+        processes.require_one(f"unmask {name}")
     module = COMMANDS[name].settings.partition(":")[0]
     getattr(importlib.import_module(module), COMMANDS[name].function)(settings)
-    if name.startswith("pretrain"):
-        import torch
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    processes.leave()
 
 
 def main(args: Sequence[str] | None = None) -> None:

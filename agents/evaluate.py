@@ -19,6 +19,8 @@ from torch import Tensor
 
 from agents.belief import BeliefFills
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
+from agents.shares import play_share
+from pretrain import processes
 from pretrain.checkpoint import check_writable, packaged, write_json
 from pretrain.run import resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
@@ -201,15 +203,16 @@ def compare(
 
     Args:
         policies: by the name of their row. seed: of the stochastic policies, and of filling by samples.
-        batch: instances per forward. The rows of deterministic policies do not depend on it; what a stochastic one
-            draws for an instance does, as it does on the seed.
+        batch: instances per forward, of all processes. The rows of deterministic policies do not depend on it; what a
+            stochastic one draws for an instance does, as it does on the seed.
+
+    Under ``torchrun`` each process plays its part of every batch, and all return the rows of one.
     """
     check("batch", batch, AtLeast1)
     task, device = process.task, process.device
     by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
-    back = by_length.argsort()  # in the order of the instances again
     results = []
-    with Progress(transient=True, disable=not progress) as bar:
+    with Progress(transient=True, disable=not progress or processes.rank() > 0) as bar:
         work = bar.add_task("evaluate", total=len(policies) * len(instances))
         for name, policy in policies.items():
             bar.update(work, description=escape(name))
@@ -217,12 +220,15 @@ def compare(
             playing, draws, parts = played_by(process, policy), generators(process, policy, seed), []
             for rows in by_length.split(batch):
                 part = instances[rows].to(device)
-                played = playing.rollout(policy, part, *draws)
+                mine, played = play_share(playing, policy, part, draws)
+                bar.advance(work, len(rows))
+                if len(rows) and not len(mine):  # fewer rows than processes
+                    continue
                 spent = (played.nfe, played.denoiser_passes, played.policy_passes)
                 counts = dict(zip(SPENT, (count.float() for count in spent), strict=True))
-                parts.append(task.metrics(played.tokens, part) | counts)
-                bar.advance(work, len(rows))
-            columns = {column: torch.cat([part[column].cpu() for part in parts])[back] for column in parts[0]}
+                columns = task.metrics(played.tokens, part[mine]) | counts
+                parts.append((rows[mine.cpu()], {column: values.cpu() for column, values in columns.items()}))
+            columns = processes.in_order(parts)
             spent = [columns.pop(count) for count in SPENT]
             seconds = time.perf_counter() - started
             results.append(Result(name, columns, *spent, seconds, getattr(policy, "trained", "")))
@@ -248,24 +254,23 @@ def add_exact(
     """
     exact.check_holes(process.task, instances)
     known = {name: policy for name, policy in policies.items() if not policy.sees_answers}
-    parts: dict[str, list[Exact]] = {name: [] for name in known}
+    parts: dict[str, list[tuple[Tensor, dict[str, Tensor]]]] = {name: [] for name in known}
     hidden = any(policy.reads_hidden for policy in known.values())
     start_of = instances.tokens.unique(dim=0, return_inverse=True)[1]
     # Instances of the same board share its expectations, so they are listed together.
     batches = [(start_of // batch == number).nonzero().squeeze(1) for number in (start_of // batch).unique()]
-    with Progress(transient=True, disable=not progress) as bar, torch.no_grad():
+    with Progress(transient=True, disable=not progress or processes.rank() > 0) as bar, torch.no_grad():
         work = bar.add_task("exact", total=len(instances))
-        for rows in batches:
+        for rows in processes.some_of(batches):
             graph = exact.enumerate_boards(process, instances[rows], max_states=3_000_000, hidden=hidden)
             best, log_reference = exact.best_reward(graph), exact.tabulate(graph, reference_policy)
             for name, policy in known.items():
                 found = exact.evaluate(graph, policy, log_reference)
                 kls = (found.trajectory_kl.clamp(min=0), found.terminal_kl.clamp(min=0))  # 0 may round to below it
-                columns = (found.reward, best.maximum(found.reward), *kls)
-                parts[name].append(Exact(*(column[graph.start_of].cpu() for column in columns)))
-            bar.advance(work, len(rows))
-    back = torch.cat(batches).argsort().cpu()
-    joined = {name: Exact(*(torch.cat(c)[back] for c in zip(*some, strict=True))) for name, some in parts.items()}
+                columns = Exact(found.reward, best.maximum(found.reward), *kls)._asdict()
+                parts[name].append((rows.cpu(), {name: c[graph.start_of].cpu() for name, c in columns.items()}))
+            bar.advance(work, processes.count() * len(rows))
+    joined = {name: Exact(**processes.in_order(some)) for name, some in parts.items()}
     return [replace(result, exact=joined.get(result.order)) for result in results]
 
 
@@ -380,7 +385,7 @@ class EvaluateCommand(PlayCommand):
 def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instances, str]:
     """The process, the instances and the title of the table. Raises :class:`tasks.UnmaskError`."""
     validate(command)
-    device = resolve_device(command.device)
+    device = processes.join(resolve_device(command.device))
     if command.blanks is not None and command.puzzles is not None:
         raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
     task, source = resolve(
@@ -394,7 +399,8 @@ def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instance
 
 def run(command: EvaluateCommand) -> None:
     """``unmask evaluate``."""
-    check_writable(command.json, "--json")
+    processes.join(resolve_device(command.device))
+    processes.from_first(lambda: check_writable(command.json, "--json"))
     process, instances, title = prepare(command, "single")
     names = customary(process.rules.actions) if command.orders is None else command.orders
     if not names:
@@ -412,11 +418,16 @@ def run(command: EvaluateCommand) -> None:
         if isinstance(g, Learned):
             require_learned(process)
     results = compare(process, policies, instances, command.seed, command.batch, progress=True)
-    Console().print(table(results, title))
-    if command.json is not None:
-        write_json(command.json, [result.row() for result in results])
+    _report(table(results, title), results, command.json)
     if command.exact:
         results = add_exact(results, process, policies, instances, g, progress=True)
-        Console().print(exact_table(results, command.reference))
-        if command.json is not None:
-            write_json(command.json, [result.row() for result in results])
+        _report(exact_table(results, command.reference), results, command.json)
+
+
+def _report(view: Table, results: Sequence[Result], file: Path | None) -> None:
+    """Show a table, and write its rows: by the first process alone."""
+    if processes.rank() > 0:
+        return
+    Console().print(view)
+    if file is not None:
+        write_json(file, [result.row() for result in results])

@@ -30,6 +30,7 @@ from agents.setup import (
 )
 from agents.states import States
 from agents.validation import Validation
+from pretrain import processes
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
 from tasks import Task, UnmaskError
@@ -61,12 +62,13 @@ class ImitationConfig(TrainConfig):
     """cost of one wrong symbol relative to one position left masked (sets only). Even odds of filling a position then
     mean that its symbol is right with probability error_cost / (1 + error_cost)"""
     puzzles: AtLeast1 = 3000
-    """instances played to collect states"""
+    """instances played to collect states, over all processes"""
     certain_fraction: Share | None = None
     """share of each batch that is not uncertain or, where positions may be masked again, holds no wrong symbol;
     default: 0.15, or 0.4"""
     steps: AtLeast1 = 800
     batch: AtLeast1 = 128
+    """states per step, over all processes"""
     lr: NotNegative = 2e-3
     weight_decay: NotNegative = 0.01
     log_every: AtLeast1 = 20
@@ -173,6 +175,7 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
     config = check(config)
     process = process_of(config, process)
     task, device, target = process.task, process.device, reference(config.reference)
+    mine, rank = processes.share(config, "puzzles", "batch"), processes.rank()
     policy, trained = _policies(config, process)
     optimizer = make_optimizer(config, trained)
     states = States(task)
@@ -184,11 +187,13 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
     with run:
         if not len(states):
             run.note("collecting states")
-            _collect(config, process, policy, states)
+            _collect(mine, process, policy, states)
+            states.pool()
+            _check_states(config, process, states)
         policy.train()
         for step in run.loop():
-            generator = step_generator(device, config.seed, step, 2 << 16)
-            drawn = states.sample(task, config.batch, config.certain_fraction, generator)
+            generator = step_generator(device, config.seed, step, 2 << 16, rank)
+            drawn = states.sample(task, mine.batch, config.certain_fraction, generator)
             seen, answers = drawn.observe(process), drawn.answers
             if config.rules.actions == "single":
                 loss = imitation_loss(trained, target, seen, answers)
@@ -198,8 +203,8 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
             set_learning_rate(optimizer, rate)
             norm = descend(config, optimizer, list(trained.parameters()), loss)
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps or monitor.due(step + 1):
-                scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
-                monitor.report(run, policy, scalars, f"loss {loss.item():.3f}", config.batch)
+                scalars = processes.mean({"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate})
+                monitor.report(run, policy, scalars, f"loss {scalars['loss']:.3f}", config.batch)
     return policy.eval()
 
 
@@ -236,18 +241,24 @@ def part_to_train(policy: OrderPolicy | RemaskPolicy, rules: Rules) -> OrderPoli
 
 
 def _collect(config: ImitationConfig, process: Unmasking, policy: OrderPolicy | RemaskPolicy, states: States) -> None:
-    """Fill ``states``, and warn where they will not do."""
-    task = process.task
-    generator = step_generator(process.device, config.seed, 0, 3 << 16)
-    instances = task.sample(config.puzzles, generator)
+    """Fill ``states`` with those of this process's puzzles."""
+    generator = step_generator(process.device, config.seed, 0, 3 << 16, processes.rank())
+    instances = process.task.sample(config.puzzles, generator)
     if config.rules.actions == "single":
         states.collect(process, instances, policy.config.defer_above, generator)
     else:
         states.collect_sets(process, instances, generator, None if config.init is None else policy)
+
+
+def _check_states(config: ImitationConfig, process: Unmasking, states: States) -> None:
+    """Warn, once for all processes, where the states will not do. Raises :class:`tasks.UnmaskError`: there are none."""
+    task = process.task
     if not len(states):
         raise UnmaskError(
             f"no state of {config.puzzles} puzzles has a right and a wrong position to choose between; try more puzzles"
         )
+    if processes.rank() > 0:
+        return
     uncertain = int(states.uncertain.sum())
     if config.rules.actions == "set+remask" and not uncertain:
         warnings.warn(

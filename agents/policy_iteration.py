@@ -32,6 +32,7 @@ from agents.remask_policy import RemaskPolicy
 from agents.setup import Setup, TrainConfig, annealed, descend, make_optimizer, publisher, require_masks, setup
 from agents.states import States, at_random_threshold
 from agents.validation import Validation, say
+from pretrain import processes
 from pretrain.checkpoint import step_generator
 from pretrain.masking import gumbel
 from pretrain.run import Run, set_learning_rate
@@ -60,13 +61,13 @@ class PolicyIterationConfig(TrainConfig):
     iterations: AtLeast1 = 4
     """rounds of play and fitting"""
     puzzles: AtLeast1 = 1000
-    """instances played in each"""
+    """instances played in each, over all processes"""
     steps: AtLeast1 = 200
     """of AdamW in each"""
     batch: AtLeast1 = 128
-    """states per step"""
+    """states per step, over all processes"""
     rows: AtLeast1 = 500
-    """boards per forward while playing"""
+    """boards per forward while playing, of each process"""
     lr: NotNegative = 2e-3
     weight_decay: NotNegative = 0.01
     labels: Literal["auto", "values", "boards"] = "auto"
@@ -419,6 +420,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     ``process`` and what is raised are as in :func:`agents.upo.train`.
     """
     config, process, g, policy = _start(config, process)
+    mine, rank = processes.share(config, "puzzles", "batch"), processes.rank()
     optimizer, states = make_optimizer(config, policy), States(process.task)
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
@@ -429,25 +431,28 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
             iteration, within = divmod(step, config.steps)
             if within == 0:
                 run.note(f"iteration {iteration + 1}: playing")
-                generator = step_generator(process.device, config.seed, iteration, 4 << 16)
+                generator = step_generator(process.device, config.seed, iteration, 4 << 16, rank)
                 trusted = None if iteration == 0 and config.init is None else policy.eval()
-                played = _play(config, process, g, trusted, states, generator)
+                new = States(process.task)
+                played = _play(mine, process, g, trusted, new, generator)
+                new.pool()
+                states.add(config.capacity, **new.state_dict())
                 if not len(states):
                     say(run, f"{title}: {_nothing_to_learn(config, process)}")
                 elif config.rules.actions == "single":
                     widen_value_range(policy, states)
-                run.log(played | {"play/kept": float(len(states))})
+                run.log(processes.mean(played) | {"play/kept": float(len(states))})
             if not len(states):
                 continue
             policy.train()
-            generator = step_generator(process.device, config.seed, step, 5 << 16)
-            loss = loss_of(config, process, policy, states, generator)
+            generator = step_generator(process.device, config.seed, step, 5 << 16, rank)
+            loss = loss_of(mine, process, policy, states, generator)
             rate = annealed(config.lr, step, total)
             set_learning_rate(optimizer, rate)
             norm = descend(config, optimizer, list(policy.parameters()), loss)
             if (step + 1) % config.log_every == 0 or step + 1 == total or monitor.due(step + 1):
-                scalars = {"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate}
-                said = f"iteration {iteration + 1} loss {loss.item():.3f}"
+                scalars = processes.mean({"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate})
+                said = f"iteration {iteration + 1} loss {scalars['loss']:.3f}"
                 monitor.report(run, policy, scalars, said, config.batch)
     return policy.eval()
 

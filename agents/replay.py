@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain import processes
 from tasks import Instances, Task
 
 
@@ -38,9 +39,10 @@ class Replay:
         return Instances(*joined), n - replayed
 
     def add(self, instances: Instances, failed: Tensor) -> None:
-        """Keep the instances where ``failed`` (N,) bool."""
-        self.tokens = torch.cat([self.tokens, instances.tokens[failed].cpu()])[-self.capacity :]
-        self.answers = torch.cat([self.answers, instances.answers[failed].cpu()])[-self.capacity :]
+        """Keep the instances where ``failed`` (N,) bool; those of all processes, in each."""
+        for tokens, answers in processes.gather((instances.tokens[failed].cpu(), instances.answers[failed].cpu())):
+            self.tokens = torch.cat([self.tokens, tokens])[-self.capacity :]
+            self.answers = torch.cat([self.answers, answers])[-self.capacity :]
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "answers": self.answers}

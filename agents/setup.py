@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from agents.policy import Base, OrderPolicy, PolicyConfig, load_policy, new_policy
 from agents.remask_policy import RemaskPolicy
+from pretrain import processes
 from pretrain.checkpoint import save_model
 from pretrain.run import decayed_groups, resolve_device
 from tasks import Instances, Task, UnmaskError
@@ -130,8 +131,10 @@ class Setup(NamedTuple):
 
 
 def process_of(config: TrainConfig, process: Unmasking | None, temperature: float = 0.0) -> Unmasking:
-    """The decision process that ``config`` names, or the task and denoiser of ``process`` under its rules."""
+    """The decision process that ``config`` names, or the task and denoiser of ``process`` under its rules. Where
+    ``torchrun`` has started several processes, this one joins them."""
     device = resolve_device(config.device, config.threads)
+    device = processes.join(device if process is None else process.device)
     if process is not None:
         return Unmasking(process.task, process.denoiser, config.rules, temperature)
     return make_process(config.env, config.denoiser, temperature=temperature, device=device, **vars(config.rules))
@@ -205,6 +208,7 @@ def setup_on_policy(config: RLConfig, process: Unmasking | None) -> tuple[Setup,
         UnmaskError: as there; a KL to a deterministic reference; boards and steps that do not make ``minibatches``
             equal parts.
     """
+    processes.require_one("the libraries' PPO")
     ready = setup(config, process)
     policy, num_envs = ready.policy, config.num_envs
     steps = ready.process.task.length if config.steps is None else config.steps
@@ -256,9 +260,12 @@ def annealed(lr: float, step: int, steps: int) -> float:
 def descend(
     config: TrainConfig, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor
 ) -> float:
-    """One step down the gradient, its norm over ``parameters`` clipped; the norm before that."""
+    """One step down the gradient, averaged over the processes, its norm over ``parameters`` clipped; the norm before
+    that."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
+    processes.average_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     optimizer.step()
     return float(norm)
@@ -280,9 +287,10 @@ def minibatch_epochs(
     logged: dict[str, list[float]] = {}
     for _ in range(config.epochs):
         shuffled = torch.randperm(count, generator=generator, device=generator.device)
-        for rows in shuffled.chunk(config.minibatches):
-            loss, parts = loss_of(rows)
-            if loss.requires_grad:  # else the denoiser was confident throughout: there was nothing to decide
+        chunks = shuffled.chunk(config.minibatches)
+        for number in range(processes.most(len(chunks))):  # another process may have more
+            loss, parts = loss_of(chunks[number]) if number < len(chunks) else (torch.zeros(()), {})
+            if processes.any_of(loss.requires_grad):  # else the denoiser was confident: there was nothing to decide
                 parts["gradient/norm"] = descend(config, optimizer, parameters, loss)
             for name, value in parts.items():
                 logged.setdefault(name, []).append(value)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agents.policy import MAX_REMASK_COUNT, OrderPolicy
 from agents.remask_policy import RemaskPolicy
+from pretrain import processes
 from tasks import Instances, Task
 from unmask_env.process import Unmasking
 from unmask_env.reference import Oracle, Policy, SoftThreshold
@@ -146,6 +147,12 @@ class States:
                 state, _ = process.step(state, seen, action)
         columns = map(torch.cat, zip(*kept, strict=True))
         self.tokens, self.answers, self.given, self.remask_count, self.uncertain = columns
+
+    def pool(self) -> None:
+        """Hold the states of all processes, in each."""
+        parts = processes.gather(self.state_dict())
+        for name in vars(self):
+            setattr(self, name, torch.cat([part[name] for part in parts]))
 
     # ------------------------------------------------------------------ batches
     def add(self, capacity: int, **columns: Tensor) -> None:

@@ -24,6 +24,7 @@ from agents.remask_policy import RemaskPolicy
 from agents.replay import Replay
 from agents.setup import RLConfig, Setup, look_ahead, make_optimizer, minibatch_epochs, publisher, setup
 from agents.validation import Validation
+from pretrain import processes
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
 from tasks import Instances, UnmaskError
@@ -50,7 +51,7 @@ class UPOConfig(RLConfig):
     enough to enumerate, the exact terminal_kl that the others bound; auto takes cross_entropy where the reference is
     deterministic and step_kl elsewhere"""
     puzzles: AtLeast1 = 32
-    """groups per iteration"""
+    """groups per iteration, over all processes"""
     group: AtLeast2 = 8
     """trajectories per group (the paper's is 6)"""
     temperature: Positive = 1.0
@@ -277,6 +278,8 @@ def regularised_advantage(batch: Batch, kl: Tensor, beta: float, group: int) -> 
 def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | RemaskPolicy:
     """Train an order policy with UPO and save it in ``config.out``.
 
+    Under ``torchrun`` the groups are split over the processes, each whole on one of them.
+
     Args:
         process: its task and denoiser are used instead of looking ``config.env`` and ``config.denoiser`` up.
 
@@ -292,6 +295,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     regulariser = check_regulariser(config, reference)
     if regulariser == "terminal_kl":
         exact.check_holes(process.task, look_ahead(process.task))
+    mine, rank = ready._replace(config=processes.share(config, "puzzles")), processes.rank()
     defers = reference.deterministic and isinstance(policy, OrderPolicy) and policy.actions == "single"
     behaviour = Tempered(policy, config.temperature, reference if defers else None)
     optimizer = make_optimizer(config, policy)
@@ -305,15 +309,15 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
             iteration = step - config.imitation
             policy.eval()
             if iteration < 0:
-                generator = step_generator(ready.device, config.seed, step, 6 << 16)
-                scalars = imitate(ready, behaviour, optimizer, generator)
+                generator = step_generator(ready.device, config.seed, step, 6 << 16, rank)
+                scalars = processes.mean(imitate(mine, behaviour, optimizer, generator))
                 said = f"imitation {scalars['imitation/cross_entropy']:.3f}"
             else:
-                generator = step_generator(ready.device, config.seed, iteration, 1 << 16)
+                generator = step_generator(ready.device, config.seed, iteration, 1 << 16, rank)
                 set_learning_rate(optimizer, config.learning_rate(iteration))
-                scalars = improve(ready, behaviour, optimizer, replay, regulariser, generator)
+                scalars = processes.mean(improve(mine, behaviour, optimizer, replay, regulariser, generator))
                 said = f"reward {scalars['reward/fresh']:.3f} informative {scalars['groups/informative']:.0%}"
-            monitor.report(run, policy, scalars, said, int(scalars.pop("steps")))
+            monitor.report(run, policy, scalars, said, int(scalars.pop("steps") * processes.count()))
     return policy.eval()
 
 

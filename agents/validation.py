@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from agents.evaluate import paired_difference
 from agents.policy import OrderPolicy
 from agents.setup import TrainConfig, load_init
+from agents.shares import play_share
+from pretrain import processes
 from pretrain.run import Run
 from tasks import Instances, UnmaskError
 from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
@@ -46,7 +48,8 @@ class Greedy(Policy):
 
 
 class Watched(Policy):
-    """A policy, and its entropy and its divergence from a reference (N,) at each of its decisions."""
+    """A policy, and its entropy and its divergence from a reference (N,) at each of its decisions, of the
+    rows that this process plays."""
 
     def __init__(self, policy: Policy, reference: Reference) -> None:
         self.policy, self.reference = policy, reference
@@ -66,7 +69,8 @@ class Watched(Policy):
 
     def means(self) -> dict[str, float]:
         """Over all decisions; infinite divergences, where the policy is not free, are left out."""
-        joined = {name: torch.cat(values) for name, values in self.seen.items()}
+        parts = processes.gather({name: torch.cat(values).cpu() for name, values in self.seen.items()})
+        joined = {name: torch.cat([part[name] for part in parts if name in part]) for name in self.seen}
         finite = {name: values[values.isfinite()] for name, values in joined.items()}
         return {f"validation/{name}": float(values.mean()) for name, values in finite.items() if len(values)}
 
@@ -179,17 +183,19 @@ class Validation:
 
     @torch.no_grad()
     def _play(self, policy: Policy) -> Played:
-        process, parts = self.process, []
+        process, rows, parts = self.process, torch.arange(len(self.instances)), []
         with evaluated(getattr(policy, "policy", policy)):
-            for number, some in enumerate(torch.arange(len(self.instances)).split(BATCH)):
-                part = self.instances[some.to(process.device)]
+            for number, some in enumerate(rows.split(BATCH)):
                 draws = [torch.Generator(process.device).manual_seed(2 * number + k) for k in range(2)]
                 ties = draws[0] if isinstance(policy, Greedy) and policy.actions == "single" else None
-                played = process.rollout(policy, part, ties, draws[1] if process.draws else None)
-                score = next(iter(process.task.metrics(played.tokens, part).values()))
-                parts.append((score.double(), played.reward.double(), played.nfe.double()))
-        score, reward, nfe = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return Played(score, reward, nfe)
+                fills = draws[1] if process.draws else None
+                instances = self.instances[some.to(process.device)]
+                mine, played = play_share(process, policy, instances, [ties, fills])
+                if len(mine):
+                    score = next(iter(process.task.metrics(played.tokens, instances[mine]).values()))
+                    columns = {"score": score, "reward": played.reward, "nfe": played.nfe}
+                    parts.append((some[mine.cpu()], {name: column.cpu().double() for name, column in columns.items()}))
+        return Played(**processes.in_order(parts))
 
     # ------------------------------------------------------------------ what the run says
     def report(self, run: Run, policy: Policy, scalars: dict[str, float], said: str, steps: int = 0) -> None:
@@ -214,7 +220,7 @@ class Validation:
         if "learning_rate" in scalars:
             note += f" lr {scalars['learning_rate']:.1e}"
         run.log(scalars, note)
-        if not run.progress.console.is_terminal:
+        if run.main and not run.progress.console.is_terminal:
             say(run, f"{self.title} {done}/{run.steps} {note}")
         self._watch_groups(run, scalars)
         if done == run.steps and self.gains and self._latest is not None:

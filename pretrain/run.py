@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain import processes
 from pretrain.checkpoint import CheckpointError, checked_device, load_state, save_state, write_json
 from tasks import UnmaskError
 from tasks.errors import first_line
@@ -50,6 +51,9 @@ class Run:
     Files: ``run.json`` (settings), ``state.safetensors`` (everything to resume from), ``tb/`` (TensorBoard), and the
     model, as it was at the last save. While a run is going on no other can begin in its folder.
 
+    Under ``torchrun`` the first process alone reads, writes and shows; all go on from the state that it has read, so
+    nobody else needs to see the folder. The state is the same in all processes, and the number of them may change.
+
     A resumed run may be longer: ``iterations``, or ``steps`` where there are none, may grow. What depends on its
     length, such as a learning rate that falls to its end, is from there on what it is in the longer run.
 
@@ -57,7 +61,6 @@ class Run:
         settings: a frozen dataclass with ``out``, ``resume`` and ``save_every``; saved as ``run.json``.
         steps: length of the loop.
         parts: named objects with ``state_dict`` and ``load_state_dict`` that make up the state.
-        main: False on the other processes of a distributed run: they neither write nor show anything.
         publish: writes the model after so many steps to a folder; called before each save of the state.
 
     Raises:
@@ -72,52 +75,27 @@ class Run:
         steps: int,
         parts: dict[str, Any],
         title: str,
-        main: bool = True,
         publish: Callable[[int, Path], None] | None = None,
     ) -> None:
-        self.settings, self.steps, self.parts, self.main = settings, steps, parts, main
+        self.settings, self.steps, self.parts, self.main = settings, steps, parts, processes.rank() == 0
         self.publish = publish
         self.out = Path(settings.out)
         self.step = 0
         self._stop = False
-        _check_place(settings)
-        self._flag_device = _process_device()
         self._title = title
         state_file = self.out / "state.safetensors"
         described = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
         described["kind"] = type(settings).__name__  # two kinds of run may have the same settings
-        if settings.resume == "must" or (settings.resume == "auto" and state_file.exists()):
-            state = load_state(state_file)
-            kinds = {"settings": dict, "parts": dict, "step": int}
-            if not isinstance(state, dict) or not all(isinstance(state.get(key), kinds[key]) for key in kinds):
-                raise CheckpointError(f"{state_file} is not the state of a run")
-            if not 0 <= state["step"] <= steps:
-                raise CheckpointError(f"{state_file} is at step {state['step']} of a run of {steps}: it is damaged")
-            length = "iterations" if "iterations" in described else "steps"
-            differing = [
-                f"{key} was {json.dumps(value)}, is {json.dumps(described.get(key))}"
-                for key, value in state["settings"].items()
-                if key not in MAY_CHANGE and described.get(key) != value
-                if not (key == length and described[key] > value)
-            ]
-            if differing:
-                raise UnmaskError(
-                    f"cannot resume {self.out} with other settings: {'; '.join(differing)}; "
-                    "name another --out, or delete the folder"
-                )
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(state["parts"][name])
-            except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{state_file} does not belong to this run ({first_line(error)})") from None
-            if (name := self._not_finite()) is not None:
-                raise CheckpointError(f"{state_file} is damaged: the {name} has weights that are not finite")
-            self.step = state["step"]
-        elif state_file.exists():
-            raise UnmaskError(f"{self.out} already holds a run; add --resume auto to go on, or name another --out")
+        state = processes.from_first(lambda: _state_to_resume(settings, steps, described))
+        if state is not None:
+            self._load(state, state_file)
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                processes.same_weights(part)
         self._described, self.begun = described, self.step
-        self._lock = _lock(self.out) if main else None
-        if main:
+        lock = processes.from_first(lambda: _lock(self.out))
+        self._lock = lock if self.main else None
+        if self.main:
             write_json(self.out / "run.json", described)
             _next_second(self.out / "tb")
             self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step)
@@ -129,6 +107,16 @@ class Run:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}", markup=False),
             )
+
+    def _load(self, state: dict[str, Any], file: Path) -> None:
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} does not belong to this run ({first_line(error)})") from None
+        if (name := self._not_finite()) is not None:
+            raise CheckpointError(f"{file} is damaged: the {name} has weights that are not finite")
+        self.step = state["step"]
 
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
@@ -169,21 +157,14 @@ class Run:
             self.step += 1
             if self.main:
                 self.progress.update(self._bar, completed=self.step)
-            self._agree_to_stop()
-            if self._stop or self.step % self.settings.save_every == 0 or self.step == self.steps:
+            stop = processes.any_of(self._stop)  # one process's Ctrl-C stops all of them after the same step
+            if stop or self.step % self.settings.save_every == 0 or self.step == self.steps:
                 self._require_finite()
                 self.save()
-            if self._stop:
+            if stop:
                 raise Interrupted(
                     f"stopped at step {self.step} of {self.steps}; the same command with --resume auto goes on"
                 )
-
-    def _agree_to_stop(self) -> None:
-        """Under torchrun one process's Ctrl-C stops all of them after the same step."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flag = torch.tensor(float(self._stop), device=self._flag_device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self._stop = bool(flag)
 
     def _not_finite(self) -> str | None:
         """The part that has weights that are not finite."""
@@ -222,6 +203,39 @@ class Run:
                 "parts": {name: part.state_dict() for name, part in self.parts.items()},
             }
             save_state(self.out / "state.safetensors", state)
+
+
+def _state_to_resume(settings: Any, steps: int, described: dict[str, Any]) -> dict[str, Any] | None:
+    """The state in ``settings.out`` that a run of ``steps`` steps goes on from; None: it begins.
+
+    Raises:
+        UnmaskError: as :class:`Run`, before the parts are loaded.
+    """
+    _check_place(settings)
+    out = Path(settings.out)
+    state_file = out / "state.safetensors"
+    if settings.resume == "never" or (settings.resume == "auto" and not state_file.exists()):
+        if state_file.exists():
+            raise UnmaskError(f"{out} already holds a run; add --resume auto to go on, or name another --out")
+        return None
+    state = load_state(state_file)
+    kinds = {"settings": dict, "parts": dict, "step": int}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kinds[key]) for key in kinds):
+        raise CheckpointError(f"{state_file} is not the state of a run")
+    if not 0 <= state["step"] <= steps:
+        raise CheckpointError(f"{state_file} is at step {state['step']} of a run of {steps}: it is damaged")
+    length = "iterations" if "iterations" in described else "steps"
+    differing = [
+        f"{key} was {json.dumps(value)}, is {json.dumps(described.get(key))}"
+        for key, value in state["settings"].items()
+        if key not in MAY_CHANGE and described.get(key) != value
+        if not (key == length and described[key] > value)
+    ]
+    if differing:
+        raise UnmaskError(
+            f"cannot resume {out} with other settings: {'; '.join(differing)}; name another --out, or delete the folder"
+        )
+    return state
 
 
 def _check_place(settings: Any) -> None:
@@ -266,27 +280,6 @@ def _lock(out: Path) -> int | None:
         os.close(file)
         raise UnmaskError(f"another run is going on in {out}; wait for it, or name another --out") from None
     return file
-
-
-def distributed(device: torch.device) -> tuple[int, int, torch.device]:
-    """(rank, world size, device of this process), having joined the process group if under torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return torch.distributed.get_rank(), world, device
-
-
-def _process_device() -> torch.device:
-    """Where collectives of the process group run."""
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if available and torch.distributed.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

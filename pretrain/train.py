@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tasks
+from pretrain import processes
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, save_model, step_generator
 from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import losses_of_passes, masked_diffusion_loss
 from pretrain.objectives.uniform import uniform_loss
-from pretrain.run import Run, decayed_groups, distributed, resolve_device, set_learning_rate
+from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
 from tasks.settings import (
     AtLeast0,
     AtLeast1,
@@ -396,9 +397,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     task = task or tasks.get(config.task)
     device = resolve_device(config.device, config.threads)
     config.check(task)
-    rank, world, device = distributed(device)
-    if config.batch % world:
-        raise tasks.UnmaskError(f"batch {config.batch} does not split over {world} processes")
+    device = processes.join(device)
+    mine = processes.share(config, "batch")
 
     model = new_backbone(config, task).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -410,12 +410,12 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     def publish(steps: int, folder: Path) -> None:
         save_model(averaged.module, folder, half=config.half)
 
-    run = Run(config, config.steps, parts, title, main=rank == 0, publish=publish)
+    run = Run(config, config.steps, parts, title, publish=publish)
     if config.compile:
         model.compile()
         model.passes = torch.compile(model.passes)
     objective: nn.Module = Objective(model, config)
-    if world > 1:
+    if processes.count() > 1:
         # Before its start an order's parameters have no gradients.
         late = isinstance(config, LearnedOrderConfig) and config.order_start > 0
         objective = DistributedDataParallel(objective, find_unused_parameters=late)
@@ -424,8 +424,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     model.train()
     with run:
         for step in run.loop():
-            generator = step_generator(device, config.seed, step, rank)
-            clean = task.clean(config.batch // world, generator)
+            generator = step_generator(device, config.seed, step, processes.rank())
+            clean = task.clean(mine.batch, generator)
             with precision:
                 loss, bound = objective(clean, generator, step / config.steps)
             optimizer.zero_grad(set_to_none=True)

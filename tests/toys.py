@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -176,6 +179,14 @@ def packaged_denoiser(id: str) -> str:
 
 def shown(observation: Observation, order=None) -> dict[str, torch.Tensor]:
     return encode(observation, (order or SoftmaxConfidence())(observation).entry_log_probs())
+
+
+def torchrun(*program: str) -> subprocess.CompletedProcess[str]:
+    """A script, or ``-m`` and a module, in two processes on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*launcher, *rendezvous, *program], env=env, capture_output=True, text=True, timeout=240)
 
 
 # ---------------------------------------------------------------------- three positions whose order decides

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from pretrain.objectives.masked import masked_diffusion_loss
 from pretrain.run import Interrupted, decayed_groups
 from pretrain.train import ARConfig, AUDMConfig, LoMDMConfig, MDMConfig, PretrainConfig, learning_rate, pretrain
 from tasks import Sudoku, UnknownNameError, UnmaskError
+from tests.toys import torchrun
 
 pytestmark = pytest.mark.trains
 SMALL = {"steps": 12, "batch": 8, "dim": 16, "layers": 1, "heads": 2, "warmup": 3, "save_every": 5, "log_every": 4}
@@ -459,15 +459,7 @@ def test_two_processes_train_one_model(tmp_path):
         "model = pretrain(config)\n"
         f"save_file(model.state_dict(), {str(tmp_path)!r} + '/rank' + os.environ['RANK'])\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    result = subprocess.run(
-        [*launcher, *rendezvous, str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    result = torchrun(str(script))
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [load_file(tmp_path / f"rank{rank}") for rank in range(2)]
     expected = reference(config, world=2)
