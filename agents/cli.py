@@ -137,6 +137,7 @@ def list_everything() -> None:
 
     import tasks
     from agents.policy import PACKAGED_POLICIES
+    from pretrain.adapter import packaged_adapters
     from pretrain.checkpoint import PACKAGED_DENOISERS, packaged
     from unmask_env import ids
     from unmask_env.reference import REFERENCES
@@ -145,7 +146,7 @@ def list_everything() -> None:
     for title, names in {
         "tasks": tasks.names(),
         "environments": ids(),
-        "packaged denoisers": packaged(PACKAGED_DENOISERS),
+        "packaged denoisers": [*packaged(PACKAGED_DENOISERS), *packaged_adapters()],
         "reference policies": [name for name, rule in REFERENCES.items() if rule.actions == "single"],
         "reference policies over sets": [name for name, rule in REFERENCES.items() if rule.actions != "single"],
         "packaged order policies": packaged(PACKAGED_POLICIES),

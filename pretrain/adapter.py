@@ -72,6 +72,11 @@ def adapter_folder(name: str | Path) -> Path | None:
     return next((folder for folder in folders if (folder / ADAPTER).is_file()), None)
 
 
+def packaged_adapters() -> list[str]:
+    """Names of the adapters that ship."""
+    return sorted(file.parent.name for file in PACKAGED_DENOISERS.glob(f"*/{ADAPTER}"))
+
+
 def causal_model(source: str, **options: Any) -> Any:
     """A causal language model of ``transformers`` by folder, hub id or the name of an installed one, in float32.
 
