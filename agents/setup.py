@@ -48,6 +48,8 @@ class TrainConfig:
     seed: Seed = 0
     device: str = "cpu"
     threads: Threads | None = None
+    forward_batch: AtLeast1 | None = None
+    """the most boards per forward of the denoiser, which bounds its memory; default: all that play"""
     resume: Literal["never", "must", "auto"] = "never"
     """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
     save_every: AtLeast1 = 10
@@ -136,8 +138,9 @@ def process_of(config: TrainConfig, process: Unmasking | None, temperature: floa
     device = resolve_device(config.device, config.threads)
     device = processes.join(device if process is None else process.device)
     if process is not None:
-        return Unmasking(process.task, process.denoiser, config.rules, temperature)
-    return make_process(config.env, config.denoiser, temperature=temperature, device=device, **vars(config.rules))
+        return Unmasking(process.task, process.denoiser, config.rules, temperature, config.forward_batch)
+    more = {"temperature": temperature, "device": device, "forward_batch": config.forward_batch}
+    return make_process(config.env, config.denoiser, **more, **vars(config.rules))
 
 
 def setup(

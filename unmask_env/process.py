@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
-from tasks.settings import NotNegative, validate
+from tasks.settings import AtLeast1, NotNegative, validate
 from unmask_env.canvas import after_end, begin, check_canvas, followed
 from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised
 from unmask_env.reference import Policy
@@ -62,6 +62,8 @@ class Unmasking:
 
     Attributes:
         temperature: of the filling: 0 takes the denoiser's most likely symbol, above 0 samples p^(1 / temperature).
+        forward_batch: the most rows that the denoiser is given at a time, which bounds its memory; None: all. Canvases
+            are always whole.
             With actions ``accept`` 0 or 1: a denoiser of canvases has a temperature schedule of its own.
 
     Raises:
@@ -72,6 +74,7 @@ class Unmasking:
     denoiser: Denoiser | CanvasDenoiser
     rules: Rules = SINGLE
     temperature: NotNegative = 0.0
+    forward_batch: AtLeast1 | None = None
 
     def __post_init__(self) -> None:
         validate(self)
@@ -205,6 +208,12 @@ class Unmasking:
     def _denoised(self, state: State, where: Tensor, block: Tensor | None) -> Denoised:
         """The forward: of a large vocabulary only ``where`` (N, L) something may happen, since elsewhere it is not
         worth its memory; and of a denoiser that carries something with the ``block`` (N,) in play."""
+        if self.forward_batch is not None and len(state) > self.forward_batch:
+            parts = [
+                self._denoised(state[rows], where[rows], None if block is None else block[rows])
+                for rows in torch.arange(len(state), device=self.device).split(self.forward_batch)
+            ]
+            return Denoised.join(parts, torch.cat)
         asked = where if self.task.vocab_size > WHOLE else None
         if not getattr(self.denoiser, "carries", False):
             return self.denoiser(state.tokens) if asked is None else self.denoiser(state.tokens, asked)

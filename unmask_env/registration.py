@@ -102,6 +102,7 @@ def make_process(
     env_id: str | None = None,
     temperature: float = 0.0,
     device: torch.device | str = "cpu",
+    forward_batch: int | None = None,
     **rules: Any,
 ) -> Unmasking:
     """The decision process of a task and a denoiser: ``make_process("sudoku6", denoiser="sudoku6-tiny")``.
@@ -109,6 +110,7 @@ def make_process(
     Args:
         task: a task, its name with options, or an environment's id.
         denoiser: packaged name, folder, hub id, backbone or denoiser; an environment has a default one.
+        forward_batch: the most rows per forward of the denoiser; None: all.
         env_id: an environment's id, for what is not given. rules: fields of :class:`unmask_env.state.Rules`.
 
     Raises:
@@ -121,4 +123,4 @@ def make_process(
 
     checked = Rules.of(rules)
     task, denoiser = resolve(task, denoiser, env_id=env_id)
-    return Unmasking(task, load_denoiser(denoiser, task, device), checked, temperature)
+    return Unmasking(task, load_denoiser(denoiser, task, device), checked, temperature, forward_batch)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tasks
-from tasks import Instances
+from tasks import Instances, UnmaskError
 from tests.oracles import enumeration
 from tests.toys import FavouriteDenoiser, one_of, rollout, stepped
 from unmask_env.denoiser import TableDenoiser
@@ -26,8 +26,10 @@ from unmask_env.reference import (
     Random,
     SoftmaxConfidence,
     SoftmaxMargin,
+    Threshold,
     TopK,
 )
+from unmask_env.registration import make_process
 from unmask_env.state import Denoised, InvalidActionError, Rules, State
 
 M = 4  # the mask of a 4-symbol board
@@ -581,3 +583,20 @@ def test_rows_that_go_missing_later_are_noticed_too() -> None:
 
     with pytest.raises(tasks.IncompatibleDenoiserError, match=r"of shape \(1, 3, 4\)"):
         rollout(Line(), Forgetful(FAVOURITE, CONFIDENCE, vocab_size=4), LeftToRight(), INSTANCES)
+
+
+def test_forwards_in_parts_change_nothing() -> None:
+    """The boards of a step in micro-batches: as many calls as parts, and the play of whole ones."""
+    whole = make_process("sudoku6", "sudoku6-tiny", actions="set", block_length=12)
+    parts = make_process("sudoku6", "sudoku6-tiny", actions="set", block_length=12, forward_batch=3)
+    instances = whole.task.heldout(7)
+    order = Threshold(theta=0.8)
+    one, other = whole.rollout(order, instances, record=True), parts.rollout(order, instances, record=True)
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.nfe, other.nfe)
+    assert parts.denoiser.calls == 3 * whole.denoiser.calls
+    for a, b in zip(one.steps, other.steps, strict=True):
+        seen = (a.observation.denoised.log_probs, b.observation.denoised.log_probs)
+        torch.testing.assert_close(*seen, rtol=0, atol=1e-5)
+    with pytest.raises(UnmaskError, match="forward_batch must be a whole number of at least 1"):
+        make_process("sudoku6", "sudoku6-tiny", forward_batch=0)
