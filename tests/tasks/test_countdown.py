@@ -81,7 +81,7 @@ def test_malicious_answers_score_nothing_at_once(answer):
     started = time.process_time()
     assert not check_expression(answer, [9, 9, 9], 6)
     assert not check_steps(answer, [9, 9, 9], 6)
-    assert time.process_time() - started < 0.01
+    assert time.process_time() - started < 0.1  # a collection of garbage may fall in between
 
 
 @pytest.mark.parametrize("numbers", [3, 4])
