@@ -78,10 +78,13 @@ def test_expressions_by_hand(answer, numbers, target, right):
     ],
 )
 def test_malicious_answers_score_nothing_at_once(answer):
-    started = time.process_time()
-    assert not check_expression(answer, [9, 9, 9], 6)
-    assert not check_steps(answer, [9, 9, 9], 6)
-    assert time.process_time() - started < 0.1  # a collection of garbage may fall in between
+    spent = []
+    for _ in range(3):  # a collection of garbage may fall into one of them
+        started = time.process_time()
+        assert not check_expression(answer, [9, 9, 9], 6)
+        assert not check_steps(answer, [9, 9, 9], 6)
+        spent.append(time.process_time() - started)
+    assert min(spent) < 0.01
 
 
 @pytest.mark.parametrize("numbers", [3, 4])
