@@ -123,7 +123,7 @@ def test_a_resumed_run_is_the_same(task: Text, base: Path, tmp_path: Path) -> No
 
     run.save = stop
     try:
-        with pytest.raises(Exception, match="stopped at step [34] of 6"):
+        with pytest.raises(Exception, match=r"stopped at step [34] of 6"):
             adapt(parts, task)
     finally:
         run.save = original
