@@ -24,7 +24,7 @@ from pretrain import processes
 from pretrain.checkpoint import check_writable, packaged, write_json
 from pretrain.run import resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
-from tasks.settings import AtLeast0, AtLeast1, NotNegative, Seed, check, validate
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
 from unmask_env import exact
 from unmask_env.denoiser import Denoiser, load_denoiser
 from unmask_env.process import Unmasking
@@ -359,6 +359,12 @@ class PlayCommand(BoardCommand):
     """positions that an episode may mask again"""
     block_length: AtLeast1 | None = None
     """fill block by block, each of this many positions, behind the prompt (semi-autoregressive)"""
+    canvas_steps: AtLeast1 = Rules.canvas_steps
+    """with accept, the most forwards of a canvas"""
+    stop_entropy: Positive | None = Rules.stop_entropy
+    """with accept, a canvas ends earlier where it is stable and its mean entropy is below this (nats); None: never"""
+    stop_stable: AtLeast0 = Rules.stop_stable
+    """with accept, how many forwards in a row must say the same before a canvas may end earlier"""
     batch: AtLeast1 = 500
     device: str = "cpu"
 
@@ -366,7 +372,8 @@ class PlayCommand(BoardCommand):
         """``default``: the actions, where neither they nor a budget for masking again are given."""
         actions = self.actions or (default if self.remask_budget is None else "set+remask")
         budgets = {"nfe_budget": self.nfe_budget, "remask_budget": self.remask_budget}
-        return Rules(actions, block_length=self.block_length, **budgets)
+        canvas = {name: getattr(self, name) for name in ("canvas_steps", "stop_entropy", "stop_stable")}
+        return Rules(actions, block_length=self.block_length, **budgets, **canvas)
 
 
 @dataclass(frozen=True)

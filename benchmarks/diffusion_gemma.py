@@ -107,12 +107,29 @@ def loss_of(model: Any, task: Task, clean: Tensor, generator: torch.Generator) -
     return cross_entropy(model(**given).logits.flatten(0, 1), answers.flatten())
 
 
+class Clock:
+    """CPU seconds of a run, with those before it was cut off."""
+
+    def __init__(self) -> None:
+        self.before, self.started = 0.0, time.process_time()
+
+    def seconds(self) -> float:
+        return self.before + time.process_time() - self.started
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.before, self.started = state["seconds"], time.process_time()
+
+
 def train(config: Training, task: Task) -> float:
-    """Train the denoiser and save it in ``config.out``; CPU seconds of what was left to do."""
+    """Train the denoiser and save it in ``config.out``, unless it is there; its CPU seconds."""
     model = model_of(config, task).train()
     parameters = [p for name, p in model.named_parameters() if "vision" not in name]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    parts, started, losses = {"model": model, "optimizer": optimizer}, time.process_time(), []
+    clock, losses = Clock(), []
+    parts = {"model": model, "optimizer": optimizer, "clock": clock}
     run = Run(config, config.steps, parts, f"denoiser {task.name}", lambda _, folder: save_model(model, folder))
     with run:
         for step in run.loop():
@@ -128,7 +145,7 @@ def train(config: Training, task: Task) -> float:
                 print(f"step {step + 1} loss {sum(losses) / len(losses):.4f}", flush=True)
                 run.log({"loss": sum(losses) / len(losses)})
                 losses.clear()
-    return time.process_time() - started
+    return clock.seconds()
 
 
 # ---------------------------------------------------------------------- the acceptance policy
