@@ -12,7 +12,16 @@ from rich.console import Console
 from torch import Tensor
 
 import tasks
-from agents.evaluate import Result, compare, load_order, normal_interval, paired_difference, table, wilson
+from agents.evaluate import (
+    EvaluateCommand,
+    Result,
+    compare,
+    load_order,
+    normal_interval,
+    paired_difference,
+    table,
+    wilson,
+)
 from agents.policy import OrderPolicy, PolicyConfig, new_policy
 from pretrain.checkpoint import save_model
 from tasks import Instances, Task, UnknownNameError, UnmaskError
@@ -21,6 +30,7 @@ from tests.toys import PositionPolicy, generator, rollout
 from unmask_env.denoiser import TableDenoiser, load_denoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import LeftToRight, Margin, Oracle, Random, TopK
+from unmask_env.state import Rules
 
 KEYS = ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "passes", "policy_passes", "trained", "n"]
 KEYS += ["ci95", "seconds"]
@@ -263,3 +273,9 @@ def test_load_order(tmp_path: Path, sudoku6, tiny) -> None:
 def test_a_batch_below_one_is_refused(sudoku6, tiny) -> None:
     with pytest.raises(UnmaskError, match="batch must be a whole number of at least 1, not 0"):
         compare(tiny, {"margin": Margin()}, sudoku6.heldout(2), batch=0)
+
+
+def test_the_settings_of_a_canvas_reach_the_rules() -> None:
+    command = EvaluateCommand("countdown", actions="accept", canvas_steps=4, stop_entropy=None, stop_stable=2)
+    assert command.rules("single") == Rules("accept", canvas_steps=4, stop_entropy=None, stop_stable=2)
+    assert EvaluateCommand("countdown").rules("single") == Rules()
