@@ -62,9 +62,9 @@ class Unmasking:
 
     Attributes:
         temperature: of the filling: 0 takes the denoiser's most likely symbol, above 0 samples p^(1 / temperature).
+            With actions ``accept`` 0 or 1: a denoiser of canvases has a temperature schedule of its own.
         forward_batch: the most rows that the denoiser is given at a time, which bounds its memory; None: all. Canvases
             are always whole.
-            With actions ``accept`` 0 or 1: a denoiser of canvases has a temperature schedule of its own.
 
     Raises:
         UnmaskError: a temperature below 0; a denoiser of canvases with other actions than ``accept``, or the reverse.
