@@ -328,7 +328,7 @@ def test_cuda_where_there_is_none(tmp_path):
 
 
 def test_an_unknown_task(tmp_path):
-    with pytest.raises(UnknownNameError, match=r"unknown task 'sudoku5'; known: .*sudoku4"):
+    with pytest.raises(UnknownNameError, match=r"unknown task 'sudoku5'; did you mean .* known: .*sudoku4"):
         pretrain(small(tmp_path / "run", task="sudoku5"))
 
 
