@@ -908,6 +908,26 @@ def test_learners_of_the_libraries_read_hidden_states(unmask, weak: Path, tmp_pa
     assert load_policy(tmp_path / "run").reads_hidden
 
 
+@pytest.mark.trains
+@pytest.mark.parametrize("name", [name.partition(" ")[2] for name in COMMANDS if name.startswith("train ")])
+def test_every_learner_logs_a_line_per_interval(unmask, tmp_path: Path, name: str) -> None:
+    """Off a terminal, where there is no bar."""
+    lengths = {"policy-iteration": ("--iterations", 1, "--steps", 2), "imitation": ("--steps", 2)}
+    length = [*lengths.get(name, ("--iterations", 2)), *(["--imitation", 0] if name == "upo" else [])]
+    sizes = ["--num-envs", 4] if name.startswith("ppo") else ["--puzzles", 40]
+    sizes += ["--log-every", 1] if name in lengths else ["--minibatches", 1]
+    if "torchrl" in name:
+        sizes += ["--steps", 36]
+    done = unmask(
+        "train", name, "--env", "sudoku6", *TINY[2:], "--no-copy", "--dim", 8, "--heads", 2, "--layers", 1,
+        "--threads", 1, "--validation-puzzles", 4, *length, *sizes, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    title = re.escape(f"{name.replace('policy-iteration', 'policy iteration')} sudoku6")
+    assert re.findall(rf"^{title} (\d)/2 ", done.out, re.MULTILINE) == ["1", "2"], done.out
+    assert "━" not in done.out
+
+
 def test_task_and_env_mean_the_same_and_an_environment_has_a_denoiser(unmask, tmp_path: Path) -> None:
     def numbers(*args: object) -> list[str]:
         done = unmask("evaluate", *args, "--orders", "margin", "--limit", "5")
