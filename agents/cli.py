@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import io
 import os
@@ -66,14 +67,18 @@ TOGETHER = ("pretrain", "train policy-iteration", "train imitation", "train upo"
 def usage(group: str = "") -> str:
     """The commands that begin with ``group``, a line each."""
     names = [name for name in COMMANDS if not group or name.startswith(f"{group} ")]
-    lines = [f"usage: unmask {group + ' ' if group else ''}COMMAND [OPTIONS]; unmask COMMAND --help says more", ""]
-    return "\n".join(lines + [f"  {name.removeprefix(group).strip():<26}{COMMANDS[name].help}" for name in names])
+    more = "" if group else "; --version"
+    lines = [f"usage: unmask {group + ' ' if group else ''}COMMAND [OPTIONS]; COMMAND --help says more{more}", ""]
+    lines += [f"  {name.removeprefix(group).strip():<26}{COMMANDS[name].help}" for name in names]
+    return "\n".join(lines)
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End the program with one line on stderr, which under ``torchrun`` names its process if that is not the first."""
+def fail(message: str, code: int = 2, command: str = "") -> NoReturn:
+    """End the program with one line on stderr, which names the ``command``, and under ``torchrun`` its process if that
+    is not the first."""
     rank = os.environ.get("RANK", "0")
-    print(f"unmask{f' (process {rank})' if rank != '0' else ''}: {message}", file=sys.stderr)
+    process = f" (process {rank})" if rank != "0" else ""
+    print(f"{' '.join(filter(None, ('unmask', command)))}{process}: {message}", file=sys.stderr)
     group = sys.modules.get("torch.distributed")
     if group is not None and group.is_available() and group.is_initialized():
         sys.stdout.flush()
@@ -97,9 +102,12 @@ def split(args: Sequence[str]) -> tuple[str, list[str]]:
     if rest and rest[0] in ("-h", "--help"):
         print(usage(group))
         sys.exit(0)
-    begun = [name.removeprefix(group).split()[0] for name in COMMANDS if name.startswith(group)]
-    what = f"unknown command {' '.join(filter(None, (group, rest[0])))!r}" if rest else f"name what to {group or 'do'}"
-    fail(f"{what}; known: {', '.join(dict.fromkeys(begun))}")
+    begun = list(dict.fromkeys(name.removeprefix(group).split()[0] for name in COMMANDS if name.startswith(group)))
+    if not rest:
+        fail(f"name what to {group or 'do'}; known: {', '.join(begun)}", command=group)
+    near = difflib.get_close_matches(rest[0], begun, n=1, cutoff=0.65)  # tasks.errors would bring torch
+    meant = f"; did you mean {near[0]}?" if near else ";"
+    fail(f"unknown command {rest[0]!r}{meant} known: {', '.join(begun)}", command=group)
 
 
 def _one_word(args: Sequence[str], settings: type) -> list[str]:
@@ -111,24 +119,47 @@ def _one_word(args: Sequence[str], settings: type) -> list[str]:
     return [re.sub(r"^--(task|env)(?==|$)", f"--{own}", word) for word in args]
 
 
-def parse(name: str, args: Sequence[str]) -> Any:
-    """The settings that ``args`` mean; tyro's framed complaint becomes one line on stderr and exit code 2."""
-    import tyro
-
+def settings_class(name: str) -> type:
+    """The dataclass of a command's settings."""
     module, _, kind = COMMANDS[name].settings.partition(":")
     imported = importlib.import_module(module)
-    settings = imported.OBJECTIVES[kind] if module == "pretrain.train" else getattr(imported, kind)
+    return imported.OBJECTIVES[kind] if module == "pretrain.train" else getattr(imported, kind)
+
+
+def _commands_by_class() -> dict[str, str]:
+    """Which command has settings of which class, for those that write ``run.json``."""
+    return {
+        settings_class(n).__name__: f"unmask {n}" for n in reversed(COMMANDS) if n.startswith(("pretrain", "train"))
+    }
+
+
+def parse(name: str, args: Sequence[str]) -> Any:
+    """The settings that ``args`` mean, on top of those of ``--config``.
+
+    Raises:
+        UnmaskError: an option that the command does not have, a value that it does not take, or a missing one.
+    """
+    import tyro
+
+    from agents import options
+    from tasks import UnmaskError
+
+    settings = settings_class(name)
+    if "-h" in args or "--help" in args:
+        print(options.help_of(name, settings))
+        sys.exit(0)
+    file, words = options.take_config(_one_word(args, settings))
+    start = {} if file is None else {"default": options.read_config(file, settings, _commands_by_class())}
+    options.check_flags(words, settings, start.get("default"))
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(
-                settings, args=_one_word(args, settings), prog=f"unmask {name}", config=(tyro.conf.OmitArgPrefixes,)
-            )
+            return tyro.cli(settings, args=words, prog=f"unmask {name}", config=(tyro.conf.OmitArgPrefixes,), **start)
     except SystemExit as stop:
-        if stop.code not in (0, None):
-            text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", captured.getvalue())
-            print("unmask: " + re.sub(r"\s+", " ", text).strip(), file=sys.stderr)
-        raise
+        if stop.code in (0, None):
+            raise
+        text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{3,}", " ", captured.getvalue())
+        raise UnmaskError(options.explained(" ".join(text.split()), settings)) from None
 
 
 def list_everything() -> None:
@@ -154,11 +185,11 @@ def list_everything() -> None:
         console.print(f"[bold]{title}[/bold]: {', '.join(names) or '(none)'}", highlight=False)
 
 
-def dispatch(args: Sequence[str]) -> None:
-    name, rest = split(args)
+def dispatch(name: str, rest: Sequence[str]) -> None:
+    """Run the command ``name`` with its arguments."""
     if name == "list":
         if rest and rest[0] not in ("-h", "--help"):
-            fail(f"list takes no arguments, not {rest[0]!r}")
+            fail(f"it takes no arguments, not {rest[0]!r}", command=name)
         print(f"usage: unmask list\n\n{COMMANDS['list'].help}") if rest else list_everything()
         return
     settings = parse(name, rest)
@@ -176,10 +207,17 @@ def main(args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
+    words = list(sys.argv[1:] if args is None else args)
+    if words[:1] == ["--version"]:
+        from unmask_env.names import __version__
+
+        print(f"unmask {__version__}")
+        return
+    name, rest = split(words)
     try:
-        dispatch(sys.argv[1:] if args is None else args)
+        dispatch(name, rest)
     except KeyboardInterrupt:
-        fail("stopped", 130)
+        fail("stopped", 130, name)
     except Exception as error:
         if isinstance(error, ImportError | AttributeError):
             try:
@@ -190,13 +228,14 @@ def main(args: Sequence[str] | None = None) -> None:
         from tasks import UnmaskError
 
         if isinstance(error, UnmaskError | OSError):  # a user's mistake, or a place that cannot be read or written
-            fail(str(error))
+            fail(str(error), command=name)
         if isinstance(error, Interrupted):
-            fail(str(error), 130)
+            fail(str(error), 130, name)
         if isinstance(error, MemoryError) or re.search(
             "allocate memory|out of memory", str(error)
         ):  # torch's own types
-            fail("not enough memory; take fewer instances (--limit, --puzzles), a smaller --batch, or a smaller model")
+            few = "take fewer instances (--limit, --puzzles), a smaller --batch, or a smaller model"
+            fail(f"not enough memory; {few}", command=name)
         raise
 
 

@@ -21,7 +21,7 @@ from agents.belief import BeliefFills
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from agents.shares import play_share
 from pretrain import processes
-from pretrain.checkpoint import check_writable, packaged, write_json
+from pretrain.checkpoint import STDOUT, check_writable, packaged, report_json
 from pretrain.run import resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
@@ -189,6 +189,13 @@ def generators(process: Unmasking, policy: Policy, seed: int) -> list[torch.Gene
     return [torch.Generator(process.device).manual_seed(seed + k) if draws else None for k, draws in enumerate(drawn)]
 
 
+def progress_bar(shown: bool) -> Progress:
+    """A bar that goes when it is done; none off a terminal, and of several processes the first alone has one."""
+    console = Console()
+    hidden = not shown or processes.rank() > 0 or not console.is_terminal
+    return Progress(transient=True, disable=hidden, console=console)
+
+
 def compare(
     process: Unmasking,
     policies: dict[str, Policy],
@@ -212,7 +219,7 @@ def compare(
     task, device = process.task, process.device
     by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
     results = []
-    with Progress(transient=True, disable=not progress or processes.rank() > 0) as bar:
+    with progress_bar(progress) as bar:
         work = bar.add_task("evaluate", total=len(policies) * len(instances))
         for name, policy in policies.items():
             bar.update(work, description=escape(name))
@@ -259,7 +266,7 @@ def add_exact(
     start_of = instances.tokens.unique(dim=0, return_inverse=True)[1]
     # Instances of the same board share its expectations, so they are listed together.
     batches = [(start_of // batch == number).nonzero().squeeze(1) for number in (start_of // batch).unique()]
-    with Progress(transient=True, disable=not progress or processes.rank() > 0) as bar, torch.no_grad():
+    with progress_bar(progress) as bar, torch.no_grad():
         work = bar.add_task("exact", total=len(instances))
         for rows in processes.some_of(batches):
             graph = exact.enumerate_boards(process, instances[rows], max_states=3_000_000, hidden=hidden)
@@ -274,21 +281,23 @@ def add_exact(
     return [replace(result, exact=joined.get(result.order)) for result in results]
 
 
-def _view(title: str, caption: str, columns: Sequence[str]) -> Table:
-    """An empty table of orders, whose ``columns`` hold numbers."""
+def empty_table(title: str, names: Sequence[str], numbers: Sequence[str], caption: str | None = None) -> Table:
+    """A table with columns of ``names`` and of ``numbers``. Where the terminal is narrow they wrap; nothing is cut."""
     view = Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    view.add_column("order", overflow="fold")
-    for name in columns:
-        view.add_column(name, justify="right", no_wrap=True)
+    for name in names:
+        view.add_column(name, overflow="fold")
+    for name in numbers:
+        view.add_column(name, justify="right", overflow="fold")
     return view
 
 
 def exact_table(results: Sequence[Result], reference_name: str) -> Table:
     """A rich table of the exact columns."""
-    view = _view(
+    view = empty_table(
         f"exact, over each order's own choices; divergences from {reference_name} in nats",
+        ["order"],
+        ["reward", "best possible", "trajectory KL", "terminal KL"],
         "best possible: the most that any order reaches with this denoiser",
-        ("reward", "best possible", "trajectory KL", "terminal KL"),
     )
     for result in results:
         view.add_row(escape(result.order), *(f"{float(values.mean()):.4f}" for values in result.exact or ()))
@@ -302,7 +311,7 @@ def table(results: Sequence[Result], title: str) -> Table:
     stars = ["*" * (result.order in ("oracle", "oracle_sets")) for result in results]
     note = "; * sees the answers" if any(stars) else ""
     columns = [*(names.get(name, name) for name in results[0].metrics), "NFE", "passes", "s"]
-    view = _view(title, f"per cent, with 95 % confidence intervals{note}", columns)
+    view = empty_table(title, ["order"], columns, f"per cent, with 95 % confidence intervals{note}")
     for result, star in zip(results, stars, strict=True):
         cells = []
         for values in result.metrics.values():
@@ -381,7 +390,7 @@ class EvaluateCommand(PlayCommand):
     """Compare orders on the same held-out instances and denoiser: one table, with 95 % confidence intervals."""
 
     json: Path | None = None
-    """write the rows here"""
+    """write the rows here; - is stdout, and the table then goes to stderr"""
     exact: bool = False
     """on boards of at most 16 blanks: also the exact expected reward of each order, the best that any order could reach
     with this denoiser, and the exact divergences from ``reference``"""
@@ -425,16 +434,16 @@ def run(command: EvaluateCommand) -> None:
         if isinstance(g, Learned):
             require_learned(process)
     results = compare(process, policies, instances, command.seed, command.batch, progress=True)
-    _report(table(results, title), results, command.json)
+    _report(table(results, title), results, command.json, last=not command.exact)
     if command.exact:
         results = add_exact(results, process, policies, instances, g, progress=True)
         _report(exact_table(results, command.reference), results, command.json)
 
 
-def _report(view: Table, results: Sequence[Result], file: Path | None) -> None:
-    """Show a table, and write its rows: by the first process alone."""
+def _report(view: Table, results: Sequence[Result], file: Path | None, last: bool = True) -> None:
+    """Show a table, and write its rows, to stdout only the ``last`` ones: by the first process alone."""
     if processes.rank() > 0:
         return
-    Console().print(view)
-    if file is not None:
-        write_json(file, [result.row() for result in results])
+    Console(stderr=file == STDOUT).print(view)
+    if last or file != STDOUT:
+        report_json(file, [result.row() for result in results])

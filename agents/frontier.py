@@ -14,13 +14,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from agents.evaluate import PlayCommand, Result, compare, interval, paired_difference, prepare
+from agents.evaluate import (
+    PlayCommand,
+    Result,
+    compare,
+    empty_table,
+    interval,
+    paired_difference,
+    prepare,
+    progress_bar,
+)
 from agents.policy import load_policy
 from pretrain.checkpoint import check_writable, write_atomically, write_json
 from tasks import Instances, UnknownNameError, UnmaskError
@@ -42,6 +49,15 @@ class Point:
     setting: dict[str, Any]
     learned: bool
     result: Result
+
+    @property
+    def order(self) -> str:
+        """As it is typed: ``threshold:theta=0.6``; of a policy also ``--threshold 0.35``, as ``unmask show`` has it."""
+        if self.learned:
+            settings = ", ".join(f"--threshold {v}" for k, v in self.setting.items() if k == "threshold")
+            return f"{self.method} {settings}".strip()
+        rule = self.method.partition(" ")[0]  # curves begin with it
+        return f"{rule}:{','.join(f'{name}={value}' for name, value in self.setting.items())}"
 
     def row(self) -> dict[str, Any]:
         """The JSON row."""
@@ -86,7 +102,7 @@ def sweep(
     """Every setting of every method on the same instances. In small batches less is computed for rows that have
     ended."""
     points = []
-    with Progress(transient=True, disable=not progress) as bar:
+    with progress_bar(progress) as bar:
         work = bar.add_task("frontier", total=sum(len(settings) for settings in chosen.values()))
         for method, settings in chosen.items():
             bar.update(work, description=escape(method))
@@ -132,16 +148,14 @@ def _mean(point: Point) -> float:
 def table(points: Sequence[Point], title: str) -> Table:
     """The best points of heuristics and of learned policies, by rising number of forwards."""
     metric = next(iter(points[0].result.metrics))
-    view = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("NFE", "passes", "s", f"{metric} %", "95 %", "method", "setting"):
-        view.add_column(column, justify="left" if column in ("method", "setting") else "right")
+    view = empty_table(title, [], ["NFE", "passes", "s", f"{metric} %", "95 %"])
+    view.add_column("order", overflow="fold")
     for point in sorted([*best_of(points, False), *best_of(points, True)], key=lambda p: p.result.nfe):
         low, high = interval(point.result.solved)
         spent = (point.result.nfe, float((point.result.passes + point.result.policy_passes).double().mean()))
         cells = (*(f"{count:.2f}" for count in spent), f"{point.result.seconds:.1f}")
         cells += (f"{100 * _mean(point):.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
-        setting = ", ".join(f"{name} {value}" for name, value in point.setting.items())
-        view.add_row(*cells, escape(point.method), escape(setting), style="bold" if point.learned else "")
+        view.add_row(*cells, escape(point.order), style="bold" if point.learned else "")
     return view
 
 

@@ -180,10 +180,11 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
     optimizer = make_optimizer(config, trained)
     states = States(task)
     rival = reference(default_reference(config.rules.actions)) if target.sees_answers else target
-    monitor = Validation(config, process, rival, f"imitation {task.name}", gains=target.sees_answers)
+    title = f"imitation {task.name}"
+    monitor = Validation(config, process, rival, title, gains=target.sees_answers)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "validation": monitor}
     how = "imitation" if target.sees_answers else ""
-    run = Run(config, config.steps, parts, "imitation", publish=publisher(policy, lambda: how))
+    run = Run(config, config.steps, parts, title, publish=publisher(policy, lambda: how))
     with run:
         if not len(states):
             run.note("collecting states")

@@ -31,7 +31,7 @@ from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
 from agents.setup import Setup, TrainConfig, annealed, descend, make_optimizer, publisher, require_masks, setup
 from agents.states import States, at_random_threshold
-from agents.validation import Validation, say
+from agents.validation import Validation
 from pretrain import processes
 from pretrain.checkpoint import step_generator
 from pretrain.masking import gumbel
@@ -425,7 +425,8 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "validation": monitor}
-    run = Run(config, total, parts, title, publish=publisher(policy, lambda: "rewards" if len(states) else ""))
+    publish = publisher(policy, lambda: "rewards" if len(states) else "")
+    run = Run(config, total, parts, title, publish, round_length=config.steps)
     with run:
         for step in run.loop():
             iteration, within = divmod(step, config.steps)
@@ -438,7 +439,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 new.pool()
                 states.add(config.capacity, **new.state_dict())
                 if not len(states):
-                    say(run, f"{title}: {_nothing_to_learn(config, process)}")
+                    run.say(f"{title}: {_nothing_to_learn(config, process)}")
                 elif config.rules.actions == "single":
                     widen_value_range(policy, states)
                 run.log(processes.mean(played) | {"play/kept": float(len(states))})

@@ -191,7 +191,7 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
                     data = next(batches)  # (num_envs, steps)
                 frames = advantages(data)
                 if not len(frames):
-                    run.note("no episode ended")
+                    run.log({}, "no episode ended")
                     continue
                 losses = partial(loss_of, loss, frames)
                 scalars = minibatch_epochs(config, optimizer, parameters, len(frames), losses, generator)

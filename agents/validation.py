@@ -200,7 +200,7 @@ class Validation:
     # ------------------------------------------------------------------ what the run says
     def report(self, run: Run, policy: Policy, scalars: dict[str, float], said: str, steps: int = 0) -> None:
         """The end of an iteration: its ``scalars`` and, where due, the validation's to TensorBoard; a line to the log,
-        or beside the progress bar of a terminal.
+        or below the progress bar of a terminal.
 
         Args:
             said: begins the line. steps: boards times steps of an iteration, for the throughput.
@@ -220,8 +220,6 @@ class Validation:
         if "learning_rate" in scalars:
             note += f" lr {scalars['learning_rate']:.1e}"
         run.log(scalars, note)
-        if run.main and not run.progress.console.is_terminal:
-            say(run, f"{self.title} {done}/{run.steps} {note}")
         self._watch_groups(run, scalars)
         if done == run.steps and self.gains and self._latest is not None:
             self._conclude(run)
@@ -242,8 +240,7 @@ class Validation:
 
     def _say_if_perfect(self, run: Run) -> None:
         if self.gains and self.reference_played.perfect:
-            say(
-                run,
+            run.say(
                 f"{self.title}: the reference {self.reference.name} is at 100 % of {len(self.instances)} validation "
                 "instances, so nothing can be gained; take harder instances or a weaker denoiser",
             )
@@ -254,8 +251,7 @@ class Validation:
             return
         self._uninformative = 0 if scalars["groups/informative"] > 0 else self._uninformative + 1
         if self._uninformative == PATIENCE:
-            say(
-                run,
+            run.say(
                 f"{self.title}: in {PATIENCE} iterations no group was rewarded unequally, so nothing is learned; take "
                 "harder instances, more --puzzles or a larger --group",
             )
@@ -268,18 +264,12 @@ class Validation:
         mean, low, high = (f"{100 * value:+.1f}" for value in paired_difference(now.score, start.score))
         what = "validation fell" if now.falls_below(start) else "no gain above the noise on validation"
         change = f"{percent(start.score)} at the start, {percent(now.score)} now ({mean}, {low} to {high})"
-        say(run, f"{self.title}: {what}: {change}; {ADVICE}")
+        run.say(f"{self.title}: {what}: {change}; {ADVICE}")
 
 
 # ---------------------------------------------------------------------- small parts
 def percent(values: Tensor) -> str:
     return f"{100 * float(values.mean()):.1f}"
-
-
-def say(run: Run, line: str) -> None:
-    """``line`` on stdout, above the progress bar where there is one."""
-    if run.main:
-        run.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

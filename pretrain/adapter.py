@@ -236,7 +236,7 @@ def adapt(config: AdapterConfig, task: tasks.Task | None = None) -> Any:
             optimizer.step()
             mean.add(loss)
             values, note = {"grad_norm": float(norm)}, ""
-            if (step + 1) % config.log_every == 0:
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 values |= {"loss": mean.take()[0], "lr": learning_rate(config, step)}
                 note = f"loss {values['loss']:.4f}"
                 if heldout is not None and (step + 1) % (5 * config.log_every) == 0:

@@ -56,13 +56,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+STDOUT = Path("-")
+"""What ``--json -`` means."""
+
+
 def check_writable(path: Path | None, option: str) -> None:
     """Before long work: a file can be written at ``path``, if any; folders that are missing are made.
 
     Raises:
         UnmaskError: it cannot; ``option`` is what the message calls it.
     """
-    if path is None:
+    if path is None or path == STDOUT:
         return
     if path.is_dir():
         raise UnmaskError(f"{option} {path} is a folder; name a file")
@@ -72,6 +76,14 @@ def check_writable(path: Path | None, option: str) -> None:
             os.close(os.open(path, os.O_WRONLY))  # a file that is there may be written over
     except OSError as error:
         raise UnmaskError(f"cannot write {option} {path}: {error.strerror}; name another file") from None
+
+
+def report_json(path: Path | None, value: Any) -> None:
+    """Write what a command's ``--json`` asks for: nothing, a file, or ``-``, stdout."""
+    if path == STDOUT:
+        print(json.dumps(value, indent=2))
+    elif path is not None:
+        write_json(path, value)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 import tasks
 from pretrain import masking, uniform
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import PACKAGED_DENOISERS, check_writable, load_model, write_json
+from pretrain.checkpoint import PACKAGED_DENOISERS, STDOUT, check_writable, load_model, report_json
 from pretrain.masking import PolynomialSchedule
 from pretrain.objectives.masked import cross_entropies, integrand
 from pretrain.objectives.uniform import Corrupted, loss_at, prior_divergence
@@ -173,7 +173,7 @@ class LikelihoodCommand:
     truncated: bool = False
     """also the time integral cut off at t = 0.001, as often reported: no bound"""
     json: Path | None = None
-    """write the numbers here"""
+    """write the numbers here; - is stdout, and the table then goes to stderr"""
     seed: Seed = 0
     """of the masks"""
     batch: AtLeast1 = 250
@@ -192,18 +192,14 @@ def run(command: LikelihoodCommand) -> None:
     generator = torch.Generator(device).manual_seed(command.seed)
     estimates = [
         bound(model, rows, generator, command.samples, command.truncated)
-        for rows in track(clean.split(command.batch), "likelihood", transient=True)
+        for rows in track(clean.split(command.batch), "likelihood", transient=True, disable=not Console().is_terminal)
     ]
     forms = {"exact": "path"} if estimates[0].exact else {"path bound": "path", "order bound": "order"}
     if command.truncated:
         forms["cut off at t = 0.001 (no bound)"] = "truncated"
-    table = Table(
-        "",
-        "nats per sequence",
-        "nats per position",
-        "perplexity",
-        title=escape(f"{task.name}, {command.denoiser}, {len(clean)}"),
-    )
+    table = Table(title=escape(f"{task.name}, {command.denoiser}, {len(clean)}"))
+    for column in ("", "nats per sequence", "nats per position", "perplexity"):
+        table.add_column(column, overflow="fold")
     rows = []
     for title, form in forms.items():
         values = torch.cat([getattr(part, form) for part in estimates])
@@ -214,6 +210,5 @@ def run(command: LikelihoodCommand) -> None:
         )  # standard errors over sequences
         rows.append({"form": title, "nats": mean, "standard_error": error, "length": task.length, "n": len(clean)})
         rows[-1] |= {"task": task.name, "denoiser": command.denoiser, "split": command.split, "seed": command.seed}
-    Console().print(table)
-    if command.json is not None:
-        write_json(command.json, rows)
+    Console(stderr=command.json == STDOUT).print(table)
+    report_json(command.json, rows)

@@ -8,13 +8,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import RenderableType
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -27,6 +31,10 @@ from tasks.settings import Threads, check
 MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads"}  # settings that do not change what is learned
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STOPPING = "stopping after this step and saving; once more stops without saving"
+
+
+MEASURED = 3.0  # seconds of steps from which the duration is estimated
+LONG = 60.0  # seconds from which on it is told
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
@@ -45,6 +53,34 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
     return checked_device(device)
 
 
+class Bar(Progress):
+    """The bar of a run, at most 80 columns wide for a name of up to 30; its note stands below it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.disable = not self.console.is_terminal  # elsewhere the log has a line per interval
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Padding(Text(task.fields["note"]), (0, 0, 0, 2))
+
+
+def duration(seconds: float) -> str:
+    """As people say it: ``about 6 minutes``."""
+    units = {"day": 86400, "hour": 3600, "minute": 60}
+    unit = next((name for name, size in units.items() if seconds >= 2 * size), "second")
+    count = max(1, round(seconds / units.get(unit, 1)))
+    return f"about {count} {unit}{'s' * (count != 1)}"
+
+
 class Run:
     """Drives a loop over ``steps`` steps in the folder ``out``; use as a context manager.
 
@@ -61,7 +97,9 @@ class Run:
         settings: a frozen dataclass with ``out``, ``resume`` and ``save_every``; saved as ``run.json``.
         steps: length of the loop.
         parts: named objects with ``state_dict`` and ``load_state_dict`` that make up the state.
+        title: begins the lines of the log; what stands behind it in brackets is told once.
         publish: writes the model after so many steps to a folder; called before each save of the state.
+        round_length: every so many steps there is one that takes longer; default: the first alone does.
 
     Raises:
         UnmaskError: ``out`` already holds a run and ``resume`` is never, holds one with other settings or a model of
@@ -76,13 +114,15 @@ class Run:
         parts: dict[str, Any],
         title: str,
         publish: Callable[[int, Path], None] | None = None,
+        round_length: int | None = None,
     ) -> None:
         self.settings, self.steps, self.parts, self.main = settings, steps, parts, processes.rank() == 0
         self.publish = publish
         self.out = Path(settings.out)
         self.step = 0
         self._stop = False
-        self._title = title
+        self.title, _, self._details = title.partition(" (")
+        self._round_length, self._clock, self._told = round_length or steps, [], False
         state_file = self.out / "state.safetensors"
         described = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
         described["kind"] = type(settings).__name__  # two kinds of run may have the same settings
@@ -99,14 +139,7 @@ class Run:
             write_json(self.out / "run.json", described)
             _next_second(self.out / "tb")
             self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step)
-            self.progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-            )
+            self.progress = Bar()
 
     def _load(self, state: dict[str, Any], file: Path) -> None:
         try:
@@ -125,7 +158,9 @@ class Run:
             self._old_handlers = {number: signal.signal(number, self._interrupt) for number in heeded}
         if self.main:
             self.progress.start()
-            self._bar = self.progress.add_task(self._title, total=self.steps, completed=self.step, note="")
+            self._bar = self.progress.add_task(self.title, total=self.steps, completed=self.step, note="")
+            if self._details:
+                self.say(f"{self.title}: {self._details.removesuffix(')')}, {self.steps} steps")
             if not (self.out / "state.safetensors").exists():
                 self.save()  # so that --resume works from the first moment on
             elif self.publish is not None and self.step == self.steps:
@@ -152,11 +187,13 @@ class Run:
     def loop(self) -> Iterator[int]:
         """The steps still to do. After each: save when due; on Ctrl-C, SIGTERM or SIGHUP save and raise
         :class:`Interrupted`. Weights that are not finite are an :class:`UnmaskError` in place of the save."""
+        self._clock = [time.monotonic()]
         while self.step < self.steps:
             yield self.step
             self.step += 1
             if self.main:
                 self.progress.update(self._bar, completed=self.step)
+                self._tell_duration()
             stop = processes.any_of(self._stop)  # one process's Ctrl-C stops all of them after the same step
             if stop or self.step % self.settings.save_every == 0 or self.step == self.steps:
                 self._require_finite()
@@ -180,18 +217,44 @@ class Run:
                 "the save before. Try a lower lr in another --out"
             )
 
+    def _tell_duration(self) -> None:
+        """Say once how long the rest will take, estimated from the first steps, where that is long."""
+        if self._told:
+            return
+        self._clock.append(time.monotonic())
+        begun, first, now = self._clock[0], self._clock[1], self._clock[-1]
+        if len(self._clock) == 2 or now - begun < MEASURED:
+            return
+        self._told = True
+        left = self.remaining(first - begun, (now - first) / (len(self._clock) - 2))
+        if left >= LONG:
+            self.say(f"{self.title}: {duration(left)} on this machine")
+
+    def remaining(self, first: float, each: float) -> float:
+        """Seconds that the steps left to do take, if the first of a round takes ``first`` and others ``each``."""
+        rounds = -(-self.steps // self._round_length) - (-(-self.step // self._round_length))
+        return (self.steps - self.step) * each + rounds * max(0.0, first - each)
+
     def log(self, values: dict[str, float], note: str = "") -> None:
-        """Scalars of the current step to TensorBoard; ``note`` beside the progress bar."""
+        """Scalars of the current step to TensorBoard; ``note`` below the progress bar, off a terminal a line of its
+        own."""
         if self.main:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.step)
             if note:
                 self.note(note)
+                if not self.progress.console.is_terminal:
+                    self.say(f"{self.title} {self.step + 1}/{self.steps} {note}")
 
     def note(self, text: str) -> None:
-        """Show ``text`` beside the progress bar."""
+        """Show ``text`` below the progress bar."""
         if self.main:
             self.progress.update(self._bar, note=text)
+
+    def say(self, line: str) -> None:
+        """``line`` on stdout, above the progress bar where there is one."""
+        if self.main:
+            self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def save(self) -> None:
         if self.main:

@@ -435,7 +435,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             optimizer.step()
             averaged.update_parameters(model)
             mean.add(bound)
-            if (step + 1) % config.log_every == 0:
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 means = mean.take()  # one per pass
                 note = "loss " + " ".join(f"{value:.4f}" for value in means)
                 run.log(losses(means) | {"grad_norm": float(norm), "lr": learning_rate(config, step)}, note)

@@ -1,10 +1,21 @@
 """The errors that mean "the user can mend this": the command line prints them as one line and exits with 2."""
 
+import difflib
 import importlib
 from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 300  # characters of a message
+
+
+def suggestion(name: str, known: Iterable[str], before: str = "") -> str:
+    """``; did you mean ...?`` with the names nearest to ``name``, two at most, each with ``before`` in front of it;
+    empty where none is near."""
+    by_lower = {other.lower(): other for other in known}
+    alike = {other: difflib.SequenceMatcher(None, other, name.lower()).ratio() for other in by_lower}
+    least = max(0.65, max(alike.values(), default=0.0) - 0.05)
+    near = sorted((other for other in alike if alike[other] >= least), key=lambda other: -alike[other])[:2]
+    return f"; did you mean {' or '.join(before + by_lower[other] for other in near)}?" if near else ""
 
 
 class UnmaskError(ValueError):
@@ -17,11 +28,15 @@ class UnmaskError(ValueError):
 
 
 class UnknownNameError(UnmaskError):
-    """A name (task, environment, denoiser, order, ...) that nothing is registered under."""
+    """A name (task, environment, denoiser, order, ...) that nothing is registered under; the message says which were
+    likely meant, and which there are."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], more: str = "") -> None:
-        listed = ", ".join(sorted(known)) or "(none)"
-        super().__init__(f"unknown {kind} {name!r}; known: {listed}{'; ' * bool(more)}{more}")
+        names = sorted(known)
+        meant = suggestion(name, names) or ";"
+        super().__init__(
+            f"unknown {kind} {name!r}{meant} known: {', '.join(names) or '(none)'}{'; ' * bool(more)}{more}"
+        )
 
 
 class IncompatibleDenoiserError(UnmaskError):

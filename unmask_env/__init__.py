@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unmask_env.names import is_command, require_ours
+from unmask_env.names import __version__, is_command, require_ours
 
 if not is_command():
     require_ours()
@@ -25,7 +25,7 @@ if not is_command():
     tasks.register("free_text", free_text)
     register("Unmask/FreeText-v0", task="free_text", denoiser="text")
 
-__all__ = ["Rules", "Unmasking", "ids", "make_process", "reference", "register"]
+__all__ = ["Rules", "Unmasking", "__version__", "ids", "make_process", "reference", "register"]
 
 
 def __getattr__(name: str) -> Any:

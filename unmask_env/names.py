@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+__version__ = "0.1.0"
 ROOT = Path(__file__).parent.parent
 
 

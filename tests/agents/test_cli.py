@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+import tomllib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import torch
 from PIL import Image
 
 import tasks
-from agents.cli import main
+import unmask_env
+from agents import options
+from agents.cli import COMMANDS, main, parse, settings_class
 from agents.policy import PACKAGED_POLICIES, PolicyConfig, load_policy, new_policy
 from pretrain import likelihood
 from pretrain.backbone import Backbone
@@ -156,14 +159,138 @@ def test_as_a_program() -> None:
     out, err = wrong.communicate(timeout=120)
     assert (wrong.returncode, out) == (2, "")
     own = "your own: file.py:Class or package.module:Class"
-    assert err == f"unmask: unknown task 'sudoku5'; known: {', '.join(tasks.names())}; {own}\n"
+    known = f"did you mean sudoku4 or sudoku6? known: {', '.join(tasks.names())}; {own}"
+    assert err == f"unmask evaluate: unknown task 'sudoku5'; {known}\n"
+
+
+def test_version_is_the_packages(unmask) -> None:
+    """One number: the package's, the distribution's and the citation's."""
+    assert unmask("--version") == Outcome(0, f"unmask {unmask_env.__version__}\n", "")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "unmask_env.names.__version__"}
+    assert f"\nversion: {unmask_env.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.settings])
+def test_help_lists_every_option_once_the_common_ones_first(unmask, monkeypatch, name: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = unmask(*name.split(), "--help").out
+    listed = re.findall(r"^  (--[a-z0-9-]+|[A-Z]+)", out, re.MULTILINE)
+    settings = settings_class(name)
+    assert sorted(listed) == sorted(["--config", *(option.flag for option in options.options_of(settings))])
+    common = out.partition("common options:\n")[2].partition("\n\n")[0]
+    assert 5 <= len(re.findall("^  [A-Z-]", common, re.MULTILINE)) <= 12
+    assert not re.search(r"``|:\w+:`|\*\*|default: None|\{None|\x1b", out)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_options_are_those_that_are_read() -> None:
+    """tyro, which reads the line, has the same flags, and takes every default as help shows it."""
+    for name, command in COMMANDS.items():
+        if not command.settings:
+            continue
+        settings = settings_class(name)
+        words = []
+        for option in options.options_of(settings):
+            shown = re.fullmatch(r"\(default: (.*)\)", options.shown_default(option))
+            if option.positional:
+                words.append("x")
+            elif option.required:
+                words += [option.flag, option.form.strip("{}").split(",")[0] if option.form[0] == "{" else "x"]
+            elif option.form and shown:
+                words += [option.flag, *shown[1].split(" ")]
+            elif not option.form:
+                words.append(option.flag if option.default else f"--no-{option.flag[2:]}")
+        required = {o.name: getattr(parse(name, words), o.name) for o in options.options_of(settings) if o.required}
+        assert parse(name, words) == settings(**required), name
+
+
+def test_marks_of_other_languages_become_words() -> None:
+    text = "with ``beta``\nor ``best_of``: :class:`tasks.Task`, :mod:`~a.b`; **never** 2 * 3"
+    assert options.plain(text, ["beta"]) == "with --beta or best_of: tasks.Task, a.b; never 2 * 3"
+
+
+# ---------------------------------------------------------------------- settings from a file
+def test_config_reads_back_what_a_run_wrote(unmask, weak: Path, tmp_path: Path) -> None:
+    """The same settings but for what the line says."""
+    written = json.loads((weak / "run.json").read_text())
+    settings = parse("pretrain mdm", ["--config", str(weak / "run.json")])
+    assert settings == MDMConfig(**{name: value for name, value in written.items() if name != "kind"})
+    words = ["--steps", "7", f"--config={weak / 'run.json'}", "--out", "elsewhere"]
+    assert parse("pretrain mdm", words) == replace(settings, steps=7, out="elsewhere")
+    mistake = unmask("train", "upo", "--config", weak / "run.json")
+    check_mistake(mistake, "unmask train upo: --config", "holds the settings of unmask pretrain mdm")
+    again = unmask("pretrain", "mdm", "--config", weak / "run.json")
+    check_mistake(again, "already holds a run")
+
+
+def test_config_of_nested_settings(tmp_path: Path) -> None:
+    words = ["--out", "x", "--actions", "set", "--no-copy", "--layers", "2", "--beta", "1e-3", "--nfe-budget", "9"]
+    settings = parse("train upo", words)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(asdict(settings), default=str))
+    assert parse("train upo", ["--config", str(file)]) == settings
+    assert parse("train upo", ["--config", str(file), "--layers", "3"]).policy == replace(settings.policy, layers=3)
+    file.write_text(json.dumps({"task": "sudoku6", "orders": ["margin", "random"], "json": "rows.json", "limit": 3}))
+    asked = parse("evaluate", ["--config", str(file), "--orders", "entropy"])
+    assert (asked.task, asked.orders, asked.json, asked.limit) == ("sudoku6", ("entropy",), Path("rows.json"), 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[1]", "holds no JSON object of settings"),
+        ("{", "cannot read --config"),
+        ('{"orderz": ["margin"]}', "unknown setting 'orderz'; did you mean orders?"),
+        ('{"limit": "many"}', 'limit cannot be "many"'),
+        ('{"limit": true}', "limit cannot be true"),
+        ('{"seed": null}', "seed must be given, not null"),
+        ('{"difficulty": "odd", "task": "sudoku6", "denoiser": "sudoku6"}', "difficulty"),
+        ('{"limit": 3}', "--task must be given"),
+    ],
+)
+def test_a_config_that_cannot_be_read(unmask, tmp_path: Path, text: str, why: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    check_mistake(unmask("evaluate", "--config", file), "unmask evaluate: ", why)
+
+
+def test_a_config_needs_a_file(unmask, tmp_path: Path) -> None:
+    check_mistake(unmask("evaluate", "--config"), "--config takes one file")
+    check_mistake(unmask("evaluate", "--config", "--task", "sudoku6"), "--config takes one file")
+    check_mistake(unmask("evaluate", "--config", tmp_path / "no.json"), "cannot read --config", "no.json")
 
 
 # ---------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    ("arguments", "err"),
+    [
+        (["evalute"], "unmask: unknown command 'evalute'; did you mean evaluate? known: "),
+        (["train", "uop"], "unmask train: unknown command 'uop'; did you mean upo? known: policy-iteration, "),
+        (["evaluate", "--lmit=3"], "unmask evaluate: unknown option --lmit; did you mean --limit?"),
+        (["evaluate", *TINY, "--orders", "margn"], "unknown order 'margn'; did you mean margin"),
+        (["evaluate", *TINY, "--limit", "many"], "unmask evaluate: --limit takes a whole number, not 'many'"),
+        (
+            ["evaluate", *TINY, "--difficulty", "hrd"],
+            "--difficulty takes all, easy, hard, not 'hrd'; did you mean hard?",
+        ),
+        (["evaluate", *TINY, "stray"], "unmask evaluate: 'stray' belongs to no option"),
+        (["train", "upo"], "unmask train upo: --out must be given"),
+        (["list", "all"], "unmask list: it takes no arguments, not 'all'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_may_have_been_meant(unmask, arguments: list[str], err: str) -> None:
+    done = unmask(*arguments)
+    check_mistake(done)
+    assert err in done.err
+
+
 def check_mistake(done: Outcome, *parts: str) -> None:
-    """Exit code 2, nothing on stdout, one line on stderr that says what was wrong."""
+    """Exit code 2, nothing on stdout, one line on stderr that says which command was wrong, and how."""
     assert done.code == 2
-    assert done.err.startswith("unmask: ")
+    assert re.match(r"unmask( [a-z][a-z0-9-]*){0,2}: ", done.err), done.err
     assert done.err.endswith("\n")
     assert done.err.count("\n") == 1, done.err
     assert done.out == ""
@@ -268,8 +395,16 @@ def check_mistake(done: Outcome, *parts: str) -> None:
 )
 def test_mistakes(unmask, tmp_path: Path, monkeypatch, arguments: list[str], parts: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    check_mistake(unmask(*arguments), *parts)
+    done = unmask(*arguments)
+    check_mistake(done, *parts)
     assert not list(tmp_path.iterdir()), "nothing was written"
+    assert done.err.startswith(f"unmask {' '.join(named_by(arguments))}".strip() + ": ")
+
+
+def named_by(arguments: list[str]) -> tuple[str, ...]:
+    """The words of the longest command, or group of commands, that the line begins with."""
+    levels = {*LEVELS, *(tuple(name.split()) for name in COMMANDS)}
+    return max((level for level in levels if tuple(arguments[: len(level)]) == level), key=len)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +474,7 @@ def test_a_place_that_cannot_be_written_to(unmask, tmp_path: Path, arguments: li
     (tmp_path / "file").write_text("")
     done = unmask(*arguments, tmp_path / "file" / "below")
     assert done.code == 2
-    assert done.err.startswith("unmask: ")
+    assert done.err.startswith(f"unmask {' '.join(named_by(arguments))}: ")
     assert done.err.count("\n") == 1
     assert str(tmp_path / "file") in done.err
 
@@ -370,14 +505,42 @@ def test_evaluate_is_the_same_for_a_file_and_the_packaged_puzzles(unmask, tmp_pa
     """And --limit cuts both."""
     file = write_puzzles(tmp_path / "mine.csv", boards(30, solutions=True))
     rows = []
-    for name, options in (("a", ["--puzzles", file]), ("b", [])):
+    for name, words in (("a", ["--puzzles", file]), ("b", [])):
         out = tmp_path / f"{name}.json"
-        done = unmask("evaluate", *TINY, "--orders", "left_to_right", "--limit", "20", "--json", out, *options)
+        done = unmask("evaluate", *TINY, "--orders", "left_to_right", "--limit", "20", "--json", out, *words)
         assert done.code == 0
         [row] = json.loads(out.read_text())
         rows.append({key: value for key, value in row.items() if key != "seconds"})
     assert rows[0] == rows[1]
     assert rows[0]["n"] == 20
+
+
+def test_json_on_stdout(unmask, tmp_path: Path) -> None:
+    """Alone there, the table beside it on stderr: the same rows as in a file."""
+    words = ("--limit", "4", "--blanks", "5", "--orders", "random", "margin", "--seed", "3", "--exact")
+    done = unmask("evaluate", *TINY, *words, "--json", "-")
+    unmask("evaluate", *TINY, *words, "--json", tmp_path / "rows.json")
+    rows, filed = json.loads(done.out), json.loads((tmp_path / "rows.json").read_text())
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows] == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in filed
+    ]
+    assert "solve rate" in done.err
+    assert "trajectory KL" in done.err
+    done = unmask("likelihood", *TINY, "--limit", 4, "--samples", 2, "--json", "-")
+    assert [row["form"] for row in json.loads(done.out)] == ["path bound", "order bound"]
+    assert "perplexity" in done.err
+
+
+@pytest.mark.parametrize("columns", ["80", "44"])
+def test_tables_cut_no_name(unmask, order: Path, monkeypatch, columns: str) -> None:
+    """On a narrow terminal they wrap."""
+    monkeypatch.setenv("COLUMNS", columns)
+    out = unmask("evaluate", *TINY, "--orders", order, "softmax_confidence", "--limit", "2").out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= int(columns)
+    first = "".join(line[: line.index("  ")] if "  " in line else line for line in out.replace("\n ", "\n").split("\n"))
+    assert str(order) in first
+    assert "softmax_confidence" in first
 
 
 def test_evaluate_with_a_number_of_blanks(unmask, tmp_path: Path) -> None:
@@ -743,6 +906,26 @@ def test_learners_of_the_libraries_read_hidden_states(unmask, weak: Path, tmp_pa
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
     assert load_policy(tmp_path / "run").reads_hidden
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", [name.partition(" ")[2] for name in COMMANDS if name.startswith("train ")])
+def test_every_learner_logs_a_line_per_interval(unmask, tmp_path: Path, name: str) -> None:
+    """Off a terminal, where there is no bar."""
+    lengths = {"policy-iteration": ("--iterations", 1, "--steps", 2), "imitation": ("--steps", 2)}
+    length = [*lengths.get(name, ("--iterations", 2)), *(["--imitation", 0] if name == "upo" else [])]
+    sizes = ["--num-envs", 4] if name.startswith("ppo") else ["--puzzles", 40]
+    sizes += ["--log-every", 1] if name in lengths else ["--minibatches", 1]
+    if "torchrl" in name:
+        sizes += ["--steps", 36]
+    done = unmask(
+        "train", name, "--env", "sudoku6", *TINY[2:], "--no-copy", "--dim", 8, "--heads", 2, "--layers", 1,
+        "--threads", 1, "--validation-puzzles", 4, *length, *sizes, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    title = re.escape(f"{name.replace('policy-iteration', 'policy iteration')} sudoku6")
+    assert re.findall(rf"^{title} (\d)/2 ", done.out, re.MULTILINE) == ["1", "2"], done.out
+    assert "━" not in done.out
 
 
 def test_task_and_env_mean_the_same_and_an_environment_has_a_denoiser(unmask, tmp_path: Path) -> None:

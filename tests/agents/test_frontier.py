@@ -17,7 +17,7 @@ from tasks import UnknownNameError, UnmaskError
 from tests.toys import rollout
 from unmask_env.denoiser import load_denoiser
 from unmask_env.process import Unmasking
-from unmask_env.reference import Threshold, sweeps
+from unmask_env.reference import Threshold, reference, sweeps
 from unmask_env.state import Rules
 
 
@@ -108,6 +108,15 @@ def test_what_is_swept_by_name() -> None:
         frontier.methods(["heuristics"], single)
 
 
+def test_settings_are_shown_as_they_are_typed() -> None:
+    """Every setting of every curve is the rule that its name means."""
+    for curve, (rule, settings) in sweeps("set+remask").items():
+        for setting in settings:
+            assert reference(Point(curve, setting, False, point(1, 0.5).result).order) == rule(**setting)
+    policy = Point("runs/a", {"threshold": 0.35}, True, point(1, 0.5).result)
+    assert policy.order == "runs/a --threshold 0.35"
+
+
 def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     common = ["--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "20"]
@@ -127,7 +136,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
         ("frontier", "--out", "f.jpg", "--out is a picture; f.jpg must end in .png"),
         ("frontier", "--orders", "margin", "unknown order 'margin'; known: entropy_bounded"),
         ("frontier", "--actions", "single", "the frontier is of sets"),
-        ("frontier", "--json", "g.json", "Unrecognized options: --json"),
+        ("frontier", "--json", "g.json", "unknown option --json"),
         ("evaluate", "--orders", "threshold:theta=2", "theta must be above 0 and below 1, not 2.0"),
         ("evaluate", "--orders", "threshold:colour=red", "takes theta, score, at_least; not colour"),
         ("evaluate", "--exact", "--actions", "set", "--exact is for greedy filling, one position at a time"),

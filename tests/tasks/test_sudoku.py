@@ -571,5 +571,8 @@ def test_a_users_mistake_is_named_in_one_line(make, message):
 
 
 def test_an_unknown_task_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match=r"unknown task 'sudoku5'; known: .*sudoku4, sudoku6, sudoku9"):
+    with pytest.raises(
+        UnknownNameError,
+        match=r"unknown task 'sudoku5'; did you mean sudoku4 or sudoku6\? known: .*sudoku4, sudoku6, sudoku9",
+    ):
         tasks.get("sudoku5")

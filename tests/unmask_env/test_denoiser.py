@@ -102,7 +102,9 @@ def test_wrong_prediction_unknown_name_and_missing_folder_are_one_clear_line(tmp
     task = tasks.get("sudoku4")
     with pytest.raises(ValueError, match="predicts 'loo'"):
         backbone(task, predicts="loo")
-    with pytest.raises(UnmaskError, match=r"unknown denoiser 'sudoku7'; known: .*sudoku6-tiny") as unknown:
+    with pytest.raises(
+        UnmaskError, match=r"unknown denoiser 'sudoku7'; did you mean .* known: .*sudoku6-tiny"
+    ) as unknown:
         load_denoiser("sudoku7", task)
     with pytest.raises(UnmaskError, match="the folder does not exist") as missing:
         load_denoiser(tmp_path / "nothing", task)

@@ -897,13 +897,15 @@ def test_unknown_keywords_are_refused_in_pythons_words(interface) -> None:
 
 @BOTH
 def test_unknown_references_list_the_known_ones(interface) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown reference policy 'margins'; known: .*margin"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown reference policy 'margins'; did you mean margin.* known: .*margin"
+    ):
         interface(**SMALL, reference="margins")
 
 
 @BOTH
 def test_unknown_tasks_list_the_known_ones(interface) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown task 'sudoku5'; known: .*sudoku6"):
+    with pytest.raises(UnknownNameError, match=r"unknown task 'sudoku5'; did you mean .* known: .*sudoku6"):
         interface(task="sudoku5", denoiser="sudoku6-tiny")
 
 

@@ -98,7 +98,9 @@ def test_malformed_ids_are_refused(id: str) -> None:
 
 
 def test_unknown_task_and_unknown_id_list_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown task 'sudoku5'; known: .*sudoku4, sudoku6"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown task 'sudoku5'; did you mean sudoku4 or sudoku6\? known: .*sudoku4, sudoku6"
+    ):
         unmask_env.register("Test/Sudoku5-v0", "sudoku5")
     assert "Test/Sudoku5-v0" not in gym.registry
     with pytest.raises(UnknownNameError, match=r"unknown environment 'Test/Nothing-v0'; known: .*Unmask/Sudoku6x6-v0"):
@@ -141,7 +143,9 @@ def test_a_process_is_made_of_a_task_or_an_id() -> None:
 def test_what_a_process_lacks_is_named() -> None:
     with pytest.raises(UnmaskError, match="needs a denoiser; give one"):
         unmask_env.make_process("sudoku4")
-    with pytest.raises(UnknownNameError, match=r"unknown environment 'Unmask/Sudoku5x5-v0'; known: .*Sudoku4x4"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown environment 'Unmask/Sudoku5x5-v0'; did you mean .* known: .*Sudoku4x4"
+    ):
         unmask_env.make_process("Unmask/Sudoku5x5-v0")
     with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'budget'; .* it takes actions, "):
         unmask_env.make_process("sudoku4", "sudoku4", budget=3)

@@ -524,9 +524,13 @@ def test_mistakes_give_one_clear_line(options: dict, message: str) -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown reference policy 'margins'; known: .*margin"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown reference policy 'margins'; did you mean margin.* known: .*margin"
+    ):
         table(2, reference="margins")
-    with pytest.raises(UnknownNameError, match=r"unknown environment 'Unmask/Sudoku5x5-v0'; known: .*Sudoku4x4"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown environment 'Unmask/Sudoku5x5-v0'; did you mean .* known: .*Sudoku4x4"
+    ):
         UnmaskTorchEnv("Unmask/Sudoku5x5-v0")
 
 

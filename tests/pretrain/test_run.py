@@ -1,0 +1,82 @@
+"""What a run tells: a bar that fits the terminal, a line per interval elsewhere, and how long it will take."""
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pretrain import run as module
+from pretrain.run import Bar, Run, duration
+from pretrain.train import OBJECTIVES, pretrain
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: str
+    resume: str = "never"
+    save_every: int = 1000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "about 1 second"), (42, "about 42 seconds"), (119, "about 119 seconds"), (80, "about 80 seconds"),
+        (355, "about 6 minutes"), (5400, "about 90 minutes"), (7300, "about 2 hours"), (86400 * 1.5, "about 36 hours"),
+        (86400 * 3, "about 3 days"),
+    ],
+)  # fmt: skip
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize("title", ["upo sudoku6", "pretrain " + "a-task-of-a-long-name" * 4])
+def test_the_bar_fits_80_columns_and_cuts_nothing(title: str) -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=80, force_terminal=True, color_system=None)
+    bar = Bar()
+    note = "iteration 12 loss 0.693 validation 45.0 (reference 50.0) lr 1.0e-03 and more behind it, in a second line"
+    bar.add_task(title, total=123456, completed=100000, note=note)
+    console.print(bar.get_renderable())
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = re.sub(r"\s+", "", written.getvalue())
+    assert note.replace(" ", "") in shown
+    assert "100000/123456" in shown
+    assert "…" not in shown
+    if len(title) <= 30:
+        assert len(lines) == 3
+        assert title in lines[0]
+
+
+def test_how_long_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """The first of each round takes longer; told once, from the first steps, and only where it is long."""
+    clock = iter([0.0, 10.0, 12.0, 14.0, 16.0])
+    run = Run(Settings(str(tmp_path / "long")), 400, {}, "fit toy", round_length=100)
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 99.0))
+    with run:
+        for step in run.loop():
+            if step == 3:
+                break
+    # After two steps 398 are left of 2 s each, and the first ones of three rounds, 8 s more each.
+    assert capsys.readouterr().out == f"fit toy: {duration(398 * 2 + 3 * 8)} on this machine\n"
+    run = Run(Settings(str(tmp_path / "short")), 20, {}, "fit toy")
+    clock = iter([0.0, 1.0, 3.0, 5.0])
+    with run:
+        for step in run.loop():
+            if step == 3:
+                break
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_pretraining_logs_a_line_per_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """And one at the end."""
+    settings = {"steps": 5, "log_every": 2, "batch": 4, "dim": 8, "layers": 1, "heads": 2, "threads": 1, "ema": 0.0}
+    pretrain(OBJECTIVES[kind]("sudoku4", str(tmp_path / "run"), **settings))
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"pretrain sudoku4: [\d,]+ parameters, 5 steps", first)
+    assert [line.rpartition(" loss ")[0] for line in lines] == [f"pretrain sudoku4 {k}/5" for k in (2, 4, 5)]
