@@ -183,6 +183,9 @@ def test_verdicts_do_not_depend_on_the_number_of_processes() -> None:
     verdicts = []
     for size in (1, 3):
         pool = grading._Pool(size)
+        pool.ask(requests[:1])
+        assert len(pool._workers) == 1, "one answer does not pay for several"
+        pool.startup = 0.0  # as if starting cost nothing
         verdicts.append(pool.ask(requests))
         assert len(pool._workers) == size
         pool.end()
@@ -202,6 +205,13 @@ def test_a_process_that_is_killed_is_replaced_and_its_answer_graded() -> None:
     threading.Timer(0.3, busy.kill).start()
     assert pool.ask([json.dumps([["$(x+y+z)^{99}$", "5"], "5", 1.0]), json.dumps([["5"], "5", 2.0])]) == [False, True]
     assert pool._workers[0].pid != busy.pid
+    pool.end()
+
+
+def test_those_behind_a_bomb_in_the_same_process_are_graded() -> None:
+    pool = grading._Pool(1)
+    forms = ["it is 5", "$(x+y+z)^{99}$", "5" + " " * 2 * grading.PIPE, "it is 6"] * 9
+    assert pool.ask([json.dumps([[form], "5", 0.2]) for form in forms]) == [True, False, True, False] * 9
     pool.end()
 
 
