@@ -188,12 +188,12 @@ class _Pool:
         return verdicts
 
     def _start(self, waiting: int) -> None:
-        """The first process at once; as many again once requests have waited for twice as long as a start takes."""
+        """The first process at once; as many again once requests have waited for three times as long as a start takes."""
         for worker in [worker for worker in self._workers if worker.ready and not worker.held]:
             if worker.poll() is not None:
                 self._ended(worker)
         there = len(self._workers)
-        enough = all(worker.ready for worker in self._workers) and self.waited >= 2 * self.startup
+        enough = all(worker.ready for worker in self._workers) and self.waited >= 3 * self.startup
         if waiting and there < self.size and (enough or not there):
             self._workers += [_Worker() for _ in range(min(max(there, 1), self.size - there, waiting))]
             self.waited = 0.0
@@ -217,7 +217,7 @@ class _Pool:
                     selector.register(worker.stdout, selectors.EVENT_READ, worker)
             began = time.monotonic()
             patient = room and len(self._workers) < self.size
-            heard = selector.select(max(0.0, 2 * self.startup - self.waited) if patient else None)
+            heard = selector.select(max(0.0, 3 * self.startup - self.waited) if patient else None)
             self.waited += room * (time.monotonic() - began)
         return [key.data for key, _ in heard]
 
