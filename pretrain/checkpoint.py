@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tasks import UnknownNameError, UnmaskError
 from tasks.errors import first_line
+from tasks.files import read_text
 
 PACKAGED_DENOISERS = Path(__file__).parent / "models"
 Model = TypeVar("Model", bound=nn.Module)
@@ -169,10 +170,12 @@ def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, pac
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON holds. Raises :class:`CheckpointError` where it is none, or nested beyond reading."""
+    """What a file of JSON holds. Raises :class:`CheckpointError` where it cannot be read (see
+    :func:`tasks.files.read_text`), is no JSON, or nested beyond reading."""
+    text = read_text(path, CheckpointError)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers of thousands of digits
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, numbers of thousands of digits
         raise CheckpointError(f"{path} is not JSON ({first_line(error)})") from None
 
 

@@ -188,7 +188,7 @@ class _Pool:
         return verdicts
 
     def _start(self, waiting: int) -> None:
-        """The first process at once; as many again once requests have waited for three times as long as a start takes."""
+        """The first process at once; as many again once requests have waited for three times what a start takes."""
         for worker in [worker for worker in self._workers if worker.ready and not worker.held]:
             if worker.poll() is not None:
                 self._ended(worker)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import library
-from tasks.tokenizers import unread
+from tasks.tokenizers import check_finite, check_published, unread
 from unmask_env.language_models import DType
 from unmask_env.reference import EntropyBounded
 from unmask_env.state import WHOLE, Denoised, Rules
@@ -270,11 +270,15 @@ def _load(source: str, options: dict[str, Any]) -> Any:
     transformers.utils.logging.set_verbosity_error()
     options = options | {"output_loading_info": True, "use_safetensors": True}
     try:
+        check_published(source)
         model, report = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(source, **options)
+    except UnmaskError:
+        raise
     except Exception as error:  # transformers raises many types for what it cannot read
         raise UnmaskError(f"cannot read the model {source}: {unread(error)}") from None
     if report["missing_keys"]:
         raise IncompatibleDenoiserError(
             f"{source} lacks weights of DiffusionGemma, {sorted(report['missing_keys'])[0]} for example"
         )
+    check_finite(model, source)
     return model
