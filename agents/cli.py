@@ -234,7 +234,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from tasks import UnmaskError
 
         if isinstance(error, UnmaskError | OSError):  # a user's mistake, or a place that cannot be read or written
-            fail(str(error), command=name)
+            fail(str(UnmaskError(str(error))), command=name)
         if isinstance(error, Interrupted):
             fail(str(error), 130, name)
         if isinstance(error, MemoryError) or re.search(

@@ -21,8 +21,9 @@ from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSche
 from torch import Tensor
 
 from agents.policy import LearnedPolicy, load_policy
-from pretrain.checkpoint import save_model
+from pretrain.checkpoint import read_json, save_model
 from tasks import Instances, Task, UnmaskError
+from tasks.settings import AtLeast1, Width, check
 from unmask_env.process import Unmasking
 from unmask_env.reference import REFERENCES, Policy, reference
 from unmask_env.state import Denoised, Rules, State
@@ -87,6 +88,10 @@ class UnmaskScheduler(BlockRefinementScheduler):
         num_inference_steps: int = 32,
         vocab_size: int | None = None,
     ) -> None:
+        check("order", order, str)
+        check("block_length", block_length, Width)
+        check("num_inference_steps", num_inference_steps, Width)
+        check("vocab_size", vocab_size, AtLeast1 | None)
         self.set_timesteps(num_inference_steps)
         known = order.partition(":")[0] in REFERENCES
         self.policy: Policy = reference(order) if known else load_policy(order).eval().requires_grad_(False)
@@ -107,7 +112,11 @@ class UnmaskScheduler(BlockRefinementScheduler):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> Self:
-        saved = Path(pretrained_model_name_or_path) / (subfolder or "") / SAVED
+        """The scheduler of a folder or hub id. Raises :class:`tasks.UnmaskError` for settings that are none."""
+        settings = Path(pretrained_model_name_or_path) / (subfolder or "") / cls.config_name
+        if settings.exists() and not isinstance(read_json(settings), dict):
+            raise UnmaskError(f"{settings} holds no JSON object of settings")
+        saved = settings.parent / SAVED
         if saved.is_dir():
             kwargs.setdefault("order", str(saved))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from agents.decoding import Thresholds, most_likely_set
 from agents.policy import OrderPolicy, PositionHead, load_policy
-from pretrain.checkpoint import write_atomically, write_json
+from pretrain.checkpoint import check_writable, write_atomically, write_json
 from tasks import UnmaskError
 from tasks.settings import AtLeast1, AtLeast2, validate
 from unmask_env.distributions import Categorical
@@ -20,6 +21,7 @@ from unmask_env.reference import REFERENCES, Policy, reference
 from unmask_env.state import WHOLE, Denoised, Observation
 
 PROGRAM = "policy.pt2"
+LARGEST = 2**28  # positions times symbols
 SHARED = '''
 VOCAB_SIZE = {vocab_size}
 
@@ -146,22 +148,30 @@ class ExportCommand:
     """positions of the sequence or block, of a rule; likewise"""
 
 
-def export(policy: Policy, vocab_size: int, length: int) -> torch.export.ExportedProgram:
-    """:class:`Decision` as a program, for any number of rows.
-
-    Raises:
-        UnmaskError: a policy that draws, looks back, masks again, or reads what is not the logits'.
-    """
+def _decision(policy: Policy, vocab_size: int, length: int) -> tuple[Decision, tuple[Tensor, Tensor, Tensor]]:
+    """The module, with three rows that it was tried on. Raises :class:`UnmaskError` as :func:`export`."""
     name = getattr(policy, "name", type(policy).__name__)
     draws = policy.sampled and not policy.deterministic
     if draws or policy.sees_answers or policy.reads_hidden or policy.actions == "set+remask":
         raise UnmaskError(
             f"{name} cannot be exported: it draws, sees answers, reads hidden states or masks positions again"
         )
+    if vocab_size * length > LARGEST:
+        raise UnmaskError(f"{length} positions of {vocab_size} symbols are more than a program takes; {LARGEST} in all")
     module = Decision(policy, vocab_size).eval()
     masked = torch.arange(length).expand(3, length) % 2 == 0
     example = (torch.zeros(3, length, vocab_size), masked, torch.zeros(3, length, dtype=torch.long))
     module(*example)  # says in one line what it lacks
+    return module, example
+
+
+def export(policy: Policy, vocab_size: int, length: int) -> torch.export.ExportedProgram:
+    """:class:`Decision` as a program, for any number of rows.
+
+    Raises:
+        UnmaskError: a policy that draws, looks back, masks again, or reads what is not the logits'; too large a size.
+    """
+    module, example = _decision(policy, vocab_size, length)
     rows = torch.export.Dim("rows")
     return torch.export.export(module, example, dynamic_shapes=({0: rows}, {0: rows}, {0: rows}))
 
@@ -180,6 +190,8 @@ def run(command: ExportCommand) -> None:
             f"{command.policy} is for {policy.vocab_size} symbols and {policy.length} positions, not {vocab_size} and "
             f"{length}"
         )
+    _decision(policy, vocab_size, length)
+    check_writable(command.out / PROGRAM, "--out")
     program = export(policy, vocab_size, length)
     write_atomically(command.out / PROGRAM, lambda path: _save(program, path))
     settings = {"policy": command.policy, "vocab_size": vocab_size, "length": length, "torch": torch.__version__}
@@ -193,7 +205,7 @@ def engine_files(to: str, vocab_size: int, length: int, program: Path) -> dict[s
     """What an engine needs beside the program, by file."""
     shared = SHARED.replace("{vocab_size}", str(vocab_size))
     if to == "sglang":
-        settings = f"program: {program.resolve()}\nblock_size: {length}\n"
+        settings = f"program: {json.dumps(str(program.resolve()))}\nblock_size: {length}\n"  # a string of YAML, too
         return {"unmask_policy.py": SGLANG.replace("{shared}", shared), "unmask.yaml": settings}
     return {"unmask_decoder.py": DINFER.replace("{shared}", shared)} if to == "dinfer" else {}
 

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -20,8 +21,9 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 import tyro
 
+from pretrain.checkpoint import CheckpointError, read_json
 from tasks import UnmaskError
-from tasks.errors import first_line, suggestion
+from tasks.errors import suggestion
 from tasks.settings import alternatives, check
 
 COMMON = (
@@ -282,14 +284,14 @@ def read_config(file: Path, settings: type, commands: Mapping[str, str]) -> Any:
             this one has not, or one of another type.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnmaskError(f"cannot read --config {file}: {first_line(error)}") from None
+        values = read_json(file)
+    except CheckpointError as error:
+        raise UnmaskError(f"--config: {error}") from None
     if not isinstance(values, dict):
         raise UnmaskError(f"--config {file} holds no JSON object of settings")
     kind = values.pop("kind", settings.__name__)
     if kind != settings.__name__:
-        other = commands.get(kind, "another command")
+        other = commands.get(str(kind), "another command")
         raise UnmaskError(f"--config {file} holds the settings of {other}")
     return _settings_from(values, settings, f"--config {file}")
 
@@ -325,7 +327,9 @@ def _value_from(value: Any, kind: Any, what: str) -> Any:
     if get_origin(base) is Literal:
         check(what, value, base)
         return value
-    wanted = (int, float) if base is float else base
-    if isinstance(base, type) and isinstance(value, wanted) and isinstance(value, bool) == (base is bool):
-        return float(value) if base is float else value
+    number = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if base is float and number:
+        return float(value)
+    if isinstance(base, type) and base is not float and type(value) is base:
+        return value
     raise UnmaskError(f"{what} cannot be {json.dumps(value)}")

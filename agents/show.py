@@ -274,7 +274,7 @@ def write_page(task: Task, instance: Instances, shows: Sequence[Show], title: st
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")  # no symbol ends it
     page = PAGE.read_text(encoding="utf-8").replace("DATA", text, 1)
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
 
 
 # ---------------------------------------------------------------------- the command
@@ -299,6 +299,8 @@ def run(command: ShowCommand) -> None:
     validate(command)
     check_writable(command.html, "--html")
     check_writable(command.gif, "--gif")
+    if command.gif is not None and command.gif == command.html:
+        raise UnmaskError(f"--gif and --html both name {command.gif}; name two files")
     task, source = resolve(command.task, command.denoiser)
     heldout = task.heldout()
     if not 0 <= command.index < len(heldout):

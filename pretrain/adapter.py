@@ -7,6 +7,7 @@ The way from an autoregressive model to a diffusion one is that of Gong et al. 2
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,20 +17,28 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import tasks
 from pretrain import masking
-from pretrain.checkpoint import PACKAGED_DENOISERS, step_generator, write_atomically, write_json
+from pretrain.checkpoint import (
+    PACKAGED_DENOISERS,
+    CheckpointError,
+    read_json,
+    step_generator,
+    write_atomically,
+    write_json,
+)
 from pretrain.run import Run, resolve_device, set_learning_rate
 from pretrain.train import RunningMean, learning_rate
 from tasks.errors import library
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, validate
-from tasks.tokenizers import INSTALLED, gguf, unread
+from tasks.tokenizers import INSTALLED, check_finite, check_published, gguf, unread
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER = "adapter_config.json"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,15 @@ def causal_model(source: str, **options: Any) -> Any:
         weights = gguf(source)
         folder, options = str(weights.parent), options | {"gguf_file": weights.name}
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        if source not in INSTALLED:
+            check_published(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    except tasks.UnmaskError:
+        raise
     except Exception as error:  # transformers raises many types for what it cannot read
         raise tasks.UnmaskError(f"cannot read the language model {source}: {unread(error)}") from None
+    check_finite(model, source)
+    return model
 
 
 @contextmanager
@@ -102,18 +117,54 @@ def _quiet() -> Iterator[Any]:
         yield library("peft", "adapters take the library peft", "peft")
 
 
+def _slow(pattern: str) -> bool:
+    """Whether a regular expression may take for ever: it repeats a group, or much else."""
+    return re.search(r"\)[*+{]", pattern) is not None or len(re.findall(r"[*+{]", pattern)) > 5
+
+
+def checked_adapter(folder: Path) -> dict[str, Any]:
+    """The settings of a LoRA adapter, before ``peft`` acts on them: it imports modules that they name, evaluates their
+    patterns, makes matrices of any rank, and reads pickles where there is nothing else.
+
+    Raises:
+        CheckpointError: settings or weights that are missing, damaged, do not fit each other, or are of another kind.
+    """
+    settings, weights = read_json(folder / ADAPTER), folder / WEIGHTS
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+        raise CheckpointError(f"{folder / ADAPTER} is not of a LoRA adapter; no other kind is read")
+    if not isinstance(settings.get("base_model_name_or_path"), str):
+        raise CheckpointError(f"{folder / ADAPTER} does not name its base_model_name_or_path")
+    if not weights.is_file():
+        raise CheckpointError(f"no adapter at {folder}: {WEIGHTS} is missing; other files of weights are not read")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights} is truncated or not safetensors ({error})") from None
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise CheckpointError(f"{weights}: tensor {name!r} holds values that are no finite numbers")
+    by_module, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
+    if not isinstance(by_module, dict) or not isinstance(alphas, dict):
+        raise CheckpointError(f"{folder / ADAPTER}: rank_pattern and alpha_pattern must be objects")
+    ranks, largest = [settings.get("r"), *by_module.values()], max([0, *(n for t in tensors.values() for n in t.shape)])
+    if any(type(rank) is not int or not 1 <= rank <= largest for rank in ranks):
+        raise CheckpointError(f"{folder / ADAPTER}: r={ranks[0]!r} is no rank of the matrices in {WEIGHTS}")
+    patterns = [settings.get("target_modules"), settings.get("exclude_modules"), settings.get("layers_pattern")]
+    patterns += [*by_module, *alphas]
+    if any(isinstance(pattern, str) and _slow(pattern) for pattern in patterns):
+        raise CheckpointError(f"{folder / ADAPTER} names modules by a pattern that may take for ever; list their names")
+    return settings
+
+
 def masked_model(folder: Path, trainable: bool = False, **options: Any) -> Any:
     """The adapted model of an adapter's folder, as ``peft`` reads it; its attention is bidirectional.
 
     Raises:
         UnmaskError: the adapter or its base cannot be read.
     """
+    base = checked_adapter(folder)["base_model_name_or_path"]
     with _quiet() as peft:
-        try:
-            base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        except Exception as error:  # peft raises many types for what it cannot read
-            raise tasks.UnmaskError(f"cannot read the adapter {folder}: {unread(error)}") from None
-        model = causal_model(str(base), **options)
+        model = causal_model(base, **options)
         model.config.is_causal = False
         try:
             return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -261,6 +312,6 @@ def save_adapter(model: Any, folder: Path) -> None:
     with _quiet() as peft:
         state = peft.get_peft_model_state_dict(model)
     tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in state.items()}
-    write_atomically(folder / "adapter_model.safetensors", lambda path: path.write_bytes(save(tensors)))
+    write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(save(tensors)))
     described = model.peft_config["default"].to_dict()
     write_json(folder / ADAPTER, {k: sorted(v) if isinstance(v, set) else v for k, v in described.items()})

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tasks import UnknownNameError, UnmaskError
 from tasks.errors import first_line
+from tasks.files import read_text
 
 PACKAGED_DENOISERS = Path(__file__).parent / "models"
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,9 +41,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a temporary file beside ``path``; it is flushed to disk, then renamed over ``path``.
 
     Raises:
-        UnmaskError: the file cannot be written, for example on a full disk.
+        UnmaskError: the file cannot be written, for example on a full disk, or is a device or the like.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    _check_place(path, str(path))
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -54,6 +56,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _check_place(path: Path, what: str) -> None:
+    """Raises :class:`UnmaskError` where something else than a file is: to rename over a device, or over the system's
+    links to one, would take it away from the whole machine."""
+    try:
+        if path.is_dir():
+            raise UnmaskError(f"{what} is a folder; name a file")
+        if (path.exists() and not path.is_file()) or (path.is_symlink() and path.parent.resolve() == Path("/dev")):
+            raise UnmaskError(f"{what} is no regular file; name another")
+    except (OSError, RuntimeError) as error:  # too long a name; links in a circle
+        raise UnmaskError(f"cannot write {what}: {getattr(error, 'strerror', None) or first_line(error)}") from None
 
 
 STDOUT = Path("-")
@@ -68,11 +86,14 @@ def check_writable(path: Path | None, option: str) -> None:
     """
     if path is None or path == STDOUT:
         return
-    if path.is_dir():
-        raise UnmaskError(f"{option} {path} is a folder; name a file")
+    if "\0" in str(path):
+        raise UnmaskError(f"{option} cannot have a name with a null")
+    _check_place(path, f"{option} {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent), contextlib.suppress(FileNotFoundError):
+        _temporary(path).touch()
+        _temporary(path).unlink()
+        with contextlib.suppress(FileNotFoundError):
             os.close(os.open(path, os.O_WRONLY))  # a file that is there may be written over
     except OSError as error:
         raise UnmaskError(f"cannot write {option} {path}: {error.strerror}; name another file") from None
@@ -140,6 +161,7 @@ def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, pac
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder}/config.json is no {kind}'s: it holds no settings")
+    _check_utf8(folder)
     try:
         with safe_open(folder / "model.safetensors", "pt") as file:
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -169,11 +191,21 @@ def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, pac
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON holds. Raises :class:`CheckpointError` where it is none, or nested beyond reading."""
+    """What a file of JSON holds. Raises :class:`CheckpointError` where it cannot be read (see
+    :func:`tasks.files.read_text`), is no JSON, or nested beyond reading."""
+    text = read_text(path, CheckpointError)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers of thousands of digits
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, numbers of thousands of digits
         raise CheckpointError(f"{path} is not JSON ({first_line(error)})") from None
+
+
+def _check_utf8(path: Path) -> None:
+    """Raises :class:`CheckpointError` for a name that safetensors does not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: safetensors opens no folder whose name is not UTF-8; rename it") from None
 
 
 def _required(cls: type) -> set[str]:

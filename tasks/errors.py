@@ -48,8 +48,10 @@ class PuzzleFileError(UnmaskError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, in one line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What another library's error says, in one line: its first, with the next where that one ends in a colon; its type
+    where it says nothing."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def library(name: str, needed_for: str, install: str) -> Any:

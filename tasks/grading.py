@@ -1,8 +1,8 @@
 """Whether a text holds the right answer of a mathematical problem, by ``math-verify`` in processes of its own.
 
 Some texts keep the library busy for ever. The processes (:mod:`tasks.grading_worker`) therefore end at a deadline,
-which counts as wrong, and are replaced. They start with the first answer, serve all tasks, and end with the process
-that asks.
+which counts as wrong, and are replaced. One starts with the first answer, and more where that pays; they serve all
+tasks, and end with the process that asks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Sequence
+import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,8 @@ from tasks.settings import Range
 DEADLINE = 2.0  # seconds of processor time
 Deadline = Annotated[float, Range(least=0.1, most=600)]
 MOST = 8  # processes
+AHEAD = 16  # requests that a process has at a time
+PIPE = 32_000  # bytes of them: below what a pipe holds, so that sending never waits for grading
 OVERTIME = (-signal.SIGPROF, -signal.SIGALRM)  # how a process ends at its deadline
 KEPT = 4096  # verdicts: metrics ask what the reward has asked before
 BOXED = "\\boxed{"
@@ -95,7 +99,7 @@ def _readings(text: str) -> list[str]:
 
 
 class _Worker(subprocess.Popen[bytes]):
-    """One process. It says ``+`` when it is ready, and then 1 or 0 to every request."""
+    """One process. It says ``+`` when it is ready, and then 1 or 0 to every request, in their order."""
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("grading_worker.py")
@@ -113,11 +117,12 @@ class _Worker(subprocess.Popen[bytes]):
             )
         except OSError as error:
             raise UnmaskError(f"no process to grade answers can be started ({first_line(error)})") from None
-        self.ready = False
+        self.started, self.ready = time.monotonic(), False
+        self.held: deque[int] = deque()  # indices of the requests without a reply
         self.send(json.dumps(sys.path))
 
-    def send(self, line: str) -> None:
-        data = memoryview(line.encode() + b"\n")
+    def send(self, lines: str) -> None:
+        data = memoryview(lines.encode() + b"\n")
         with contextlib.suppress(BrokenPipeError):  # it has ended, as reading will show
             while data:
                 data = data[self.stdin.write(data) :]
@@ -133,11 +138,12 @@ class _Worker(subprocess.Popen[bytes]):
 
 
 class _Pool:
-    """Processes that grade, as many as there are processors, each with one request at a time."""
+    """Processes that grade, at most as many as there are processors, each with a few requests at a time."""
 
     def __init__(self, size: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.size = min(MOST, cores) if size is None else size
+        self.startup = self.waited = 0.0  # seconds: the last start's, and of requests since that one
         self.forget()
 
     def forget(self) -> None:
@@ -158,43 +164,62 @@ class _Pool:
             return self._ask(requests)
 
     def _ask(self, requests: Sequence[str]) -> list[bool]:
-        verdicts, waiting, again = [False] * len(requests), [*range(len(requests))][::-1], set()
-        busy: dict[_Worker, int] = {}
-        with selectors.DefaultSelector() as selector:
-            try:
-                while waiting or busy:
-                    while waiting and (worker := self._free(busy)):
-                        busy[worker] = waiting.pop()
-                        worker.send(requests[busy[worker]])
-                        selector.register(worker.stdout, selectors.EVENT_READ, worker)
-                    for key, _ in selector.select():
-                        worker, said = key.data, key.fileobj.read(1)
-                        if said == b"+":
-                            worker.ready = True
-                            continue
-                        selector.unregister(worker.stdout)
-                        index = busy.pop(worker)
-                        verdicts[index] = said == b"1"
-                        # One that somebody else ended did not judge: another one does.
-                        if not said and self._ended(worker) not in OVERTIME and index not in again:
-                            again.add(index)
-                            waiting.append(index)
-            finally:  # an interruption leaves no reply behind that a later request would read
-                for worker in busy:
-                    self._workers.remove(worker)
-                    worker.end()
+        verdicts, waiting, again = [False] * len(requests), deque(range(len(requests))), set()
+        try:
+            while waiting or any(worker.held for worker in self._workers):
+                self._start(len(waiting))
+                self._hand_out(requests, waiting)
+                for worker in self._listen(bool(waiting)):
+                    said = worker.stdout.read(AHEAD)
+                    if said == b"+":
+                        self.startup, worker.ready = time.monotonic() - worker.started, True
+                        continue
+                    for reply in said:
+                        verdicts[worker.held.popleft()] = reply == ord("1")
+                    if not said and self._ended(worker) not in OVERTIME and worker.held[0] not in again:
+                        again.add(worker.held[0])  # somebody else ended it: another one judges
+                        waiting.extendleft(reversed(worker.held))
+                    elif not said:
+                        waiting.extendleft(reversed([*worker.held][1:]))
+        finally:  # an interruption leaves no reply behind that a later request would read
+            for worker in [worker for worker in self._workers if worker.held]:
+                self._workers.remove(worker)
+                worker.end()
         return verdicts
 
-    def _free(self, busy: Collection[_Worker]) -> _Worker | None:
-        """One without a request, or a new one where there is room."""
-        for worker in [worker for worker in self._workers if worker not in busy]:
-            if worker.poll() is None:
-                return worker
-            self._ended(worker)
-        if len(self._workers) == self.size:
-            return None
-        self._workers.append(_Worker())
-        return self._workers[-1]
+    def _start(self, waiting: int) -> None:
+        """The first process at once; as many again once requests have waited for three times what a start takes."""
+        for worker in [worker for worker in self._workers if worker.ready and not worker.held]:
+            if worker.poll() is not None:
+                self._ended(worker)
+        there = len(self._workers)
+        enough = all(worker.ready for worker in self._workers) and self.waited >= 3 * self.startup
+        if waiting and there < self.size and (enough or not there):
+            self._workers += [_Worker() for _ in range(min(max(there, 1), self.size - there, waiting))]
+            self.waited = 0.0
+
+    def _hand_out(self, requests: Sequence[str], waiting: deque[int]) -> None:
+        """Some requests to every process that has none: fewer towards the end, and none that would fill its pipe."""
+        for worker in [worker for worker in self._workers if worker.ready and not worker.held]:
+            most, lines = min(AHEAD, -(-len(waiting) // (2 * self.size))), []
+            while len(lines) < most and (not lines or sum(map(len, [*lines, requests[waiting[0]]])) < PIPE):
+                worker.held.append(waiting.popleft())
+                lines.append(requests[worker.held[-1]])
+            if lines:
+                worker.send("\n".join(lines))
+
+    def _listen(self, waiting: bool) -> list[_Worker]:
+        """Those that have said something or ended; none where it is time for a further process."""
+        room = waiting and all(worker.ready for worker in self._workers)
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                if worker.held or not worker.ready:
+                    selector.register(worker.stdout, selectors.EVENT_READ, worker)
+            began = time.monotonic()
+            patient = room and len(self._workers) < self.size
+            heard = selector.select(max(0.0, 3 * self.startup - self.waited) if patient else None)
+            self.waited += room * (time.monotonic() - began)
+        return [key.data for key, _ in heard]
 
     def _ended(self, worker: _Worker) -> int:
         """Its return code. Raises :class:`UnmaskError` where it was never ready: no other will be."""

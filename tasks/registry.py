@@ -9,15 +9,17 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from tasks.errors import UnknownNameError, UnmaskError, first_line
 from tasks.settings import alternatives
 from tasks.task import Task
 
 _TASKS: dict[str, Callable[..., Task]] = {}
+WORDS: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 UNQUOTED_COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 
 
@@ -49,7 +51,7 @@ def get(name: str, **options) -> Task:
     if missing:
         example = f"{base}:SOURCE,option=value" if "source" in missing else f"{base}{_before(base)}{missing[0]}=VALUE"
         raise UnmaskError(f"task {name!r} needs {' and '.join(missing)}, as in {example}")
-    task = factory(**options)
+    task = _guarded(f"task {name!r}: {base} failed", partial(factory, **options)) if _own(name) else factory(**options)
     if not isinstance(task, Task):
         raise UnmaskError(f"task {name!r}: {base} made a {type(task).__name__}; it must make a tasks.Task")
     if ":" in name:
@@ -88,7 +90,8 @@ def _factory(name: str) -> tuple[str, Callable[..., Task], str | None]:
     module, attribute = own["module"], own["attribute"]
     if not module.endswith(".py") and not _importable(module.partition(".")[0]):
         raise _unknown(base)
-    loaded = _file(Path(module)) if module.endswith(".py") else _module(module)
+    load = partial(_file, Path(module)) if module.endswith(".py") else partial(importlib.import_module, module)
+    loaded = _guarded(f"cannot load {module}", load)
     factory = getattr(loaded, attribute, None)
     if not callable(factory):
         makers = [key for key, value in vars(loaded).items() if isinstance(value, type) and issubclass(value, Task)]
@@ -99,16 +102,26 @@ def _factory(name: str) -> tuple[str, Callable[..., Task], str | None]:
 
 def _importable(package: str) -> bool:
     """Whether there is such a package; the folder that one stands in is looked at last."""
-    if importlib.util.find_spec(package) is None and os.getcwd() not in sys.path:
+    if not _found(package) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return importlib.util.find_spec(package) is not None
+    return _found(package)
 
 
-def _module(name: str) -> ModuleType:
+def _found(package: str) -> bool:
     try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever the user's own code raises
-        raise UnmaskError(f"cannot import {name}: {type(error).__name__}: {first_line(error)}") from error
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # __main__, and others that were not imported
+        return False
+
+
+def _guarded(what: str, call: Callable[[], Any]) -> Any:
+    """What ``call`` gives. Raises :class:`UnmaskError` for whatever a user's own code raises, ``SystemExit`` too."""
+    try:
+        return call()
+    except UnmaskError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UnmaskError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _file(path: Path) -> ModuleType:
@@ -122,9 +135,9 @@ def _file(path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's own code raises
+    except BaseException:
         del sys.modules[name]
-        raise UnmaskError(f"cannot load {path}: {type(error).__name__}: {first_line(error)}") from error
+        raise
     return module
 
 
@@ -141,7 +154,10 @@ def read_options(
     Raises:
         UnmaskError: an option that the factory does not take, or takes in another form.
     """
-    known = inspect.signature(factory, eval_str=True).parameters
+    try:
+        known = inspect.signature(factory, eval_str=True).parameters
+    except (TypeError, ValueError, NameError, AttributeError, SyntaxError) as error:  # annotations of a user's own
+        raise UnmaskError(f"{what}: the arguments of {factory!r} cannot be read: {first_line(error)}") from None
     options = dict(given or {})
     for place, detail in enumerate(UNQUOTED_COMMA.split(text) if text is not None else []):
         option, equals, value = ("", "", "") if detail.startswith('"') else detail.partition("=")
@@ -152,16 +168,25 @@ def read_options(
         value = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
         if option in options:
             raise UnmaskError(f"{what}: {option} is given twice")
-        options[option] = _converted(what, option, value, known[option].annotation) if option in known else value
+        options[option] = _converted(what, option, value, _kind(known[option])) if option in known else value
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise UnmaskError(f"{what} takes {', '.join(known) or 'no options'}; not {', '.join(unknown)}")
     return options
 
 
+def _kind(parameter: inspect.Parameter) -> object:
+    """Its annotation; without one, the type of its default where text can mean that, else text."""
+    if parameter.annotation is not parameter.empty:
+        return parameter.annotation
+    return type(parameter.default) if type(parameter.default) in WORDS else str
+
+
 def _converted(what: str, option: str, value: str, kind: object) -> object:
     """``value`` as the type ``kind`` that the factory's annotation asks for; its range is for the factory to check."""
     types = [get_args(part)[0] if get_origin(part) is Annotated else part for part in alternatives(kind)]
+    if not any(part in WORDS or get_origin(part) is Literal for part in types):
+        raise UnmaskError(f"{what}: {option} can be given in Python alone, as it is no text, number, true or false")
     literals = {str(choice): choice for part in types if get_origin(part) is Literal for choice in get_args(part)}
     try:
         if bool in types:
@@ -172,6 +197,5 @@ def _converted(what: str, option: str, value: str, kind: object) -> object:
             return value
         return int(value) if int in types else float(value)
     except (KeyError, ValueError):
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
-        wanted = " or ".join(literals) or next(words[part] for part in words if part in types)
+        wanted = " or ".join(literals) or next(word for part, word in WORDS.items() if part in types)
         raise UnmaskError(f"{what}: {option} must be {wanted}, not {value!r}") from None

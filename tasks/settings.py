@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, wraps
+from os import PathLike
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -117,6 +118,8 @@ def check(name: str, value: Any, kind: Any) -> None:
     base, *extras = get_args(option) if get_origin(option) is Annotated else (option,)
     if base is bool and not isinstance(value, bool):
         raise UnmaskError(f"{name} must be true or false, not {value!r}")
+    if options == [str] and not isinstance(value, str | PathLike):
+        raise UnmaskError(f"{name} must be text, not {value!r}")
     if base not in (int, float):
         return
     bounds = next((extra for extra in extras if isinstance(extra, Range)), Range())

@@ -17,10 +17,18 @@ from tasks.errors import UnmaskError
 
 
 @cache
+@cache
 def units(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
     """(row, column, box) of every cell."""
     n = h * w
     return tuple((i // n, i % n, (i // n) // h * h + (i % n) // w) for i in range(n * n))
+
+
+@cache
+def _slots(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
+    """:func:`units`, counted through: rows, then columns, then boxes."""
+    n = h * w
+    return tuple((r, n + c, 2 * n + b) for r, c, b in units(h, w))
 
 
 class BudgetError(UnmaskError):
@@ -46,14 +54,17 @@ def solve(
     """
     n = h * w
     full = (1 << n) - 1
-    slots = [(r, n + c, 2 * n + b) for r, c, b in units(h, w)]  # of each cell, in ``used``
+    slots = _slots(h, w)  # of each cell, in ``used``
     used = [0] * (3 * n)  # per row, column and box: the digits in it, as a set of bits
     board = [int(v) for v in puzzle]
     for i, v in enumerate(board):
-        for slot in slots[i] if v else ():
-            if used[slot] & 1 << v - 1:
+        if v:
+            (r, c, b), bit = slots[i], 1 << v - 1
+            if (used[r] | used[c] | used[b]) & bit:
                 return []
-            used[slot] |= 1 << v - 1
+            used[r] |= bit
+            used[c] |= bit
+            used[b] |= bit
     empty = [i for i, v in enumerate(board) if not v]
     solutions: list[list[int]] = []
     tried = 0
@@ -85,13 +96,17 @@ def solve(
         values = [v for v in range(n) if best >> v & 1]
         if rng is not None:
             rng.shuffle(values)
+        r, c, b = slots[i]
         for v in values:
-            for slot in slots[i]:
-                used[slot] ^= 1 << v
+            bit = 1 << v
+            used[r] ^= bit
+            used[c] ^= bit
+            used[b] ^= bit
             board[i] = v + 1
             search(k - 1)
-            for slot in slots[i]:
-                used[slot] ^= 1 << v
+            used[r] ^= bit
+            used[c] ^= bit
+            used[b] ^= bit
             if len(solutions) >= limit:
                 break
         board[i] = 0

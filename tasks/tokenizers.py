@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors import safe_open
+
 from tasks.errors import UnmaskError, first_line, library
+from tasks.settings import MOST_DEEP
+
+COUNTED = re.compile(r"^(num|n)_.*(layer|block|expert|head|label)")
 
 
 class Installed(NamedTuple):
@@ -53,7 +60,11 @@ def load_tokenizer(source: str | Any, trust_remote_code: bool = False, pads: boo
             folder = str(weights.parent)
             options |= {"gguf_file": weights.name, "mask_token": INSTALLED[source].mask_token}
         try:
+            if source not in INSTALLED and (Path(source) / "config.json").is_file():  # it may be read, too
+                check_published(source, weights=False)
             source = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        except UnmaskError:
+            raise
         except Exception as error:  # transformers raises many types for what it cannot read
             raise UnmaskError(f"cannot read the tokenizer {source}: {unread(error)}") from None
     if pads and source.pad_token_id is None:
@@ -61,10 +72,47 @@ def load_tokenizer(source: str | Any, trust_remote_code: bool = False, pads: boo
     return source
 
 
+def check_published(source: str, weights: bool = True) -> None:
+    """Before a model of ``transformers`` is built: what it has many of (layers, experts, heads, labels) is of a number
+    that can be meant, and the ``weights`` of a folder are floating numbers, where they are not said to be quantized.
+
+    Raises:
+        UnmaskError: naming the setting or the weight. Others of ``transformers``: there is no configuration.
+    """
+    import transformers
+
+    settings = transformers.PretrainedConfig.get_config_dict(source)[0]
+    inside = [settings]
+    while inside:
+        part = inside.pop()
+        for name, value in part.items():
+            if COUNTED.search(name) and isinstance(value, int | float) and not value <= MOST_DEEP:
+                raise UnmaskError(f"the configuration of {source} has {name}={value}; at most {MOST_DEEP} is read")
+            inside += [value] if isinstance(value, dict) else []
+    if settings.get("quantization_config") or not weights:
+        return
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                kind = stored.get_slice(name).get_dtype()
+                if name.endswith(("weight", "bias")) and not kind.startswith(("F", "BF")):
+                    raise UnmaskError(f"the model {source}: weight {name} holds {kind}, no floating numbers")
+
+
+def check_finite(model: Any, source: str) -> None:
+    """Raises :class:`tasks.UnmaskError` for a weight of a model of torch that is not finite."""
+    for name, weight in model.named_parameters():
+        floating = weight.is_floating_point() and weight.device.type != "meta"
+        if floating and not bool(weight.detach().sum(dtype=torch.float32).isfinite()):
+            raise UnmaskError(f"the model {source}: weight {name} holds values that are no finite numbers")
+
+
 def unread(error: Exception) -> str:
     """Why ``transformers`` could not read something, in one line."""
     if "trust_remote_code" in str(error):
         return "it brings its own code, which runs only with trust_remote_code=True; is its source to be trusted?"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights are not of the sizes that its configuration says"
     return first_line(error)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
-from tasks.errors import library
-from tasks.tokenizers import unread
+from tasks.errors import first_line, library
+from tasks.tokenizers import check_finite, check_published, unread
 from unmask_env.language_models import DType
 from unmask_env.reference import EntropyBounded
 from unmask_env.state import WHOLE, Denoised, Rules
@@ -119,8 +119,22 @@ class DiffusionGemma:
         carried: Tensor,
         generator: torch.Generator | None = None,
     ) -> Denoised:
-        """One forward, see :class:`unmask_env.denoiser.CanvasDenoiser`; elsewhere the answer is uniform."""
+        """One forward, see :class:`unmask_env.denoiser.CanvasDenoiser`; elsewhere the answer is uniform.
+
+        Raises:
+            UnmaskError: an error inside the model.
+        """
         self.calls += 1
+        try:
+            return self._denoised(tokens, where, left, carried, generator)
+        except UnmaskError:
+            raise
+        except Exception as error:  # what a configuration says shows here first, and devices run out of memory
+            raise UnmaskError(f"the model failed: {type(error).__name__}: {first_line(error)}") from error
+
+    def _denoised(
+        self, tokens: Tensor, where: Tensor, left: Tensor, carried: Tensor, generator: torch.Generator | None
+    ) -> Denoised:
         start = self._starts(where)  # (N,)
         index = start.unsqueeze(1) + torch.arange(self.canvas_length, device=self.device)  # (N, C)
         states = self._decoded(tokens, where.any(1), start, tokens.gather(1, index), carried)  # (N, C, D)
@@ -270,11 +284,15 @@ def _load(source: str, options: dict[str, Any]) -> Any:
     transformers.utils.logging.set_verbosity_error()
     options = options | {"output_loading_info": True, "use_safetensors": True}
     try:
+        check_published(source)
         model, report = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(source, **options)
+    except UnmaskError:
+        raise
     except Exception as error:  # transformers raises many types for what it cannot read
         raise UnmaskError(f"cannot read the model {source}: {unread(error)}") from None
     if report["missing_keys"]:
         raise IncompatibleDenoiserError(
             f"{source} lacks weights of DiffusionGemma, {sorted(report['missing_keys'])[0]} for example"
         )
+    check_finite(model, source)
     return model

@@ -140,4 +140,6 @@ def configure(family: Family, published: Settings, source: str) -> Any:
     config.is_causal = False
     config.mask_token_id = published.get("mask_token_id")
     config.block_length = published.get("block_size", 4) if family.blocks else None
+    if family.blocks and (type(config.block_length) is not int or config.block_length < 1):
+        raise UnmaskError(f"the model {source} has block_size={config.block_length!r} in its configuration")
     return config

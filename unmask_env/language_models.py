@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from pretrain.adapter import adapter_folder, mask_of, masked_model
+from pretrain.adapter import ADAPTER, WEIGHTS, adapter_folder, checked_adapter, mask_of, masked_model
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, library
 from tasks.settings import check
-from tasks.tokenizers import unread
+from tasks.tokenizers import check_finite, check_published, unread
 from unmask_env.caches import Cache, KeyValues, Reuse
 from unmask_env.families import FAMILIES, Family, configure, family_of
 from unmask_env.state import CHUNK, WHOLE, Block, Denoised
@@ -327,8 +328,14 @@ def _whole_blocks(block: int, ids: Tensor, seen: Tensor | None, dtype: torch.dty
 def _adapted(model: Any, adapter: str) -> Any:
     peft = library("peft", "adapters take the library peft", "peft")
     try:
+        if not Path(adapter).is_dir():  # a hub id
+            hf_hub_download(adapter, WEIGHTS)
+            adapter = str(Path(hf_hub_download(adapter, ADAPTER)).parent)
+        checked_adapter(Path(adapter))
         with warnings.catch_warnings(action="ignore"):  # of names that transformers will drop
             return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except UnmaskError:
+        raise
     except Exception as error:  # peft raises many types for what it cannot read
         raise UnmaskError(f"cannot read the adapter {adapter}: {first_line(error)}") from None
 
@@ -340,6 +347,7 @@ def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tupl
     transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
     options = options | {"output_loading_info": True, "use_safetensors": True}
     try:
+        check_published(source)
         published = transformers.PretrainedConfig.get_config_dict(source)[0]
         family = family_of(published)
         if family is not None:
@@ -361,6 +369,7 @@ def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tupl
                 f"{source} is a {config.model_type} without a head for masked tokens; it cannot fill holes"
             ) from None
         raise UnmaskError(f"cannot read the model {source}: {unread(error)}") from None
+    check_finite(model, source)
     missing = sorted(name for name in report["missing_keys"] if family is not None or not name.endswith("bias"))
     if missing:
         raise IncompatibleDenoiserError(

@@ -26,6 +26,7 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_state, packaged, save_model
 from pretrain.train import MDMConfig, pretrain
 from tasks import UnmaskError
+from tasks.settings import validate
 from unmask_env import exact, ids
 from unmask_env.denoiser import load_denoiser
 from unmask_env.process import Unmasking
@@ -241,7 +242,7 @@ def test_config_of_nested_settings(tmp_path: Path) -> None:
     ("text", "why"),
     [
         ("[1]", "holds no JSON object of settings"),
-        ("{", "cannot read --config"),
+        ("{", "is not JSON"),
         ('{"orderz": ["margin"]}', "unknown setting 'orderz'; did you mean orders?"),
         ('{"limit": "many"}', 'limit cannot be "many"'),
         ('{"limit": true}', "limit cannot be true"),
@@ -259,7 +260,49 @@ def test_a_config_that_cannot_be_read(unmask, tmp_path: Path, text: str, why: st
 def test_a_config_needs_a_file(unmask, tmp_path: Path) -> None:
     check_mistake(unmask("evaluate", "--config"), "--config takes one file")
     check_mistake(unmask("evaluate", "--config", "--task", "sudoku6"), "--config takes one file")
-    check_mistake(unmask("evaluate", "--config", tmp_path / "no.json"), "cannot read --config", "no.json")
+    check_mistake(unmask("evaluate", "--config", tmp_path / "no.json"), "--config: cannot read", "no.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"lr": ' * 5000, "is not JSON"),
+        (b'{"lr": ' + b"9" * 5000 + b"}", "is not JSON"),
+        (b'{"lr": ' + b"9" * 400 + b"}", "lr cannot be 999"),
+        (b'{"lr": NaN}', "lr cannot be NaN"),
+        (b'{"lr": true}', "lr cannot be true"),
+        (b'{"iterations": 1.5}', "iterations cannot be 1.5"),
+        (b'{"iterations": 1e400, "out": "x"}', "iterations cannot be Infinity"),
+        (b'{"kind": []}', "holds the settings of another command"),
+        (b'{"kind": {"UPOConfig": 1}}', "holds the settings of another command"),
+        (b'{"rules": 5}', "rules cannot be 5"),
+        (b'{"rules": {"rules": {}}}', "unknown setting 'rules'"),
+        (b'{"policy": [[]]}', "policy cannot be [[]]"),
+        (b'{"rules": {"actions": ["set"]}}', "actions must be single or set"),
+        (b'{"out": {"a": 1}}', 'out cannot be {"a": 1}'),
+        (b'{"' + b"x" * 10_000 + b'": 1}', "unknown setting 'xxx"),
+        (b"\xff\xfe{\x00}\x00", "as UTF-8 text (UnicodeDecodeError)"),
+        (b"", "is not JSON"),
+        (b"null", "holds no JSON object"),
+    ],
+)
+def test_a_damaged_config_is_one_line(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UnmaskError) as caught:
+        validate(parse("train upo", ["--config", str(tmp_path / "run.json")]))
+    assert why in str(caught.value)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that have names")
+def test_a_config_that_never_ends_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UnmaskError, match="is no regular file"):
+            parse("train upo", ["--config", str(endless)])
+    (tmp_path / "bom.json").write_bytes(b'\xef\xbb\xbf{"out": "x"}')
+    assert parse("train upo", ["--config", str(tmp_path / "bom.json")]).out == "x"
 
 
 # ---------------------------------------------------------------------- mistakes

@@ -1,5 +1,6 @@
 """The scheduler of diffusers, in diffusers' own pipelines on small random models."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,3 +286,35 @@ def test_mistakes() -> None:
         scheduler.step(torch.zeros(1, 32, 6), 0, torch.full((1, 32), 6), mask_token_id=6)
     with pytest.raises(UnmaskError, match="is for 6 symbols; the model has 5 logits"):
         scheduler.step(torch.zeros(1, 36, 5), 0, torch.full((1, 36), 6), mask_token_id=6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"order": 5}, "order must be text, not 5"),
+        ({"order": None}, "order must be text"),
+        ({"order": "nothere"}, "unknown order policy"),
+        ({"block_length": 0}, "block_length must be a whole number"),
+        ({"block_length": "8"}, "block_length must be a whole number"),
+        ({"num_inference_steps": 10**12}, "num_inference_steps must be a whole number between"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
+        ({"num_inference_steps": True}, "num_inference_steps must be a whole number"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number"),
+        ({"vocab_size": "x"}, "vocab_size must be a whole number"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(tmp_path, settings, said) -> None:
+    with pytest.raises(UnmaskError, match=said):
+        UnmaskScheduler(**settings)
+    UnmaskScheduler().save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(UnmaskError, match=said):
+        UnmaskScheduler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 10**5, b"9" * 5000, b"\xff\xfe", b"[]", b"5", b"null"])
+def test_a_damaged_file_of_settings_is_one_line(tmp_path, content) -> None:
+    (tmp_path / "scheduler_config.json").write_bytes(content)
+    with pytest.raises(UnmaskError, match="scheduler_config"):
+        UnmaskScheduler.from_pretrained(tmp_path)

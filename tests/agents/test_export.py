@@ -1,14 +1,17 @@
 """Exported programs decide as the policies do."""
 
 import json
+import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from agents.cli import main
-from agents.export import engine_files, export
+from agents.export import ExportCommand, engine_files, export, run
 from agents.policy import load_policy
 from tasks import UnmaskError
 from tests.toys import generator, observation
@@ -154,3 +157,15 @@ def test_mistakes(words, said, tmp_path, capsys) -> None:
 def test_what_the_order_is_read_from_is_the_logits() -> None:
     with pytest.raises(UnmaskError, match="learned no order"):
         export(reference("learned_greedy"), 6, 4)
+
+
+def test_a_program_is_of_a_size_and_a_place_that_can_be_had(tmp_path: Path) -> None:
+    with pytest.raises(UnmaskError, match="positions of 1000000 symbols are more than a program takes"):
+        run(ExportCommand("margin", tmp_path, vocab_size=10**6, length=10**6))
+    (tmp_path / "file").touch()
+    with pytest.raises(UnmaskError, match="cannot write --out "):
+        run(ExportCommand("margin", tmp_path / "file", vocab_size=4, length=4))
+    place = tmp_path / "a: #b" / os.fsdecode(b"\xff")
+    (text,) = (t for name, t in engine_files("sglang", 4, 4, place / "policy.pt2").items() if name.endswith("yaml"))
+    read = yaml.safe_load(text)
+    assert read == {"program": str(place.resolve() / "policy.pt2"), "block_size": 4}

@@ -262,6 +262,18 @@ def test_the_command_and_the_entry_point(folder, tmp_path, monkeypatch, capsys) 
         ({"likelihood": "mean"}, "likelihood must be bound or left_to_right or one_forward"),
         ({"samples": 0}, "samples must be"),
         ({"dtype": "int8"}, "dtype"),
+        ({"order": 5}, "order must be text, not 5"),
+        ({"order": None}, "order must be text"),
+        ({"tokenizer": 5}, "tokenizer must be text"),
+        ({"device": 5}, "device must be text"),
+        ({"block_length": 2.5}, "block_length must be a whole number"),
+        ({"block_length": True}, "block_length must be a whole number"),
+        ({"temperature": float("nan")}, "temperature must be a number"),
+        ({"likelihood": ["bound"]}, "likelihood must be bound"),
+        ({"seed": 2**64}, "seed must be a whole number"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code must be true or false"),
+        ({"batch_size": "²"}, "batch_size must be a whole number"),
+        ({"tokenizer": "/nowhere"}, "cannot read the tokenizer /nowhere"),
     ],
 )
 def test_mistakes(folder, options, said) -> None:
@@ -272,6 +284,9 @@ def test_mistakes(folder, options, said) -> None:
 def test_more_mistakes(folder) -> None:
     with pytest.raises(UnmaskError, match="denoiser must be hf:"):
         UnmaskLM("sudoku6-tiny")
+    for odd in (5, None, ["hf:a"]):
+        with pytest.raises(UnmaskError, match="denoiser must be text"):
+            UnmaskLM(odd)
     with pytest.raises(UnmaskError, match="leaves no room for a prompt"):
         made(folder, max_length=8).generate_until(asked("generate_until", ("5", {"max_gen_toks": 8})))
     with pytest.raises(UnmaskError, match="does not fit into 4"):

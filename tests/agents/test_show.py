@@ -201,3 +201,16 @@ def test_mistakes(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("unmask show: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_of_names_that_are_not_utf8_and_two_files_of_one_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    played = shown("margin")._replace(name="\udcff</script>")
+    show.write_page(SUDOKU6, INSTANCE, [played], "of \udcff</title>", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "\\udcff\\u003c/script>" in page
+    with pytest.raises(SystemExit) as stop:
+        main(["show", "--task", "sudoku4", "--html", str(tmp_path / "a"), "--gif", str(tmp_path / "a")])
+    assert stop.value.code == 2
+    assert "--gif and --html both name" in capsys.readouterr().err

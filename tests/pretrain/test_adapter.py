@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tasks
 from pretrain import masking
@@ -162,3 +163,52 @@ def test_damaged_adapters_are_one_message(task: Text, tmp_path: Path) -> None:
         with pytest.raises(UnmaskError) as caught:
             load_denoiser(str(tmp_path / name), task)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "is not of a LoRA adapter"),
+        ({"peft_type": None}, "is not of a LoRA adapter"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "is not of a LoRA adapter"),
+        ({"base_model_name_or_path": None}, "does not name its base_model_name_or_path"),
+        ({"base_model_name_or_path": ["a"]}, "does not name its base_model_name_or_path"),
+        ({"base_model_name_or_path": "/nowhere"}, "cannot read the language model /nowhere"),
+        ({"r": 10**9}, "r=1000000000 is no rank"),
+        ({"r": "8"}, "r='8' is no rank"),
+        ({"r": True}, "r=True is no rank"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "is no rank"),
+        ({"rank_pattern": [1]}, "must be objects"),
+        ({"target_modules": "(a+)+!"}, "a pattern that may take for ever"),
+        ({"target_modules": ".*.*.*.*.*.*!"}, "a pattern that may take for ever"),
+        ({"rank_pattern": {"(a|a)*!": 2}}, "a pattern that may take for ever"),
+        ({"target_modules": 5}, "cannot read the adapter"),
+        ({"trainable_token_indices": [10**9]}, "cannot read the adapter"),
+        ({"trainable_token_indices": []}, "cannot read the adapter"),
+    ],
+)
+def test_crafted_adapters_are_refused(base: Path, task: Text, tmp_path: Path, changes: dict, said: str) -> None:
+    adapt(config(base, tmp_path / "out", steps=1), task)
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(UnmaskError) as caught:
+        load_denoiser(str(tmp_path / "out"), task)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapters_weights_are_safetensors_of_finite_numbers(base: Path, task: Text, tmp_path: Path) -> None:
+    adapt(config(base, tmp_path / "out", steps=1), task)
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    stored = load_file(weights)
+    name = next(iter(stored))
+    for value, said in ((stored[name] / 0, "no finite numbers"), (stored[name].int(), "no finite numbers")):
+        save_file(stored | {name: value}, weights)
+        with pytest.raises(UnmaskError, match=said):
+            load_denoiser(str(tmp_path / "out"), task)
+    weights.write_bytes(b"\0" * 8)
+    with pytest.raises(UnmaskError, match="truncated or not safetensors"):
+        load_denoiser(str(tmp_path / "out"), task)
+    weights.rename(weights.with_name("adapter_model.bin"))
+    with pytest.raises(UnmaskError, match=r"adapter_model.safetensors is missing"):
+        load_denoiser(str(tmp_path / "out"), task)

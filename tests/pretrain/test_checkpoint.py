@@ -1,8 +1,12 @@
 """Files: what is written comes back exactly, and whatever is not a checkpoint is refused in one line."""
 
+import contextlib
 import json
 import math
+import os
+import re
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -16,6 +20,7 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import (
     PACKAGED_DENOISERS,
     CheckpointError,
+    check_writable,
     load_model,
     load_state,
     packaged,
@@ -175,7 +180,8 @@ def test_a_config_that_is_not_json(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         load(folder)
-    assert_one_line(caught, f"{folder}/config.json is not JSON")
+    said = f"cannot read {folder}/config.json as UTF-8" if content[:1] == b"\xff" else "config.json is not JSON"
+    assert_one_line(caught, said)
 
 
 @pytest.mark.parametrize(
@@ -513,3 +519,46 @@ def test_a_step_generator_depends_on_its_key_alone():
         assert draws(*key) == streams[key]
     seeds = {step_generator("cpu", seed, step, 0).initial_seed() for seed in range(30) for step in range(100)}
     assert len(seeds) == 3000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that have names")
+def test_nothing_but_a_file_is_written_over(tmp_path: Path) -> None:
+    """A rename over a device, of a user with rights, would take it away from the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(tmp_path):
+        made.bind("socket")
+    for name in ("pipe", "link", "socket"):
+        with pytest.raises(UnmaskError, match=f"--json .*{name} is no regular file; name another"):
+            check_writable(tmp_path / name, "--json")
+        with pytest.raises(UnmaskError, match=f"{name} is no regular file; name another"):
+            write_json(tmp_path / name, {})
+        assert not (tmp_path / name).is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "socket"]
+
+
+def test_places_that_cannot_be_written_are_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "file").touch()
+    for name, said in {
+        "x" * 300: "File name too long",
+        "x" * 253: "File name too long",  # with what the temporary file's has beside it
+        "circle": "Too many levels of symbolic links",
+        "file/a.json": "cannot write --json",
+        "nul\0l": "cannot have a name with a null",
+        ".": "is a folder; name a file",
+    }.items():
+        with pytest.raises(UnmaskError, match=re.escape(said)):
+            check_writable(tmp_path / name, "--json")
+    check_writable(tmp_path / "new" / "a.json", "--json")
+    assert not (tmp_path / "new" / "a.json").exists()
+    if os.path.exists("/dev/stdout"):
+        with pytest.raises(UnmaskError, match="--json /dev/stdout is no regular file"):
+            check_writable(Path("/dev/stdout"), "--json")
+
+
+def test_a_folder_whose_name_is_not_utf8_is_told(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    shutil.copytree(PACKAGED_DENOISERS / "sudoku4", odd)
+    with pytest.raises(CheckpointError, match="whose name is not UTF-8; rename it"):
+        load_model(Backbone, odd, PACKAGED_DENOISERS, "denoiser")

@@ -183,8 +183,11 @@ def test_verdicts_do_not_depend_on_the_number_of_processes() -> None:
     verdicts = []
     for size in (1, 3):
         pool = grading._Pool(size)
+        pool.ask(requests[:1])
+        assert len(pool._workers) == 1, "one answer does not pay for several"
         verdicts.append(pool.ask(requests))
-        assert len(pool._workers) == size
+        while len(pool._workers) < size:  # they start while answers wait
+            assert pool.ask(requests) == verdicts[-1]
         pool.end()
     assert verdicts[0] == verdicts[1]
     assert sum(verdicts[0]) >= len(answers)
@@ -202,6 +205,14 @@ def test_a_process_that_is_killed_is_replaced_and_its_answer_graded() -> None:
     threading.Timer(0.3, busy.kill).start()
     assert pool.ask([json.dumps([["$(x+y+z)^{99}$", "5"], "5", 1.0]), json.dumps([["5"], "5", 2.0])]) == [False, True]
     assert pool._workers[0].pid != busy.pid
+    pool.end()
+
+
+def test_those_behind_a_bomb_in_the_same_process_are_graded() -> None:
+    pool = grading._Pool(1)
+    asked = [json.dumps([[form], "5", 0.3]) for form in ("it is 5", "$(x+y+z)^{99}$", "5", "it is 6")] * 3
+    asked[2] += " " * 2 * grading.PIPE  # more than a pipe holds
+    assert pool.ask(asked) == [True, False, True, False] * 3
     pool.end()
 
 

@@ -111,6 +111,18 @@ def no_task():
 '''
 
 
+MORE = """
+from __future__ import annotations
+import sys
+
+def leaves(): sys.exit(3)
+def fails(): return {}["no such"]
+def odd(size: Nothing = 3): return size
+def listed(sizes: list[int] = ()): return sizes
+def bare(size=4, more=None): return size, more
+"""
+
+
 def test_tasks_of_ones_own_by_file_and_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_parity.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
@@ -137,7 +149,24 @@ def test_tasks_of_ones_own_by_file_and_by_module(tmp_path: Path, monkeypatch: py
         ("own_broken.py:Parity", "cannot load own_broken.py: ZeroDivisionError: division by zero"),
         ("own_missing.py:Parity", "there is no file own_missing.py"),
         ("no_such_package.module:Parity", "unknown task 'no_such_package.module'"),
-        ("own_broken:Parity", "cannot import own_broken: ZeroDivisionError"),
+        ("own_broken:Parity", "cannot load own_broken: ZeroDivisionError"),
+        ("own_wrong.py:Parity,length=1e3", "length must be a whole number"),
+        ("own_wrong.py:int", "no class or function int"),
+        ("own_more.py:leaves", "own_more.py:leaves failed: SystemExit: 3"),
+        ("own_more.py:fails", "own_more.py:fails failed: KeyError: 'no such'"),
+        ("own_more.py:odd,size=3", "cannot be read: name 'Nothing' is not defined"),
+        ("own_more.py:listed,sizes=3", "sizes can be given in Python alone"),
+        ("own_more.py:bare,size=x", "size must be a whole number, not 'x'"),
+        ("own_more.py:bare,size=4,more=2", "made a tuple"),
+        ("own_more.py:dict", "no class or function dict"),
+        ("own_exits.py:Parity", "cannot load own_exits.py: SystemExit: bye"),
+        ("own_exits:Parity", "cannot load own_exits: SystemExit: bye"),
+        ("own_latin.py:Parity", "cannot load own_latin.py: SyntaxError"),
+        ("own_null.py:Parity", "cannot load own_null.py: "),
+        ("own_folder.py:Parity", "there is no file own_folder.py"),
+        ("__main__:Parity", "made" if hasattr(sys.modules["__main__"], "Parity") else "__main__"),
+        ("os:getcwd", "made a str"),
+        ("os.path:nothing", "has no class or function nothing"),
     ],
 )
 def test_tasks_of_ones_own_that_cannot_be_made(
@@ -145,6 +174,11 @@ def test_tasks_of_ones_own_that_cannot_be_made(
 ) -> None:
     (tmp_path / "own_wrong.py").write_text(OWN)
     (tmp_path / "own_broken.py").write_text("1 / 0")
+    (tmp_path / "own_more.py").write_text(MORE)
+    (tmp_path / "own_exits.py").write_text("import sys; sys.exit('bye')")
+    (tmp_path / "own_latin.py").write_bytes(b"# \xe9\nname = '\xe9'")
+    (tmp_path / "own_null.py").write_bytes(b"a = 1\0")
+    (tmp_path / "own_folder.py").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     with pytest.raises(UnmaskError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -436,3 +437,41 @@ def test_canvases_fill_what_is_behind_the_prompt() -> None:
     task.shape = (1, 4)
     with pytest.raises(UnmaskError, match="3 positions behind its prompt, which are no whole number of canvases of 2"):
         Unmasking(task, Counting(), Rules("accept"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 10**6}, "has num_hidden_layers=1000000; at most 1000 is read"),
+        ({"num_experts": 10**6}, "has num_experts=1000000; at most 1000 is read"),
+        ({"num_hidden_layers": "2"}, "cannot read the model"),
+        ({"hidden_size": 10**9}, "cannot read the model"),
+        ({"layer_types": ["x"]}, "cannot read the model"),
+        ({"sliding_window": 0}, "the model failed"),
+        ({"top_k_experts": 5}, "the model failed"),
+        ({"final_logit_softcapping": "x"}, "the model failed|cannot read the model"),
+    ],
+)
+def test_crafted_configurations_are_one_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    model().save_pretrained(tmp_path)
+    published = json.loads((tmp_path / "config.json").read_text())
+    published["text_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    task = Continue(24, 3, 2)
+
+    def played() -> Rollout:
+        process = Unmasking(task, DiffusionGemma(tmp_path, task), Rules("accept", canvas_steps=2))
+        return process.rollout(EntropyBounded(), task.sample(2, seeded(0)), None, seeded(1))
+
+    with pytest.raises(UnmaskError, match=said) as caught:
+        played()
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path) -> None:
+    made = model()
+    with torch.no_grad():
+        next(made.parameters())[0] = float("nan")
+    made.save_pretrained(tmp_path)
+    with pytest.raises(UnmaskError, match="holds values that are no finite numbers"):
+        DiffusionGemma(tmp_path, Continue(24, 3, 2))

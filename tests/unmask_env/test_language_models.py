@@ -609,3 +609,58 @@ def test_an_adapter_is_merged(tmp_path):
     assert not torch.allclose(found, plain)
     with pytest.raises(UnmaskError, match="cannot read the adapter"):
         HFDenoiser(path, Tokens(10, 12), adapter=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("bert", {"num_hidden_layers": 10**6}, "has num_hidden_layers=1000000; at most 1000 is read"),
+        ("bert", {"num_labels": 10**9}, "has num_labels=1000000000; at most 1000"),
+        ("bert", {"inner": {"n_experts": 1e300}}, "has n_experts=1e+300; at most 1000"),
+        ("bert", {"num_attention_heads": 10**9}, "num_attention_heads=1000000000; at most"),
+        ("bert", {"num_hidden_layers": float("nan")}, "has num_hidden_layers=nan; at most"),
+        ("llada", {"n_layers": 10**6}, "has n_layers=1000000; at most 1000"),
+        ("llada", {"d_model": 10**9}, "its weights are not of the sizes that its configuration says"),
+        ("llada", {"d_model": 2**40}, "cannot read the model"),
+        ("llada", {"n_heads": 0}, "is not valid"),
+        ("sdar", {"block_size": 0}, "has block_size=0 in its configuration"),
+        ("sdar", {"block_size": "4"}, "has block_size='4' in its configuration"),
+        ("sdar", {"rope_scaling": [1]}, "is not valid: 'list' object is not a mapping"),
+        ("dream", {"num_hidden_layers": "2"}, "is not valid"),
+    ],
+)
+def test_crafted_configurations_are_refused_at_once(tmp_path: Path, name: str, changes: dict, said: str) -> None:
+    folder = Path(build(name, tmp_path))
+    published = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(published | changes))
+    with pytest.raises(UnmaskError) as caught:
+        HFDenoiser(folder, Lines(LINES, tokenizer(), length=12))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**5, b"[]", b"5", b"null", b"{", b"\xff\xfe", b'{"a":' + b"9" * 5000 + b"}"]
+)
+def test_damaged_configurations_are_one_line(tmp_path: Path, content: bytes) -> None:
+    folder = Path(build("bert", tmp_path))
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(UnmaskError, match="cannot read the model"):
+        HFDenoiser(folder, Lines(LINES, tokenizer(), length=12))
+
+
+@pytest.mark.parametrize("name", ["bert", "llada"])
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, name: str) -> None:
+    folder = Path(build(name, tmp_path))
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    largest = max(stored, key=lambda key: stored[key].numel())
+    damaged = {"nan": stored[largest] * float("nan"), "inf": stored[largest] / 0}
+    for value in damaged.values():
+        safetensors.torch.save_file(stored | {largest: value}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UnmaskError, match="holds values that are no finite numbers"):
+            HFDenoiser(folder, Lines(LINES, tokenizer(), length=12))
+    for kind, called in ((torch.int32, "I32"), (torch.bool, "BOOL")):
+        value = stored[largest].to(kind)
+        safetensors.torch.save_file(stored | {largest: value}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UnmaskError, match=f"holds {called}, no floating numbers"):
+            HFDenoiser(folder, Lines(LINES, tokenizer(), length=12))
