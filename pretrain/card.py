@@ -74,8 +74,9 @@ def card_of(model: nn.Module) -> str:
         carried = _read(origin / CARD)
         if carried is not None:
             data, text = carried
-            return _front(_front_matter(model) | data, text)
-    return build(model, {}, "What made these weights was not recorded.", license=None)
+            return _marked(front_matter(model) | data, text)
+    kind = getattr(model, "kind", type(model).__name__)
+    return build(kind.capitalize(), front_matter(model), known(model), "What made these weights was not recorded.")
 
 
 def same_weights(model: nn.Module, folder: Path) -> bool:
@@ -92,21 +93,15 @@ def same_weights(model: nn.Module, folder: Path) -> bool:
 
 
 # ---------------------------------------------------------------------- cards
-def build(
-    model: nn.Module, rows: dict[str, Any], *sections: str, license: str | None, title: str = "", **data: Any
-) -> str:
-    """The text of a card: front matter, a table of ``rows`` and of what the model tells itself, and ``sections``.
+def build(title: str, front: dict[str, Any], rows: dict[str, Any], *sections: str) -> str:
+    """The text of a card.
 
     Args:
-        rows: facts by name; None: not known, which is left out. data: more of the front matter.
+        front: its front matter. rows: facts by name, for a table. In both None is not known, and left out.
     """
-    kind = getattr(model, "kind", type(model).__name__)
-    title = title or f"{kind.capitalize()} of unmask"
-    facts = {name: value for name, value in (rows | known(model)).items() if value not in (None, "")}
-    lines = [f"# {title}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
-    text = "\n".join(lines) + "".join(f"\n\n{section}" for section in sections if section)
-    return _front(_front_matter(model) | data | {"license": license}, text)
+    facts = {name: value for name, value in rows.items() if value not in (None, "")}
+    lines = [f"# {title}", "", "| | |", "|---|---|", *(f"| {name} | {_cell(fact)} |" for name, fact in facts.items())]
+    return _marked(front, "\n\n".join(["\n".join(lines), *filter(None, sections)]))
 
 
 def known(model: nn.Module) -> dict[str, Any]:
@@ -120,6 +115,12 @@ def known(model: nn.Module) -> dict[str, Any]:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "network passes": getattr(model, "num_passes", None),
     }
+
+
+def front_matter(model: nn.Module) -> dict[str, Any]:
+    """What a class of models says: the library and tags."""
+    info = getattr(model, "_hub_mixin_info", None)
+    return {"library_name": "unmask"} if info is None else info.model_card_data.to_dict()
 
 
 def training(settings: Any, number: int = 1) -> str:
@@ -187,13 +188,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str] | None:
     return card.data.to_dict(), card.text
 
 
-def _front_matter(model: nn.Module) -> dict[str, Any]:
-    """What a class of models says: the library and tags."""
-    info = getattr(model, "_hub_mixin_info", None)
-    return {"library_name": "unmask"} if info is None else info.model_card_data.to_dict()
-
-
-def _front(data: dict[str, Any], text: str) -> str:
+def _marked(data: dict[str, Any], text: str) -> str:
     """A card's text with its front matter and the mark."""
     front = ModelCardData(**data, ignore_metadata_errors=True).to_yaml()
     return f"---\n{front}\n---\n{MARK}\n\n{text.replace(MARK, '').strip()}\n"
