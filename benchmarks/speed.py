@@ -172,7 +172,7 @@ def planned(positions: int, block: int, published: dict[str, Any]) -> dict[str, 
 
 def main(
     vocab_size: int = VOCABULARY,
-    prompt: int = 64,
+    prompt: int = 96,
     answer: int = 64,
     block: int = 32,
     width: int = 384,
