@@ -76,8 +76,8 @@ Algorithm = UnmaskPolicy
 '''
 DINFER = '''"""A decoder for dInfer, written by `unmask export`.
 
-The interface was read in dInfer's source (dinfer/decoding/parallel_strategy.py: `decode`, not `batch_decode`). This file
-has not been run in the engine; its step has been run by itself, and fills as the policy does.
+The interface was read in dInfer's source (decoding/parallel_strategy.py: `decode`, not `batch_decode`). This file has
+not been run in the engine; its step has been run by itself, and fills as the policy does.
 
 Give UnmaskDecoder("policy.pt2", mask_id) to its diffusion model in place of a decoder of its own.
 """

@@ -1,7 +1,6 @@
 """benchmarks/speed.py at a tiny size: what it counts, and that its computed work is that of a counter."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,8 @@ def test_every_rule_with_every_cache(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_computed_work_is_what_a_counter_counts(tmp_path: Path) -> None:
-    """A forward of the whole, and with ``dual`` one of the block alone, its masks all there still."""
+    """A forward of the whole, and with ``dual`` one of the block alone, of which two masks are filled. What the process
+    adds, such as angles of positions, is below a thousandth of it."""
     plan = speed.planned(24, 8, SMALL)
     model = transformers.LlamaForCausalLM(configure(FAMILIES["llada"], SMALL, "llada"))
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=cache.COUNTED) as counter:
@@ -53,10 +53,13 @@ def test_the_computed_work_is_what_a_counter_counts(tmp_path: Path) -> None:
     task = speed.Continued(299, 16, 8)
     process = Unmasking(task, load_denoiser(f"hf:{tmp_path},cache=dual", task), Rules("set", block_length=8))
     state = process.reset(task.sample(1, torch.Generator().manual_seed(0)))
-    carried = process.observe(state).denoised.carried
+    seen = process.observe(state)
+    state, _ = process.step(state, seen, speed.reference("fixed_k:k=2,score=confidence")(seen).mode())
     with FlopCounterMode(display=False, custom_mapping=cache.COUNTED) as counter:
-        process.observe(replace(state, carried=carried))
-    assert plan["denoiser_dual"] == counter.get_total_flops() / 1e9
+        process.observe(state)
+    filled = 2 * 2 * SMALL["d_model"] * SMALL["vocab_size"]
+    twice = 4 * 8 * 8 * SMALL["d_model"] * SMALL["n_layers"]  # attention masks the block's old keys, but counts them
+    assert counter.get_total_flops() == pytest.approx(1e9 * plan["denoiser_dual"] - filled + twice, rel=1e-3)
 
 
 def test_the_bare_forwards_are_those_of_the_process(tmp_path: Path) -> None:
@@ -73,4 +76,4 @@ def test_the_bare_forwards_are_those_of_the_process(tmp_path: Path) -> None:
         with FlopCounterMode(display=False, custom_mapping=cache.COUNTED) as counter:
             run()
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1]
+    assert counts[0] == pytest.approx(counts[1], rel=1e-3)
