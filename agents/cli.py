@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -193,12 +194,16 @@ def dispatch(name: str, rest: Sequence[str]) -> None:
         print(f"usage: unmask list\n\n{COMMANDS['list'].help}") if rest else list_everything()
         return
     settings = parse(name, rest)
-    from pretrain import processes
+    from pretrain import card, processes
 
+    card.command.set(shlex.join(["unmask", *name.split(), *rest]))
     if not name.startswith(TOGETHER):
         processes.require_one(f"unmask {name}")
     module = COMMANDS[name].settings.partition(":")[0]
-    getattr(importlib.import_module(module), COMMANDS[name].function)(settings)
+    try:
+        getattr(importlib.import_module(module), COMMANDS[name].function)(settings)
+    finally:
+        card.command.set("")
     processes.leave()
 
 

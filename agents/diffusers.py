@@ -70,10 +70,16 @@ class UnmaskScheduler(BlockRefinementScheduler):
     was trained on, and cannot read hidden states. Of the pipelines' settings ``threshold``, ``editing_threshold`` and
     ``minimal_topk`` mean nothing here.
 
+    Where there is no mask token, what was filled stays, as with :class:`diffusers.BlockRefinementScheduler`; with
+    ``commits`` false every position is decided anew at every step, as with :class:`diffusers.EntropyBoundScheduler`:
+    what the policy fills holds its symbol until the next step, all else is noise, also after the last one.
+
     Args:
         order: a reference policy with its options, or the name, folder or hub id of a trained one.
         vocab_size: tokens of the tokenizer, where the model has logits of more, which are then never drawn. A trained
             policy knows its own.
+        commits: see above. t_max, t_min: where it is false, the temperature at which symbols are drawn and judged
+            falls linearly from the one towards the other.
 
     Raises:
         UnmaskError: an order that sees answers or reads hidden states; in :meth:`step`, a block of another length or
@@ -87,6 +93,9 @@ class UnmaskScheduler(BlockRefinementScheduler):
         block_length: int = 32,
         num_inference_steps: int = 32,
         vocab_size: int | None = None,
+        commits: bool = True,
+        t_max: float = 0.8,
+        t_min: float = 0.4,
     ) -> None:
         check("order", order, str)
         check("block_length", block_length, Width)
@@ -149,6 +158,11 @@ class UnmaskScheduler(BlockRefinementScheduler):
                 random tokens, and ``sample`` is only read at what is.
         """
         step, vocab_size = int(timestep), self._vocab_size(model_output)
+        anew = mask_token_id is None and not self.config.commits
+        if anew:
+            falling = 1 - step / self.num_inference_steps
+            model_output = model_output / (self.config.t_min + (self.config.t_max - self.config.t_min) * falling)
+            temperature, sampling_method = 1.0, "multinomial"
         logits = model_output[..., :vocab_size]
         if mask_token_id is not None and mask_token_id < vocab_size:  # a mask is no answer
             logits = logits.clone()
@@ -157,11 +171,11 @@ class UnmaskScheduler(BlockRefinementScheduler):
         sampled, probability = self._sample_from_logits(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, use_multinomial=drawn
         )
-        state = self._begun(step, sample, mask_token_id, vocab_size)
+        state = self._begun(0 if anew else step, sample, mask_token_id, vocab_size)
         self._process.denoiser.answer = Denoised.of(logits.float().log_softmax(-1))
         seen = self._process.observe(state)
         after, _ = self._process.step(state, seen, self.policy(seen).act(self._draws(generator, sample.device)))
-        if step >= self.num_inference_steps - 1:
+        if step >= self.num_inference_steps - 1 and not anew:
             kept = torch.where(state.masked, after.tokens, state.tokens)
             after = replace(after, tokens=kept, masked=torch.zeros_like(after.masked))
         filled = state.masked & ~after.masked
@@ -195,9 +209,8 @@ class UnmaskScheduler(BlockRefinementScheduler):
             )
         begun = self._state is not None and self._state.tokens.shape == sample.shape
         if step == 0 or not begun:
-            rules = Rules(self.policy.actions, nfe_budget=2 * max(self.num_inference_steps, sample.shape[1]))
-            task = _Block(vocab_size, sample.shape[1])
-            self._process = Unmasking(task, _Logits(sample.device), rules)
+            self._process = self._of(vocab_size, sample.shape[1], sample.device)
+            task = self._process.task
             masked = torch.ones_like(sample, dtype=torch.bool) if mask_token_id is None else sample == mask_token_id
             tokens = torch.where(masked, task.mask_id, sample)
             return self._process.reset(Instances(tokens, torch.zeros_like(tokens)))
@@ -205,6 +218,19 @@ class UnmaskScheduler(BlockRefinementScheduler):
         masked = state.masked if mask_token_id is None else sample == mask_token_id
         tokens = torch.where(masked, mask_id, sample)
         return replace(state, tokens=tokens, masked=masked, done=~masked.any(1), truncated=torch.zeros_like(state.done))
+
+    def _of(self, vocab_size: int, length: int, device: torch.device) -> Unmasking:
+        """The process of blocks of this length; the last one, where it is of the same."""
+        rules = Rules(self.policy.actions, nfe_budget=2 * max(self.num_inference_steps, length))
+        known = self._process
+        if known is not None and (known.task.vocab_size, known.task.length, known.device, known.rules) == (
+            vocab_size,
+            length,
+            device,
+            rules,
+        ):
+            return known
+        return Unmasking(_Block(vocab_size, length), _Logits(device), rules)
 
     def _draws(self, generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
         """What the policy draws from; None where it takes its mode. Without a generator, torch's own stream."""

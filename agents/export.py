@@ -45,6 +45,9 @@ class Program:
 '''
 SGLANG = '''"""An algorithm for SGLang's diffusion language models, written by `unmask export` for SGLang 0.5.23.
 
+The interface was read in SGLang's source of that version. This file has not been run in the engine; its step has been
+run by itself, and fills as the policy does.
+
 Put this file into the folder sglang/srt/dllm/algorithm of SGLang's package, where it looks for algorithms, and start
 
     python -m sglang.launch_server --model-path MODEL --dllm-algorithm UnmaskPolicy --dllm-algorithm-config unmask.yaml
@@ -74,6 +77,9 @@ class UnmaskPolicy(DllmAlgorithm):
 Algorithm = UnmaskPolicy
 '''
 DINFER = '''"""A decoder for dInfer, written by `unmask export`.
+
+The interface was read in dInfer's source (decoding/parallel_strategy.py: `decode`, not `batch_decode`). This file has
+not been run in the engine; its step has been run by itself, and fills as the policy does.
 
 Give UnmaskDecoder("policy.pt2", mask_id) to its diffusion model in place of a decoder of its own.
 """

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agents.cards import publisher
 from agents.policy import OrderPolicy, belief_log_prob, new_policy
 from agents.remask_policy import RemaskPolicy
 from agents.setup import (
@@ -25,7 +26,6 @@ from agents.setup import (
     load_init,
     make_optimizer,
     process_of,
-    publisher,
     require_masks,
 )
 from agents.states import States
@@ -184,7 +184,7 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
     monitor = Validation(config, process, rival, title, gains=target.sees_answers)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "validation": monitor}
     how = "imitation" if target.sees_answers else ""
-    run = Run(config, config.steps, parts, title, publish=publisher(policy, lambda: how))
+    run = Run(config, config.steps, parts, title, publish=publisher(policy, monitor, lambda: how))
     with run:
         if not len(states):
             run.note("collecting states")

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from agents.decoding import Read, Thresholds, most_likely_set
 from pretrain.backbone import Backbone, Reader
+from pretrain.card import HubModel
 from pretrain.checkpoint import CheckpointError, load_model
 from tasks import Task, UnmaskError
 from tasks.settings import Depth, Width, validate
@@ -33,6 +33,7 @@ FEATURES = 8  # most likely symbols whose probabilities the features hold, as in
 REFILL_PENALTY = 2.0  # times the belief weight: how far the log-odds of filling fall per remasking of a position
 CERTAIN_LOG_ODDS = 30.0  # of filling a position without reading the board
 MAX_REMASK_COUNT = 3  # more are as many
+TAGS = ["unmask", "discrete-diffusion", "decoding-order"]  # of cards
 
 Base = Literal["none", "softmax_confidence", "softmax_margin", "learned", "soft_threshold"]
 DistributionName = Literal["categorical", "bernoulli", "plackett_luce"]
@@ -228,6 +229,7 @@ class LearnedPolicy(nn.Module, Policy):
     ``trained`` says how: ``imitation`` (of answers), ``rewards``, both, or nothing.
     """
 
+    kind = "order policy"
     trained: str = ""
 
     def mark_trained(self, how: str) -> None:
@@ -258,7 +260,7 @@ class Decoded(Policy):
         return self.policy.decide(seen, self.thresholds)
 
 
-class OrderPolicy(LearnedPolicy, PyTorchModelHubMixin):
+class OrderPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
     """A policy that reads the board, and the denoiser's distributions in place of the masks, forms a belief q_i over
     symbols of its own, and chooses where that belief agrees with what the denoiser would fill in.
 

@@ -26,10 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from agents.cards import publisher
 from agents.imitation import CERTAIN_FRACTION, mean_cross_entropy, part_to_train, set_imitation_loss, start_sets
 from agents.policy import OrderPolicy, belief_log_odds
 from agents.remask_policy import RemaskPolicy
-from agents.setup import Setup, TrainConfig, annealed, descend, make_optimizer, publisher, require_masks, setup
+from agents.setup import Setup, TrainConfig, annealed, descend, make_optimizer, require_masks, setup
 from agents.states import States, at_random_threshold
 from agents.validation import Validation
 from pretrain import processes
@@ -425,7 +426,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "validation": monitor}
-    publish = publisher(policy, lambda: "rewards" if len(states) else "")
+    publish = publisher(policy, monitor, lambda: "rewards" if len(states) else "")
     run = Run(config, total, parts, title, publish, round_length=config.steps)
     with run:
         for step in run.loop():

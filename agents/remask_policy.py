@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from agents.decoding import Thresholds
-from agents.policy import REFILL_PENALTY, LearnedPolicy, OrderPolicy, remask_count, set_distribution
+from agents.policy import REFILL_PENALTY, TAGS, LearnedPolicy, OrderPolicy, remask_count, set_distribution
+from pretrain.card import HubModel
 from tasks import UnmaskError
 from unmask_env.distributions import Distribution
 from unmask_env.state import Observation
@@ -19,7 +19,7 @@ from unmask_env.state import Observation
 REMASK_AGAIN_PENALTY = 5.0  # how far the log-odds of masking a position again fall each time that it was
 
 
-class RemaskPolicy(LearnedPolicy, PyTorchModelHubMixin):
+class RemaskPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
     """``fill`` says what to fill as if nothing could be masked again, so that learning the one never unlearns the
     other; ``remask``, a network of the same kind that reads twice as often, says what to mask again. Each time that a
     position was masked again counts against filling it and against masking it once more.

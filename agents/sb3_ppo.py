@@ -18,9 +18,10 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
+from agents.cards import publisher
 from agents.critic import Critic, new_critic
 from agents.policy import OrderPolicy
-from agents.setup import PPOConfig, per_episode, publisher, seeded, setup_on_policy
+from agents.setup import PPOConfig, per_episode, seeded, setup_on_policy
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, decayed_groups
@@ -161,7 +162,7 @@ def train(config: SB3PPOConfig, process: Unmasking | None = None) -> OrderPolicy
     title = f"ppo-sb3 {process.task.name}"
     monitor = Validation(config, process, ready.reference, title)
     parts |= {"validation": monitor}
-    run = Run(config, config.iterations, parts, title, publish=publisher(policy))
+    run = Run(config, config.iterations, parts, title, publish=publisher(policy, monitor))
     with run:
         for iteration in run.loop():
             rate = config.learning_rate(iteration)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from agents.policy import Base, OrderPolicy, PolicyConfig, load_policy, new_policy
 from agents.remask_policy import RemaskPolicy
 from pretrain import processes
-from pretrain.checkpoint import save_model
 from pretrain.run import decayed_groups, resolve_device
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Share, ShareBelow1, Threads, validate
@@ -298,19 +296,6 @@ def minibatch_epochs(
             for name, value in parts.items():
                 logged.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in logged.items()}
-
-
-def publisher(
-    policy: OrderPolicy | RemaskPolicy, how: Callable[[], str] = lambda: "rewards"
-) -> Callable[[int, Path], None]:
-    """What writes the policy to a folder after so many steps; ``how`` it learned, if from answers or rewards."""
-
-    def publish(steps: int, folder: Path) -> None:
-        if steps > 0 and how():
-            policy.mark_trained(how())
-        save_model(policy, folder)
-
-    return publish
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torchrl.modules import MaskedCategorical, ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from agents.cards import publisher
 from agents.critic import Critic, new_critic
 from agents.policy import OrderPolicy
 from agents.setup import (
@@ -32,7 +33,6 @@ from agents.setup import (
     make_optimizer,
     minibatch_epochs,
     per_episode,
-    publisher,
     seeded,
     setup_on_policy,
 )
@@ -179,7 +179,7 @@ def train(config: TorchRLPPOConfig | TorchRLGRPOConfig, process: Unmasking | Non
     title = f"{'grpo' if grouped else 'ppo'}-torchrl {process.task.name}"
     monitor = Validation(config, process, ready.reference, title)
     parts |= {"validation": monitor}
-    run = Run(config, config.iterations, parts, title, publish=publisher(policy))
+    run = Run(config, config.iterations, parts, title, publish=publisher(policy, monitor))
     try:
         with run:
             for iteration in run.loop():

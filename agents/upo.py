@@ -18,11 +18,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from agents.cards import publisher
 from agents.forks import uncertain_states
 from agents.policy import OrderPolicy
 from agents.remask_policy import RemaskPolicy
 from agents.replay import Replay
-from agents.setup import RLConfig, Setup, look_ahead, make_optimizer, minibatch_epochs, publisher, setup
+from agents.setup import RLConfig, Setup, look_ahead, make_optimizer, minibatch_epochs, setup
 from agents.validation import Validation
 from pretrain import processes
 from pretrain.checkpoint import step_generator
@@ -303,7 +304,7 @@ def train(config: UPOConfig, process: Unmasking | None = None) -> OrderPolicy | 
     title = f"upo {process.task.name}"
     monitor = Validation(config, process, reference, title)
     parts = {"policy": policy, "optimizer": optimizer, "replay": replay, "validation": monitor}
-    run = Run(config, config.imitation + config.iterations, parts, title, publish=publisher(policy))
+    run = Run(config, config.imitation + config.iterations, parts, title, publish=publisher(policy, monitor))
     with run:
         for step in run.loop():
             iteration = step - config.imitation

@@ -13,12 +13,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from agents.evaluate import paired_difference
+from agents.evaluate import interval, paired_difference
 from agents.policy import OrderPolicy
 from agents.setup import TrainConfig, load_init
 from agents.shares import play_share
@@ -90,11 +90,13 @@ def divergence(pi: Distribution, g: Distribution, reference: Reference) -> Tenso
 
 # ---------------------------------------------------------------------- the monitor
 class Played(NamedTuple):
-    """How one policy does, (n,) per instance: the task's first metric, the reward, and the forwards taken."""
+    """How one policy does, (n,) per instance: the task's first metric, the reward, the forwards taken, and the network
+    passes of denoiser and policy."""
 
     score: Tensor
     reward: Tensor
     nfe: Tensor
+    passes: Tensor
 
     def gains_over(self, start: Played) -> bool:
         """More than the noise: in score or reward, or as good in fewer forwards."""
@@ -104,6 +106,12 @@ class Played(NamedTuple):
 
     def falls_below(self, start: Played) -> bool:
         return any(paired_difference(*pair)[2] < 0 for pair in ((self.score, start.score), (self.reward, start.reward)))
+
+    def summary(self) -> dict[str, Any]:
+        """Means; of score and reward with their 95 % intervals."""
+        intervals = {name: getattr(self, name) for name in ("score", "reward")}
+        means = {"forwards": float(self.nfe.mean()), "passes": float(self.passes.mean())}
+        return {name: [float(values.mean()), *interval(values)] for name, values in intervals.items()} | means
 
     @property
     def perfect(self) -> bool:
@@ -131,6 +139,8 @@ class Validation:
         self._reference: Played | None = None
         self._start: Played | None = None
         self._latest: Played | None = None
+        self._latest_step, self._metric = 0, ""
+        self._told: dict[str, Any] | None = None
         self._uninformative = 0
         self._best = -math.inf
         self._since, self._from = time.perf_counter(), -1
@@ -192,8 +202,9 @@ class Validation:
                 instances = self.instances[some.to(process.device)]
                 mine, played = play_share(process, policy, instances, [ties, fills])
                 if len(mine):
-                    score = next(iter(process.task.metrics(played.tokens, instances[mine]).values()))
+                    self._metric, score = next(iter(process.task.metrics(played.tokens, instances[mine]).items()))
                     columns = {"score": score, "reward": played.reward, "nfe": played.nfe}
+                    columns |= {"passes": played.denoiser_passes + played.policy_passes}
                     parts.append((some[mine.cpu()], {name: column.cpu().double() for name, column in columns.items()}))
         return Played(**processes.in_order(parts))
 
@@ -213,6 +224,7 @@ class Validation:
             self._say_if_perfect(run)
         if self.due(done) or (self.instances is not None and done == run.steps):
             scalars |= self.scores(policy)
+            self._latest_step = done
             if run.main and run.publish is not None and scalars["validation/policy"] > self._best:
                 self._best = scalars["validation/policy"]
                 run.publish(done, run.out / "best")
@@ -225,12 +237,36 @@ class Validation:
             self._conclude(run)
         self._since, self._from = time.perf_counter(), done
 
-    def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs: the best score."""
-        return {"best": self._best}
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the best score, and the last results."""
+        return {"best": self._best, "results": self.results()}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self._best = float(state["best"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best, self._told = float(state["best"]), state.get("results")
+
+    def results(self) -> dict[str, Any] | None:
+        """What cards tell of the last validation, plain values: its ``step``, the number ``n`` of instances and the
+        ``metric``; ``rows`` by policy, the means of score and reward with their 95 % intervals, of forwards and network
+        passes; and the ``difference`` in score from the row ``over``, paired. None: there was none.
+
+        The start of a run from ``config.init`` is known at the end.
+        """
+        now = self._latest
+        if now is None or not self._latest_step:
+            return self._told
+        over, before = f"the reference {self.reference.name}", self.reference_played
+        played = {over: before}
+        if self.config.init is not None and self._start is not None:
+            over, before = "the start", self._start
+            played[over] = before
+        played["this policy"] = now
+        difference = list(paired_difference(now.score, before.score))
+        shared = {"step": self._latest_step, "n": len(now.score), "metric": self._metric}
+        return shared | {
+            "rows": {name: some.summary() for name, some in played.items()},
+            "over": over,
+            "difference": difference,
+        }
 
     def _note(self) -> str:
         if self._reference is None:

@@ -35,15 +35,17 @@ def report(out: Path | None, **content: Any) -> None:
     write_json(out, made | content)
 
 
-def interleaved(paths: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every path in each of ``repeats`` rounds; one more, before them, warms up."""
+def interleaved(
+    paths: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of every path in each of ``repeats`` rounds, by ``clock``; one more, before them, warms up."""
     spent: dict[str, list[float]] = {name: [] for name in paths}
     for repeat in range(repeats + 1):
         for name, path in paths.items():
-            started = time.perf_counter()
+            started = clock()
             path()
             if repeat:
-                spent[name].append(time.perf_counter() - started)
+                spent[name].append(clock() - started)
     return spent
 
 

@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from pretrain import orders
+from pretrain.card import HubModel
 from pretrain.masking import blocks_of
 from pretrain.orders import OrderName
 from pretrain.uniform import Prediction, Uniform, tilt
@@ -190,7 +190,7 @@ def own_symbols(vocabularies: Sequence[int] | None, vocab_size: int, length: int
     return torch.block_diag(*(torch.ones(1, size) for size in vocabularies)).bool()
 
 
-class Backbone(nn.Module, PyTorchModelHubMixin):
+class Backbone(nn.Module, HubModel, tags=["unmask", "discrete-diffusion", "denoiser"]):
     """A denoiser: given tokens with holes, or with noise in place of some, the symbol distribution at every position.
 
     For masking it is not told the diffusion time: the optimal prediction depends on the visible tokens only (Ou et al.
@@ -216,6 +216,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         prompt_length: how many first positions are always given; it has learned to predict those behind them alone.
         num_passes: how often it reads the sequence; more than 1 for noise ``mask`` without an order or blocks.
     """
+
+    kind = "denoiser"
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from pretrain import card
 from tasks import UnknownNameError, UnmaskError
 from tasks.errors import first_line
 from tasks.files import read_text
@@ -112,18 +113,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 # ---------------------------------------------------------------------- models
-def save_model(model: nn.Module, folder: Path, half: bool = False) -> None:
-    """Write ``config.json`` and ``model.safetensors``, each atomically, the weights last.
+def save_model(model: nn.Module, folder: Path, half: bool = False, described: str | None = None) -> None:
+    """Write ``README.md``, ``config.json`` and ``model.safetensors``, each atomically, the weights last.
 
     Args:
         half: store float16 weights; they are read back into float32.
+        described: the model's card; default: :func:`pretrain.card.card_of`. One that a person wrote there stays.
     """
+    text = card.card_of(model) if described is None else described
     stored = copy.deepcopy(model).cpu()
+    card.write(folder, text)
     with tempfile.TemporaryDirectory() as temporary:
         (stored.half() if half else stored).save_pretrained(temporary)
         for name in ("config.json", "model.safetensors"):
             content = (Path(temporary) / name).read_bytes()
             write_atomically(folder / name, lambda path, content=content: path.write_bytes(content))
+    if isinstance(model, card.HubModel):
+        model.origin = folder.resolve()
 
 
 def packaged(root: Path) -> list[str]:
@@ -187,6 +193,8 @@ def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, pac
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise CheckpointError(f"{folder}/model.safetensors: tensor {key!r} holds values that are no finite numbers")
     model.load_state_dict(weights)
+    if isinstance(model, card.HubModel):
+        model.origin = folder.resolve()
     return model.eval()
 
 

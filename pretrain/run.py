@@ -85,7 +85,7 @@ class Run:
     """Drives a loop over ``steps`` steps in the folder ``out``; use as a context manager.
 
     Files: ``run.json`` (settings), ``state.safetensors`` (everything to resume from), ``tb/`` (TensorBoard), and the
-    model, as it was at the last save. While a run is going on no other can begin in its folder.
+    model with its card, as it was at the last save. While a run is going on no other can begin in its folder.
 
     Under ``torchrun`` the first process alone reads, writes and shows; all go on from the state that it has read, so
     nobody else needs to see the folder. The state is the same in all processes, and the number of them may change.

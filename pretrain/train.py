@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tasks
-from pretrain import processes
+from pretrain import card, processes
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, save_model, step_generator
 from pretrain.objectives.learned_order import block_loss, learned_order_loss
@@ -365,6 +365,7 @@ class RunningMean:
 
     def __init__(self, device: torch.device) -> None:
         self.total, self.count = torch.zeros((), device=device), 0
+        self.taken: list[float] = []  # what was taken last, for the model's card
 
     def add(self, value: Tensor) -> None:
         self.total, self.count = self.total + value.detach(), self.count + 1
@@ -372,14 +373,32 @@ class RunningMean:
     def take(self) -> list[float]:
         """The mean, of each entry."""
         means = [value / self.count for value in self.total.reshape(-1).tolist()]
-        self.total, self.count = torch.zeros_like(self.total), 0
+        self.total, self.count, self.taken = torch.zeros_like(self.total), 0, means
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "count": self.count}
+        return {"total": self.total, "count": self.count, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.count = state["total"].to(self.total.device), int(state["count"])
+        self.taken = state.get("taken", [])
+
+
+def denoiser_card(config: PretrainConfig, task: tasks.Task, model: Backbone, steps: int, means: Sequence[float]) -> str:
+    """The card of a denoiser after ``steps`` steps, of which the last have these losses, one per pass."""
+    init = getattr(config, "init", None)
+    loss = ", ".join(f"{value:.4f}" for value in means)
+    rows = {
+        "task": f"`{task.name}`",
+        "objective": f"`{type(config).__name__.removesuffix('Config')}`, {steps:,} steps",
+        "began from": None if init is None else f"`{init}`",
+        "seed": config.seed,
+        "stored in": "float16" if config.half else "float32",
+        "training loss when last logged, per pass": f"{loss} nats per position" if means else None,
+    }
+    front = card.front_matter(model) | {"license": card.license_of([init] if init else [], PACKAGED_DENOISERS)}
+    sections = (card.training(config, processes.count()), "No held-out results were measured by this run.")
+    return card.build(f"Denoiser of {task.name}", front, rows | card.known(model) | rows, *sections)
 
 
 def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone:
@@ -408,7 +427,8 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
     title = f"pretrain {task.name} ({parameter_count(model):,} parameters)"
 
     def publish(steps: int, folder: Path) -> None:
-        save_model(averaged.module, folder, half=config.half)
+        text = denoiser_card(config, task, averaged.module, steps, mean.taken)
+        save_model(averaged.module, folder, half=config.half, described=text)
 
     run = Run(config, config.steps, parts, title, publish=publish)
     if config.compile:

@@ -281,6 +281,18 @@ def load_denoiser(
         CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
     """
     device = checked_device(device)
+    if isinstance(source, str | Path):
+        denoiser = _named(source, task, device)
+        denoiser.source = str(source)  # for the cards of policies
+        return denoiser
+    if isinstance(source, Backbone):
+        return FrozenDenoiser(source, task, device)
+    if hasattr(source, "vocab_size") and hasattr(source, "length"):
+        task.check_denoiser(source.vocab_size, source.length)
+    return source
+
+
+def _named(source: str | Path, task: Task, device: torch.device) -> FrozenDenoiser | HFDenoiser | DiffusionGemma:
     if isinstance(source, str) and source.startswith(HUGGING_FACE):
         text = source.removeprefix(HUGGING_FACE)
         kind = DiffusionGemma if is_diffusion_gemma(text.partition(",")[0]) else HFDenoiser
@@ -288,16 +300,10 @@ def load_denoiser(
         if options.keys() & {"task", "device"} or "source" not in options:
             raise UnmaskError(f"denoiser {source!r} must be hf:SOURCE, followed by options; not task or device")
         return kind(**options, task=task, device=device)
-    if isinstance(source, str | Path):
-        name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
-        if adapter_folder(name) is not None:
-            adapted = partial(HFDenoiser, name, task, device)
-            return adapted(**read_options(f"denoiser {str(source)!r}", text if colon else None, adapted))
-        model = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
-        frozen = partial(FrozenDenoiser, model, task, device)
-        return frozen(**read_options(f"denoiser {str(source)!r}", text if colon else None, frozen))
-    if isinstance(source, Backbone):
-        return FrozenDenoiser(source, task, device)
-    if hasattr(source, "vocab_size") and hasattr(source, "length"):
-        task.check_denoiser(source.vocab_size, source.length)
-    return source
+    name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
+    if adapter_folder(name) is not None:
+        adapted = partial(HFDenoiser, name, task, device)
+        return adapted(**read_options(f"denoiser {str(source)!r}", text if colon else None, adapted))
+    model = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
+    frozen = partial(FrozenDenoiser, model, task, device)
+    return frozen(**read_options(f"denoiser {str(source)!r}", text if colon else None, frozen))

@@ -225,6 +225,23 @@ def test_what_is_not_committed_is_noise_again(gemma, order) -> None:
     assert len(own.unique()) > 3
 
 
+@pytest.mark.parametrize(("bound", "hot"), [(0.1, 0.8), (6.0, 1.0)])
+def test_entropy_bound_in_the_pipeline_is_diffusers_own(gemma, bound, hot) -> None:
+    """The same draws, every position decided anew at every step, and the same end of a canvas."""
+
+    def generated(scheduler, seed=7):
+        pipe = diffusers.DiffusionGemmaPipeline(model=gemma, scheduler=scheduler, processor=Chat())
+        pipe.set_progress_bar_config(disable=True)
+        options = {"gen_length": 16, "num_inference_steps": 6, "confidence_threshold": 2.5, "stability_threshold": 1}
+        return pipe(prompt=["abcd", "efgh"], output_type="seq", generator=generator(seed), **options).sequences
+
+    own = generated(diffusers.EntropyBoundScheduler(entropy_bound=bound, t_max=hot))
+    ours = UnmaskScheduler(f"entropy_bounded:gamma={bound}", commits=False, t_max=hot)
+    assert torch.equal(generated(ours), own)
+    assert not torch.equal(generated(ours, seed=8), own)
+    assert not torch.equal(generated(UnmaskScheduler(f"entropy_bounded:gamma={bound}")), own)
+
+
 def test_every_rule_ends_within_the_steps(gemma) -> None:
     logits, sample = torch.randn(2, 8, 32, generator=generator()), torch.zeros(2, 8, dtype=torch.long)
     for order in ("random", "soft_threshold", "max_confidence", "remdm:steps=3"):

@@ -105,6 +105,8 @@ def test_the_step_of_the_algorithm_for_sglang(exported, monkeypatch) -> None:
 
     base = "sglang.srt.dllm.algorithm.base"
     text = (exported / "unmask_policy.py").read_text()
+    assert "SGLang 0.5.23" in text
+    assert "has not been run in the engine" in text.replace("\n", " ")
     defined = defined_by(text, monkeypatch, base, DllmAlgorithm=DllmAlgorithm)
     program, size = (line.partition(": ")[2] for line in (exported / "unmask.yaml").read_text().splitlines())
     config = SimpleNamespace(block_size=int(size), mask_id=6, algorithm_config={"program": program})
@@ -126,6 +128,7 @@ def test_the_step_of_the_decoder_for_dinfer(exported, monkeypatch) -> None:
 
     names = {"ParallelDecoder": ParallelDecoder, "broadcast_if_needed": lambda x: None}
     (text,) = engine_files("dinfer", 6, 36, exported / "policy.pt2").values()
+    assert "has not been run in the engine" in text.replace("\n", " ")
     defined = defined_by(text, monkeypatch, "dinfer.decoding.parallel_strategy", **names)
     decoder = defined["UnmaskDecoder"](exported / "policy.pt2", 6)
     tokens, model, filled = rolled()

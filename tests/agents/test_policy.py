@@ -383,7 +383,7 @@ def test_a_certain_belief_has_a_finite_score() -> None:
 def test_save_and_load_round_trip(tmp_path: Path, options: dict) -> None:
     saved, observation = policy(**options), observe(5)
     save_model(saved, tmp_path / "policy")
-    assert {p.name for p in (tmp_path / "policy").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "policy").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     loaded = load_policy(tmp_path / "policy")
     assert not loaded.training
     assert torch.equal(loaded(observation).log_probs, saved(observation).log_probs)

@@ -131,7 +131,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_run_leaves_its_files(finished: dict[str, Path], name: str) -> None:
     out = finished[name]
     assert {path.name for path in out.iterdir()} == {
-        "run.json", "config.json", "model.safetensors", "state.safetensors", "tb", "best",
+        "README.md", "run.json", "config.json", "model.safetensors", "state.safetensors", "tb", "best",
     }  # fmt: skip
     settings = json.loads((out / "run.json").read_text())
     config = misled(name, out)

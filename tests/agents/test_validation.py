@@ -193,12 +193,12 @@ def test_fewer_forwards_at_the_same_score_are_a_gain() -> None:
 
     ones, zeros = torch.ones(20).double(), torch.zeros(20).double()
     many, few = torch.full((20,), 3.0).double(), torch.full((20,), 2.0).double()
-    start = Played(ones, ones, many)
-    assert Played(ones, ones, few).gains_over(start)
-    assert not Played(ones, ones, many).gains_over(start)
-    assert not Played(zeros, zeros, few).gains_over(start)
-    assert Played(zeros, zeros, few).falls_below(start)
-    assert Played(ones, ones, many).gains_over(Played(zeros, ones, many))
+    start = Played(ones, ones, many, many)
+    assert Played(ones, ones, few, few).gains_over(start)
+    assert not Played(ones, ones, many, many).gains_over(start)
+    assert not Played(zeros, zeros, few, few).gains_over(start)
+    assert Played(zeros, zeros, few, few).falls_below(start)
+    assert Played(ones, ones, many, many).gains_over(Played(zeros, ones, many, many))
 
 
 def test_a_network_is_played_in_evaluation_mode_and_goes_on_as_it_was() -> None:

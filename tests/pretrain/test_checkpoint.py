@@ -94,7 +94,7 @@ def test_a_model_comes_back_exactly(tmp_path):
     x = torch.tensor([[0, 1, 2, 3]])
     assert torch.equal(loaded(x).logits, model(x).logits)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b"]
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_half_precision_rounds_to_float16_and_loads_as_float32(tmp_path):

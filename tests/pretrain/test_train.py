@@ -75,7 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------- one process
 def test_a_run_leaves_its_files(finished):
     names = {p.name for p in finished.iterdir()}
-    assert names == {"run.json", "config.json", "model.safetensors", "state.safetensors", "tb"}
+    assert names == {"README.md", "run.json", "config.json", "model.safetensors", "state.safetensors", "tb"}
     described = json.loads((finished / "run.json").read_text())
     assert described["task"] == "sudoku4"
     assert {key: described[key] for key in SMALL} == SMALL
