@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import evaluate, frontier, policy_iteration
 from agents.policy import OrderPolicy, PolicyConfig
@@ -26,6 +24,7 @@ from agents.show import boards_of
 from pretrain.checkpoint import write_atomically, write_json
 from pretrain.run import resolve_device
 from tasks import Instances
+from tasks.errors import optional
 from tasks.settings import AtLeast1, Seed, Threads, validate
 from unmask_env import make_process, render
 from unmask_env.process import Unmasking
@@ -73,6 +72,7 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     in ``config.out``."""
     out, console = Path(config.out), Console()
     validate(config)
+    frontier.matplotlib(), event_accumulator()  # before the work
     device = resolve_device(config.device, config.threads)
     process = make_process(config.env, config.denoiser, device=device, actions=config.actions)
     instances = process.task.heldout(config.limit)
@@ -114,9 +114,16 @@ def frontier_of(
     return [point.result for point in shown], policies
 
 
+def event_accumulator() -> Any:
+    """What reads TensorBoard's logs. Raises :class:`tasks.UnmaskError`, saying what to install, where it is missing."""
+    with optional("the learning curve", "unmask[train]"):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    return EventAccumulator
+
+
 def curve(out: Path) -> None:
     """The learning curve, from its TensorBoard logs."""
-    events = EventAccumulator(str(out / "tb"))
+    events = event_accumulator()(str(out / "tb"))
     events.Reload()
 
     def scalars(tag: str) -> tuple[list[int], list[float]]:
@@ -125,7 +132,7 @@ def curve(out: Path) -> None:
         points = events.Scalars(tag)
         return [p.step for p in points], [p.value for p in points]
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = frontier.matplotlib().figure.Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*scalars("loss"))
     left.set(title="fit to what play was rewarded", xlabel="step", ylabel="loss (nats)")

@@ -24,7 +24,7 @@ from pretrain import masking
 from pretrain.checkpoint import PACKAGED_DENOISERS, step_generator, write_atomically, write_json
 from pretrain.run import Run, resolve_device, set_learning_rate
 from pretrain.train import RunningMean, learning_rate
-from tasks.errors import library
+from tasks.errors import optional
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, validate
 from tasks.tokenizers import INSTALLED, gguf, unread
 
@@ -83,7 +83,8 @@ def causal_model(source: str, **options: Any) -> Any:
     Raises:
         UnmaskError: a library or the model is missing, or cannot be read.
     """
-    transformers = library("transformers", "language models take the extra text", "'unmask[text]'")
+    with optional("language models", "unmask[text]"):
+        import transformers
     transformers.utils.logging.disable_progress_bar()
     folder, options = source, {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False} | options
     if source in INSTALLED:
@@ -99,7 +100,9 @@ def causal_model(source: str, **options: Any) -> Any:
 def _quiet() -> Iterator[Any]:
     """The library peft, without its warnings of names that ``transformers`` will drop."""
     with warnings.catch_warnings(action="ignore"):
-        yield library("peft", "adapters take the library peft", "peft")
+        with optional("adapters", "unmask[text]"):
+            import peft
+        yield peft
 
 
 def masked_model(folder: Path, trainable: bool = False, **options: Any) -> Any:

@@ -1,9 +1,8 @@
 """The errors that mean "the user can mend this": the command line prints them as one line and exits with 2."""
 
+import contextlib
 import difflib
-import importlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 LONGEST = 300  # characters of a message
 
@@ -47,14 +46,29 @@ class PuzzleFileError(UnmaskError):
     """A puzzle file that cannot be used; the message carries the file's name and the line number."""
 
 
+class MissingLibraryError(UnmaskError, ImportError):
+    """A library that not everybody needs, and that is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, why: str, install: str) -> None:
+        super().__init__(f"{what}: {why}; run: pip install '{install}'")
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def library(name: str, needed_for: str, install: str) -> Any:
-    """The optional library ``name``. Raises :class:`UnmaskError`, saying what to install, where it is missing."""
+@contextlib.contextmanager
+def optional(what: str, install: str) -> Iterator[None]:
+    """Around the imports of libraries that only ``what`` needs::
+
+        with optional("workers of Ray", "unmask[ray]"):
+            import ray
+
+    Raises:
+        MissingLibraryError: one cannot be imported; the message says why, and what pip is to ``install``.
+    """
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UnmaskError(f"{needed_for}; run: pip install {install}") from None
+        yield
+    except ImportError as error:
+        raise MissingLibraryError(what, first_line(error), install) from None
