@@ -64,6 +64,8 @@ class AdapterConfig:
     log_every: AtLeast1 = 20
     """steps; held-out sequences are looked at every fifth time"""
     save_every: AtLeast1 = 50
+    wandb: str | None = None
+    """a project of Weights & Biases to log to, too (the extra wandb)"""
 
 
 def adapter_folder(name: str | Path) -> Path | None:
@@ -241,6 +243,7 @@ def adapt(config: AdapterConfig, task: tasks.Task | None = None) -> Any:
             values, note = {"grad_norm": float(norm)}, ""
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 values |= {"loss": mean.take()[0], "lr": learning_rate(config, step)}
+                values["throughput/sequences_per_second"] = run.rate(config.batch)
                 note = f"loss {values['loss']:.4f}"
                 if heldout is not None and (step + 1) % (5 * config.log_every) == 0:
                     values["validation"] = heldout_loss(model, head, heldout, mask_id)
