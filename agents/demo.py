@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -72,7 +72,9 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     in ``config.out``."""
     out, console = Path(config.out), Console()
     validate(config)
-    frontier.matplotlib(), event_accumulator()  # before the work
+    with optional("the demonstration", "unmask[train,plot]"):  # before the work
+        import matplotlib.figure  # noqa: F401
+        import tensorboard  # noqa: F401
     device = resolve_device(config.device, config.threads)
     process = make_process(config.env, config.denoiser, device=device, actions=config.actions)
     instances = process.task.heldout(config.limit)
@@ -114,16 +116,11 @@ def frontier_of(
     return [point.result for point in shown], policies
 
 
-def event_accumulator() -> Any:
-    """What reads TensorBoard's logs. Raises :class:`tasks.UnmaskError`, saying what to install, where it is missing."""
-    with optional("the learning curve", "unmask[train]"):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    return EventAccumulator
-
-
 def curve(out: Path) -> None:
     """The learning curve, from its TensorBoard logs."""
-    events = event_accumulator()(str(out / "tb"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tb"))
     events.Reload()
 
     def scalars(tag: str) -> tuple[list[int], list[float]]:

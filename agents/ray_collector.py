@@ -22,7 +22,7 @@ from tasks.errors import optional
 from tasks.settings import AtLeast1, Seed, check
 from unmask_env.torchrl_env import KLReward, UnmaskTorchEnv
 
-with optional("workers of Ray", "unmask[torchrl,ray]"):
+with optional("workers of Ray", "unmask[ray]"):
     from torchrl.collectors.distributed import RayCollector
     from torchrl.envs import TransformedEnv
 

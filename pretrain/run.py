@@ -137,12 +137,12 @@ class Run:
         lock = processes.from_first(lambda: _lock(self.out))
         self._lock = lock if self.main else None
         if self.main:
-            write_json(self.out / "run.json", described)
             try:
                 self.logs = Logs(self.out, described, self.step, getattr(settings, "wandb", None))
             except UnmaskError:
                 self._unlock()
                 raise
+            write_json(self.out / "run.json", described)
             self.progress = Bar()
 
     def _load(self, state: dict[str, Any], file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import shlex
 from collections.abc import Iterable, Iterator
 
 LONGEST = 300  # characters of a message
@@ -50,7 +51,7 @@ class MissingLibraryError(UnmaskError, ImportError):
     """A library that not everybody needs, and that is not installed; the message names the extra that brings it."""
 
     def __init__(self, what: str, why: str, install: str) -> None:
-        super().__init__(f"{what}: {why}; run: pip install '{install}'")
+        super().__init__(f"{what}: {why}; run: pip install {shlex.quote(install)}")
 
 
 def first_line(error: Exception) -> str:
