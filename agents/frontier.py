@@ -104,7 +104,7 @@ def sweep(
     with progress_bar(progress) as bar:
         work = bar.add_task("frontier", total=sum(len(settings) for settings in chosen.values()))
         for method, settings in chosen.items():
-            bar.update(work, description=escape(method))
+            bar.update(work, description=method)
             for setting, policy in settings:
                 [result] = compare(process, {method: policy}, instances, seed, batch)
                 points.append(Point(method, setting, not isinstance(policy, Reference), result))

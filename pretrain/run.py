@@ -54,22 +54,23 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
 
 
 class Bar(Progress):
-    """The bar of a run, at most 80 columns wide for a name of up to 30; its note stands below it."""
+    """A bar at most 80 columns wide for a name of up to 30, and none off a terminal; its note stands below it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(
             TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            **options,
         )
-        self.disable = not self.console.is_terminal  # elsewhere the log has a line per interval
+        self.disable = self.disable or not self.console.is_terminal
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         for task in self.tasks:
-            if task.fields["note"]:
+            if task.fields.get("note"):
                 yield Padding(Text(task.fields["note"]), (0, 0, 0, 2))
 
 
