@@ -105,7 +105,7 @@ def test_a_process_that_fails_does_not_leave_the_other_waiting(tmp_path: Path) -
     first, second = (process.communicate(timeout=120)[1].strip().splitlines() for process in pair)
     assert [process.returncode for process in pair] == [2, 2]
     assert second[-1] == "unmask (process 1): this one fails"
-    assert first[-1].startswith("unmask evaluate: another process of this run has ended, or did not answer")
+    assert first[-1].startswith("unmask: another process of this run has ended, or did not answer")
 
 
 @pytest.mark.parametrize("name", ["train ppo-sb3 --out x", "train grpo-torchrl --out x", "demo --out x"])
