@@ -217,9 +217,15 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     name, rest = split(words)
     try:
-        dispatch(name, rest)
+        try:
+            dispatch(name, rest)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         fail("stopped", 130, name)
+    except BrokenPipeError:  # who reads the output has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         if isinstance(error, ImportError | AttributeError):
             try:

@@ -139,6 +139,57 @@ def init_weights(module: nn.Module, layers: int) -> None:
                 nn.init.zeros_(child.bias)
 
 
+def check_architecture(
+    vocab_size: int,
+    length: int,
+    dim: int,
+    layers: int,
+    heads: int,
+    noise: str,
+    predicts: str,
+    rotary: bool,
+    order: str,
+    block_length: int | None,
+    c1: float,
+    c2: float,
+    num_passes: int,
+) -> None:
+    """Raises ValueError for sizes and kinds that do not go together in a :class:`Backbone`."""
+    kinds = ("denoiser",) if noise == "mask" else get_args(Prediction)
+    if min(vocab_size, dim, layers, heads) < 1 or dim % heads or predicts not in kinds:
+        raise ValueError(
+            f"vocab_size {vocab_size}, dim {dim}, layers {layers}, heads {heads}, noise {noise!r}, predicts "
+            f"{predicts!r}: all sizes must be at least 1, dim a multiple of heads, and predicts one of {kinds}"
+        )
+    if noise not in ("mask", "uniform") or (noise == "uniform" and (order != "none" or block_length is not None)):
+        raise ValueError(f"noise must be 'mask', or 'uniform' without an order or blocks, not {noise!r}")
+    if rotary and dim % (2 * heads):
+        raise ValueError(f"rotary needs dim to be a multiple of 2 heads, so not dim {dim} with {heads} heads")
+    if order not in get_args(OrderName) or (order != "none" and block_length is not None) or not 0 <= c2 < c1:
+        raise ValueError(
+            f"order {order!r}, block_length {block_length}, c1 {c1}, c2 {c2}: the order must be one of "
+            f"{get_args(OrderName)}, 'none' with a block_length, and 0 <= c2 < c1"
+        )
+    if block_length is not None and not 1 <= block_length <= length:
+        raise ValueError(f"block_length must be between 1 and {length}, not {block_length}")
+    if not 1 <= num_passes <= MOST_DEEP or (num_passes > 1 and (noise, order, block_length) != ("mask", "none", None)):
+        raise ValueError(
+            f"num_passes must be at least 1, and 1 with uniform noise, an order or blocks, not {num_passes}"
+        )
+
+
+def own_symbols(vocabularies: Sequence[int] | None, vocab_size: int, length: int) -> Tensor | None:
+    """(L, V) bool, which symbols a position may hold, where each has its own. Raises ValueError for sizes that do not
+    add up."""
+    if vocabularies is None:
+        return None
+    if sum(vocabularies) != vocab_size or len(vocabularies) != length or min(vocabularies) < 1:
+        raise ValueError(
+            f"vocabularies must be {length} sizes of at least 1 that add up to {vocab_size}, not {list(vocabularies)}"
+        )
+    return torch.block_diag(*(torch.ones(1, size) for size in vocabularies)).bool()
+
+
 class Backbone(nn.Module, PyTorchModelHubMixin):
     """A denoiser: given tokens with holes, or with noise in place of some, the symbol distribution at every position.
 
@@ -186,41 +237,25 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
         num_passes: int = 1,
     ) -> None:
         super().__init__()
-        kinds = ("denoiser",) if noise == "mask" else get_args(Prediction)
-        if min(vocab_size, dim, layers, heads) < 1 or dim % heads or predicts not in kinds:
-            raise ValueError(
-                f"vocab_size {vocab_size}, dim {dim}, layers {layers}, heads {heads}, noise {noise!r}, predicts "
-                f"{predicts!r}: all sizes must be at least 1, dim a multiple of heads, and predicts one of {kinds}"
-            )
-        if noise not in ("mask", "uniform") or (noise == "uniform" and (order != "none" or block_length is not None)):
-            raise ValueError(f"noise must be 'mask', or 'uniform' without an order or blocks, not {noise!r}")
-        if rotary and dim % (2 * heads):
-            raise ValueError(f"rotary needs dim to be a multiple of 2 heads, so not dim {dim} with {heads} heads")
-        if order not in get_args(OrderName) or (order != "none" and block_length is not None) or not 0 <= c2 < c1:
-            raise ValueError(
-                f"order {order!r}, block_length {block_length}, c1 {c1}, c2 {c2}: the order must be one of "
-                f"{get_args(OrderName)}, 'none' with a block_length, and 0 <= c2 < c1"
-            )
-        if block_length is not None and not 1 <= block_length <= len(coordinates):
-            raise ValueError(f"block_length must be between 1 and {len(coordinates)}, not {block_length}")
-        if not 1 <= num_passes <= MOST_DEEP or (
-            num_passes > 1 and (noise, order, block_length) != ("mask", "none", None)
-        ):
-            raise ValueError(
-                f"num_passes must be at least 1, and 1 with uniform noise, an order or blocks, not {num_passes}"
-            )
+        check_architecture(
+            vocab_size,
+            len(coordinates),
+            dim,
+            layers,
+            heads,
+            noise,
+            predicts,
+            rotary,
+            order,
+            block_length,
+            c1,
+            c2,
+            num_passes,
+        )
         self.vocab_size, self.length, self.dim, self.num_passes = vocab_size, len(coordinates), dim, num_passes
         self.noise, self.predicts, self.fingerprint = noise, predicts, fingerprint
         self.block_length, self.rotary, self.prompt_length = block_length, rotary, prompt_length
-        own = None  # (L, V) bool, which symbols a position may hold
-        if vocabularies is not None:
-            if sum(vocabularies) != vocab_size or len(vocabularies) != len(coordinates) or min(vocabularies) < 1:
-                raise ValueError(
-                    f"vocabularies must be {len(coordinates)} sizes of at least 1 that add up to {vocab_size}, not "
-                    f"{list(vocabularies)}"
-                )
-            own = torch.block_diag(*(torch.ones(1, size) for size in vocabularies)).bool()
-        self.register_buffer("own", own, persistent=False)
+        self.register_buffer("own", own_symbols(vocabularies, vocab_size, self.length), persistent=False)
         self.symbols = nn.Embedding(vocab_size + 1, dim)
         self.positions = CoordinateEmbedding(coordinates, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
@@ -232,14 +267,12 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
             self.is_noise = nn.Embedding(2, dim)
         init_weights(self, layers)
         self.order: orders.NoOrder
-        if order == "positions":
-            self.order = orders.PositionOrder(self.length)
-        elif order == "symbols":
-            self.order = orders.SymbolOrder(vocab_size)
-        elif order == "context":
+        if order == "context":
             self.order = orders.ContextOrder(_order_network(dim, heads), _order_network(dim, heads), c1, c2)
-        else:
+        elif order == "none":
             self.order = orders.NoOrder()
+        else:
+            self.order = orders.PositionOrder(self.length) if order == "positions" else orders.SymbolOrder(vocab_size)
 
     @property
     def mask_id(self) -> int:

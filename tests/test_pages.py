@@ -81,3 +81,12 @@ def test_every_page_of_results_is_listed_and_every_file_that_it_names_exists() -
                 assert (ROOT / "benchmarks" / "results" / f"{before}{part}{after}.{ending}").exists(), (
                     f"{page.name}: {stem}"
                 )
+
+
+def test_the_table_of_results_is_that_of_the_committed_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    page = (ROOT / "README.md").read_text()
+    assert readme.BEGIN in page
+    assert readme.updated(page) == page, "python benchmarks/readme.py writes it anew"

@@ -93,16 +93,8 @@ class HFDenoiser:
         self.mask_id = self._mask_of(self.name, getattr(task, "tokenizer", None)) if learned is None else learned
         self.pad_id: int | None = getattr(task, "pad_id", None)
         self.pad_side: str | None = getattr(task, "pad_side", None)
-        if config.vocab_size < task.vocab_size:
-            raise IncompatibleDenoiserError(
-                f"task {task.name} has {task.vocab_size} symbols, the model {source} only {config.vocab_size} tokens; "
-                "read the task with the model's own tokenizer"
-            )
-        self.context = context = _context(self.model)  # how many tokens it takes, where that is known
-        if context is not None and task.length > context:
-            raise IncompatibleDenoiserError(
-                f"sequences of task {task.name} have {task.length} positions, the context of {source} {context}"
-            )
+        self.context = _context(self.model)  # how many tokens it takes, where that is known
+        self._check_size(source, task)
         self.hidden_dim = config.hidden_size if hidden else None
         self.shifted = (family is not None and family.shifted) if shifted is None else shifted
         self.calls = 0
@@ -124,6 +116,19 @@ class HFDenoiser:
     def _attention_block(self) -> int | None:
         """Where attention goes by blocks, their length."""
         return getattr(self.model.config, "block_length", None)
+
+    def _check_size(self, source: str | Path, task: Task) -> None:
+        """Raises IncompatibleDenoiserError for a task of more symbols or positions than the model takes."""
+        tokens = self.model.config.vocab_size
+        if tokens < task.vocab_size:
+            raise IncompatibleDenoiserError(
+                f"task {task.name} has {task.vocab_size} symbols, the model {source} only {tokens} tokens; "
+                "read the task with the model's own tokenizer"
+            )
+        if self.context is not None and task.length > self.context:
+            raise IncompatibleDenoiserError(
+                f"sequences of task {task.name} have {task.length} positions, the context of {source} {self.context}"
+            )
 
     def _check_cache(self, cache: str) -> None:
         if self._head is None or not self.masks_padding:

@@ -967,3 +967,11 @@ def test_quotes_hold_names_with_commas(tmp_path: Path) -> None:
     assert tasks.get(f'text:source="{path}",length=16').length == 16
     with pytest.raises(UnmaskError, match="quote names with commas"):
         tasks.get("text:a.txt,b.txt")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    words = [sys.executable, "-m", "agents.cli", "train", "upo", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as head does after its lines
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
