@@ -129,9 +129,11 @@ def settings_class(name: str) -> type:
 
 def _commands_by_class() -> dict[str, str]:
     """Which command has settings of which class, for those that write ``run.json``."""
-    return {
-        settings_class(n).__name__: f"unmask {n}" for n in reversed(COMMANDS) if n.startswith(("pretrain", "train"))
-    }
+    from pretrain.train import OBJECTIVES
+
+    kinds = {n: COMMANDS[n].settings.partition(":")[2] for n in COMMANDS if n.startswith(("pretrain", "train"))}
+    kinds |= {n: OBJECTIVES[kind].__name__ for n, kind in kinds.items() if kind in OBJECTIVES}
+    return {kinds[n]: f"unmask {n}" for n in reversed(kinds)}
 
 
 def parse(name: str, args: Sequence[str]) -> Any:

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import evaluate, frontier, policy_iteration
 from agents.policy import OrderPolicy, PolicyConfig
@@ -26,6 +24,7 @@ from agents.show import boards_of
 from pretrain.checkpoint import write_atomically, write_json
 from pretrain.run import resolve_device
 from tasks import Instances
+from tasks.errors import optional
 from tasks.settings import AtLeast1, Seed, Threads, validate
 from unmask_env import make_process, render
 from unmask_env.process import Unmasking
@@ -73,6 +72,9 @@ def run(config: DemoConfig) -> list[evaluate.Result]:
     in ``config.out``."""
     out, console = Path(config.out), Console()
     validate(config)
+    with optional("the demonstration", "unmask[train,plot]"):  # before the work
+        import matplotlib.figure  # noqa: F401
+        import tensorboard  # noqa: F401
     device = resolve_device(config.device, config.threads)
     process = make_process(config.env, config.denoiser, device=device, actions=config.actions)
     instances = process.task.heldout(config.limit)
@@ -116,6 +118,8 @@ def frontier_of(
 
 def curve(out: Path) -> None:
     """The learning curve, from its TensorBoard logs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(out / "tb"))
     events.Reload()
 
@@ -125,7 +129,7 @@ def curve(out: Path) -> None:
         points = events.Scalars(tag)
         return [p.step for p in points], [p.value for p in points]
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = frontier.matplotlib().figure.Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*scalars("loss"))
     left.set(title="fit to what play was rewarded", xlabel="step", ylabel="loss (nats)")

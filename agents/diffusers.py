@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import BlockRefinementScheduler
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSchedulerOutput
 from torch import Tensor
 
 from agents.policy import LearnedPolicy, load_policy
 from pretrain.checkpoint import read_json, save_model
 from tasks import Instances, Task, UnmaskError
+from tasks.errors import optional
 from tasks.settings import AtLeast1, Width, check
 from unmask_env.process import Unmasking
 from unmask_env.reference import REFERENCES, Policy, reference
 from unmask_env.state import Denoised, Rules, State
+
+with optional("the scheduler of diffusers", "unmask[diffusers]"):
+    from diffusers import BlockRefinementScheduler
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSchedulerOutput
 
 SAVED = "order"  # folder of a trained policy beside the scheduler's settings
 

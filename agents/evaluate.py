@@ -13,7 +13,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from agents.shares import play_share
 from pretrain import processes
 from pretrain.checkpoint import STDOUT, check_writable, packaged, report_json
-from pretrain.run import resolve_device
+from pretrain.run import Bar, resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
 from unmask_env import exact
@@ -189,11 +188,9 @@ def generators(process: Unmasking, policy: Policy, seed: int) -> list[torch.Gene
     return [torch.Generator(process.device).manual_seed(seed + k) if draws else None for k, draws in enumerate(drawn)]
 
 
-def progress_bar(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> Bar:
     """A bar that goes when it is done; none off a terminal, and of several processes the first alone has one."""
-    console = Console()
-    hidden = not shown or processes.rank() > 0 or not console.is_terminal
-    return Progress(transient=True, disable=hidden, console=console)
+    return Bar(transient=True, disable=not shown or processes.rank() > 0)
 
 
 def compare(
@@ -222,7 +219,7 @@ def compare(
     with progress_bar(progress) as bar:
         work = bar.add_task("evaluate", total=len(policies) * len(instances))
         for name, policy in policies.items():
-            bar.update(work, description=escape(name))
+            bar.update(work, description=name)
             started = time.perf_counter()
             playing, draws, parts = played_by(process, policy), generators(process, policy, seed), []
             for rows in by_length.split(batch):

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -31,6 +29,7 @@ from agents.evaluate import (
 from agents.policy import load_policy
 from pretrain.checkpoint import check_writable, write_atomically, write_json
 from tasks import Instances, UnknownNameError, UnmaskError
+from tasks.errors import optional
 from tasks.settings import AtLeast1
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, sweeps
@@ -105,7 +104,7 @@ def sweep(
     with progress_bar(progress) as bar:
         work = bar.add_task("frontier", total=sum(len(settings) for settings in chosen.values()))
         for method, settings in chosen.items():
-            bar.update(work, description=escape(method))
+            bar.update(work, description=method)
             for setting, policy in settings:
                 [result] = compare(process, {method: policy}, instances, seed, batch)
                 points.append(Point(method, setting, not isinstance(policy, Reference), result))
@@ -159,9 +158,18 @@ def table(points: Sequence[Point], title: str) -> Table:
     return view
 
 
+def matplotlib() -> Any:
+    """The library that draws. Raises :class:`tasks.UnmaskError`, saying what to install, where it is missing."""
+    with optional("figures", "unmask[plot]"):
+        import matplotlib.figure
+        import matplotlib.ticker
+    return matplotlib
+
+
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
     """The curves with their 95 % bands, as a PNG."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    library = matplotlib()
+    figure = library.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(point.method for point in points):
         curve = sorted((p for p in points if p.method == method), key=lambda p: p.result.nfe)
@@ -171,9 +179,9 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
         axes.fill_between(nfe, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="mean number of denoiser forwards (NFE)", ylabel=next(iter(points[0].result.metrics)), title=title)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator([1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100]))
+    axes.xaxis.set_major_locator(library.ticker.FixedLocator([1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100]))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_locator(library.ticker.NullLocator())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
@@ -203,6 +211,7 @@ def run(command: FrontierCommand) -> None:
     if command.out.suffix != ".png":
         raise UnmaskError(f"--out is a picture; {command.out} must end in .png")
     check_writable(command.out, "--out")
+    matplotlib()  # before the work
     process, instances, title = prepare(command, "set")
     chosen = methods(command.orders or ("heuristics",), process)
     points = sweep(process, chosen, instances, command.seed, command.batch, progress=True)

@@ -20,17 +20,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.policy import LearnedPolicy, load_policy
 from pretrain.masking import plackett_luce
 from tasks import Instances, Task, UnmaskError
-from tasks.errors import first_line
+from tasks.errors import first_line, optional
 from tasks.math_word import ENDS_OF_TURN
 from tasks.settings import AtLeast1, NotNegative, Seed, checked
 from tasks.tokenizers import all_tokens, load_tokenizer
@@ -39,6 +34,13 @@ from unmask_env.language_models import HFDenoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import NO_ORDER, REFERENCES, Learned, LearnedGreedy, Policy, reference
 from unmask_env.state import Rules, State
+
+with optional("the model unmask of lm-evaluation-harness", "unmask[eval]"):
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
 
 Likelihood = Literal["bound", "left_to_right", "one_forward"]
 GENERATED = 256  # tokens, where neither the task nor the user says how many

@@ -47,8 +47,8 @@ HEADINGS = {
     ),
     "validation": ("validate_every", "validation_puzzles"),
     "the run and the machine": (
-        "seed", "resume", "save_every", "log_every", "device", "threads", "bf16", "compile", "half", "forward_batch",
-        "rows", "batch",
+        "seed", "resume", "save_every", "log_every", "wandb", "device", "threads", "bf16", "compile", "half",
+        "forward_batch", "rows", "batch",
     ),
 }  # fmt: skip
 """Under which heading help lists the others; those of a part, such as ``policy``, have their own, and so has what is

@@ -14,15 +14,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torchrl.collectors.distributed import RayCollector
-from torchrl.envs import TransformedEnv
 
 from agents.policy import OrderPolicy
 from agents.torchrl_ppo import make_actor, observation_keys
 from tasks import UnmaskError
-from tasks.errors import library
+from tasks.errors import optional
 from tasks.settings import AtLeast1, Seed, check
 from unmask_env.torchrl_env import KLReward, UnmaskTorchEnv
+
+with optional("workers of Ray", "unmask[ray]"):
+    from torchrl.collectors.distributed import RayCollector
+    from torchrl.envs import TransformedEnv
 
 FOREVER = 2**62  # frames; of -1 the collector makes none
 
@@ -56,7 +58,8 @@ def ray_collector(
     Raises:
         UnmaskError: no ``ray``, a denoiser that is an object, or counts below 1.
     """
-    ray = library("ray", "workers of Ray take the extra ray", "'unmask[ray]'")
+    with optional("workers of Ray", "unmask[ray]"):
+        import ray
     for name, number in {"workers": workers, "num_envs": num_envs, "steps": steps}.items():
         check(name, number, AtLeast1)
     check("seed", seed, Seed)

@@ -11,11 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from sb3_contrib import MaskablePPO
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from agents.cards import publisher
@@ -25,10 +20,18 @@ from agents.setup import PPOConfig, per_episode, seeded, setup_on_policy
 from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, decayed_groups
+from tasks.errors import optional
 from unmask_env.encoding import LOG_ZERO, decode
 from unmask_env.process import Unmasking
 from unmask_env.sb3_env import KLRolloutBuffer, SB3VecEnv
 from unmask_env.vector_env import UnmaskVectorEnv
+
+with optional("PPO by stable-baselines3", "unmask[sb3]"):
+    from sb3_contrib import MaskablePPO
+    from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class TrainConfig:
     """iterations between two looks at validation instances, and one at the end; 0: none"""
     validation_puzzles: AtLeast1 = 200
     """instances of each look, played greedily"""
+    wandb: str | None = None
+    """a project of Weights & Biases to log to, too (the extra wandb)"""
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
-from torchrl.collectors import Collector
-from torchrl.envs import TransformedEnv
-from torchrl.modules import MaskedCategorical, ProbabilisticActor, ValueOperator
-from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.value import GAE
 
 from agents.cards import publisher
 from agents.critic import Critic, new_critic
@@ -40,11 +33,21 @@ from agents.validation import Validation
 from pretrain.checkpoint import step_generator
 from pretrain.run import Run, set_learning_rate
 from tasks import UnmaskError
+from tasks.errors import optional
 from tasks.settings import AtLeast1, AtLeast2
 from unmask_env.encoding import LOG_ZERO, decode, log_reference_of
 from unmask_env.process import Unmasking
 from unmask_env.state import Observation
 from unmask_env.torchrl_env import KLReward, UnmaskTorchEnv
+
+with optional("PPO by TorchRL", "unmask[torchrl]"):
+    from tensordict import TensorDictBase
+    from tensordict.nn import TensorDictModule
+    from torchrl.collectors import Collector
+    from torchrl.envs import TransformedEnv
+    from torchrl.modules import MaskedCategorical, ProbabilisticActor, ValueOperator
+    from torchrl.objectives import ClipPPOLoss
+    from torchrl.objectives.value import GAE
 
 
 # ---------------------------------------------------------------------- settings

@@ -10,7 +10,6 @@ with run:
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -143,7 +142,6 @@ class Validation:
         self._told: dict[str, Any] | None = None
         self._uninformative = 0
         self._best = -math.inf
-        self._since, self._from = time.perf_counter(), -1
 
     def _instances(self) -> Instances | None:
         task, count = self.process.task, self.config.validation_puzzles
@@ -217,9 +215,8 @@ class Validation:
             said: begins the line. steps: boards times steps of an iteration, for the throughput.
         """
         done = run.step + 1
-        seconds = time.perf_counter() - self._since
         if steps:
-            scalars["throughput/steps_per_second"] = steps * (done - max(self._from, run.begun)) / seconds
+            scalars["throughput/steps_per_second"] = run.rate(steps)
         if self.instances is not None and self._reference is None:
             self._say_if_perfect(run)
         if self.due(done) or (self.instances is not None and done == run.steps):
@@ -235,7 +232,6 @@ class Validation:
         self._watch_groups(run, scalars)
         if done == run.steps and self.gains and self._latest is not None:
             self._conclude(run)
-        self._since, self._from = time.perf_counter(), done
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the best score, and the last results."""

@@ -33,7 +33,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.run import Run, resolve_device, set_learning_rate
 from pretrain.train import RunningMean, learning_rate
-from tasks.errors import library
+from tasks.errors import optional
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, validate
 from tasks.tokenizers import INSTALLED, check_finite, check_published, gguf, unread
 
@@ -73,6 +73,8 @@ class AdapterConfig:
     log_every: AtLeast1 = 20
     """steps; held-out sequences are looked at every fifth time"""
     save_every: AtLeast1 = 50
+    wandb: str | None = None
+    """a project of Weights & Biases to log to, too (the extra wandb)"""
 
 
 def adapter_folder(name: str | Path) -> Path | None:
@@ -92,7 +94,8 @@ def causal_model(source: str, **options: Any) -> Any:
     Raises:
         UnmaskError: a library or the model is missing, or cannot be read.
     """
-    transformers = library("transformers", "language models take the extra text", "'unmask[text]'")
+    with optional("language models", "unmask[text]"):
+        import transformers
     transformers.utils.logging.disable_progress_bar()
     folder, options = source, {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False} | options
     if source in INSTALLED:
@@ -114,7 +117,9 @@ def causal_model(source: str, **options: Any) -> Any:
 def _quiet() -> Iterator[Any]:
     """The library peft, without its warnings of names that ``transformers`` will drop."""
     with warnings.catch_warnings(action="ignore"):
-        yield library("peft", "adapters take the library peft", "peft")
+        with optional("adapters", "unmask[text]"):
+            import peft
+        yield peft
 
 
 def _slow(pattern: str) -> bool:
@@ -289,6 +294,7 @@ def adapt(config: AdapterConfig, task: tasks.Task | None = None) -> Any:
             values, note = {"grad_norm": float(norm)}, ""
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 values |= {"loss": mean.take()[0], "lr": learning_rate(config, step)}
+                values["throughput/sequences_per_second"] = run.rate(config.batch)
                 note = f"loss {values['loss']:.4f}"
                 if heldout is not None and (step + 1) % (5 * config.log_every) == 0:
                     values["validation"] = heldout_loss(model, head, heldout, mask_id)

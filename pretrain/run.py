@@ -1,4 +1,4 @@
-"""A training run's folder: settings, TensorBoard logs, progress, the state to resume from, a clean stop on Ctrl-C."""
+"""A training run's folder: settings, logs, progress, the state to resume from, a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from pretrain import processes
 from pretrain.checkpoint import CheckpointError, checked_device, load_state, save_state, write_json
+from pretrain.logs import Logs
 from tasks import UnmaskError
 from tasks.errors import first_line
 from tasks.settings import Threads, check
 
-MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads"}  # settings that do not change what is learned
+MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads", "wandb"}  # they do not change what is learned
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STOPPING = "stopping after this step and saving; once more stops without saving"
 
@@ -54,22 +54,23 @@ def resolve_device(device: str, threads: int | None = None) -> torch.device:
 
 
 class Bar(Progress):
-    """The bar of a run, at most 80 columns wide for a name of up to 30; its note stands below it."""
+    """A bar at most 80 columns wide for a name of up to 30, and none off a terminal; its note stands below it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(
             TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            **options,
         )
-        self.disable = not self.console.is_terminal  # elsewhere the log has a line per interval
+        self.disable = self.disable or not self.console.is_terminal
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         for task in self.tasks:
-            if task.fields["note"]:
+            if task.fields.get("note"):
                 yield Padding(Text(task.fields["note"]), (0, 0, 0, 2))
 
 
@@ -84,8 +85,9 @@ def duration(seconds: float) -> str:
 class Run:
     """Drives a loop over ``steps`` steps in the folder ``out``; use as a context manager.
 
-    Files: ``run.json`` (settings), ``state.safetensors`` (everything to resume from), ``tb/`` (TensorBoard), and the
-    model with its card, as it was at the last save. While a run is going on no other can begin in its folder.
+    Files: ``run.json`` (settings), ``state.safetensors`` (everything to resume from), ``tb/`` (TensorBoard, where it is
+    installed), and the model with its card, as it was at the last save. While a run is going on no other can begin in
+    its folder.
 
     Under ``torchrun`` the first process alone reads, writes and shows; all go on from the state that it has read, so
     nobody else needs to see the folder. The state is the same in all processes, and the number of them may change.
@@ -94,7 +96,8 @@ class Run:
     length, such as a learning rate that falls to its end, is from there on what it is in the longer run.
 
     Args:
-        settings: a frozen dataclass with ``out``, ``resume`` and ``save_every``; saved as ``run.json``.
+        settings: a frozen dataclass with ``out``, ``resume`` and ``save_every``; saved as ``run.json``. Its ``wandb``,
+            if any, is a project of Weights & Biases to log to.
         steps: length of the loop.
         parts: named objects with ``state_dict`` and ``load_state_dict`` that make up the state.
         title: begins the lines of the log; what stands behind it in brackets is told once.
@@ -103,7 +106,7 @@ class Run:
 
     Raises:
         UnmaskError: ``out`` already holds a run and ``resume`` is never, holds one with other settings or a model of
-            another origin, or another run is going on in it.
+            another origin, or another run is going on in it; Weights & Biases is asked for and takes no logs.
         CheckpointError: there is nothing to resume, or it is damaged.
     """
 
@@ -132,13 +135,16 @@ class Run:
         for part in parts.values():
             if isinstance(part, nn.Module):
                 processes.same_weights(part)
-        self._described, self.begun = described, self.step
+        self._described = described
         lock = processes.from_first(lambda: _lock(self.out))
         self._lock = lock if self.main else None
         if self.main:
+            try:
+                self.logs = Logs(self.out, described, self.step, getattr(settings, "wandb", None))
+            except UnmaskError:
+                self._unlock()
+                raise
             write_json(self.out / "run.json", described)
-            _next_second(self.out / "tb")
-            self.writer = SummaryWriter(str(self.out / "tb"), purge_step=self.step)
             self.progress = Bar()
 
     def _load(self, state: dict[str, Any], file: Path) -> None:
@@ -159,6 +165,8 @@ class Run:
         if self.main:
             self.progress.start()
             self._bar = self.progress.add_task(self.title, total=self.steps, completed=self.step, note="")
+            if self.logs.missing:
+                self.say(f"{self.title}: {self.logs.missing}")
             if self._details:
                 self.say(f"{self.title}: {self._details.removesuffix(')')}, {self.steps} steps")
             if not (self.out / "state.safetensors").exists():
@@ -167,15 +175,19 @@ class Run:
                 self.publish(self.step, self.out)  # nothing is left to do but that
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)
         if self.main:
             self.progress.stop()
-            self.writer.close()
+            self.logs.close(failed=kind not in (None, Interrupted))
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self._stop:
@@ -188,6 +200,7 @@ class Run:
         """The steps still to do. After each: save when due; on Ctrl-C, SIGTERM or SIGHUP save and raise
         :class:`Interrupted`. Weights that are not finite are an :class:`UnmaskError` in place of the save."""
         self._clock = [time.monotonic()]
+        self._line = (self.step, time.perf_counter())
         while self.step < self.steps:
             yield self.step
             self.step += 1
@@ -236,15 +249,20 @@ class Run:
         return (self.steps - self.step) * each + rounds * max(0.0, first - each)
 
     def log(self, values: dict[str, float], note: str = "") -> None:
-        """Scalars of the current step to TensorBoard; ``note`` below the progress bar, off a terminal a line of its
+        """Scalars of the current step to the logs; ``note`` below the progress bar, off a terminal a line of its
         own."""
         if self.main:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, self.step)
+            self.logs.write(values, self.step)
             if note:
                 self.note(note)
                 if not self.progress.console.is_terminal:
                     self.say(f"{self.title} {self.step + 1}/{self.steps} {note}")
+        if note:
+            self._line = (self.step + 1, time.perf_counter())
+
+    def rate(self, each: float) -> float:
+        """Of what every step has ``each``, how many a second took since the last line of the log."""
+        return each * (self.step + 1 - self._line[0]) / (time.perf_counter() - self._line[1])
 
     def note(self, text: str) -> None:
         """Show ``text`` below the progress bar."""
@@ -313,13 +331,6 @@ def _check_place(settings: Any) -> None:
     models = [file for file in ("config.json", "model.safetensors") if (out / file).exists()]
     if models and not (out / "state.safetensors").exists():
         raise UnmaskError(f"{out} holds a model that no run here made ({models[0]}); name another --out")
-
-
-def _next_second(folder: Path) -> None:
-    """Wait until TensorBoard's new file is named after, and so read after, those that are there."""
-    newest = max((file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")), default="0")
-    while newest.isdigit() and time.time() < int(newest) + 1 <= time.time() + 2:
-        time.sleep(0.05)
 
 
 def _lock(out: Path) -> int | None:

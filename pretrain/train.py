@@ -71,6 +71,8 @@ class PretrainConfig:
     """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
     log_every: AtLeast1 = 50
     save_every: AtLeast1 = 500
+    wandb: str | None = None
+    """a project of Weights & Biases to log to, too (the extra wandb)"""
 
     takes_prompts = False  # whether it can learn what is behind a prompt
 
@@ -458,6 +460,7 @@ def pretrain(config: PretrainConfig, task: tasks.Task | None = None) -> Backbone
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 means = mean.take()  # one per pass
                 note = "loss " + " ".join(f"{value:.4f}" for value in means)
-                run.log(losses(means) | {"grad_norm": float(norm), "lr": learning_rate(config, step)}, note)
+                scalars = losses(means) | {"grad_norm": float(norm), "lr": learning_rate(config, step)}
+                run.log(scalars | {"throughput/sequences_per_second": run.rate(config.batch)}, note)
     trained: Backbone = averaged.module
     return trained.eval()

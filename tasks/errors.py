@@ -1,9 +1,9 @@
 """The errors that mean "the user can mend this": the command line prints them as one line and exits with 2."""
 
+import contextlib
 import difflib
-import importlib
-from collections.abc import Iterable
-from typing import Any
+import shlex
+from collections.abc import Iterable, Iterator
 
 LONGEST = 300  # characters of a message
 
@@ -47,6 +47,13 @@ class PuzzleFileError(UnmaskError):
     """A puzzle file that cannot be used; the message carries the file's name and the line number."""
 
 
+class MissingLibraryError(UnmaskError, ImportError):
+    """A library that not everybody needs, and that is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, why: str, install: str) -> None:
+        super().__init__(f"{what}: {why}; run: pip install {shlex.quote(install)}")
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line: its first, with the next where that one ends in a colon; its type
     where it says nothing."""
@@ -54,9 +61,17 @@ def first_line(error: Exception) -> str:
     return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
-def library(name: str, needed_for: str, install: str) -> Any:
-    """The optional library ``name``. Raises :class:`UnmaskError`, saying what to install, where it is missing."""
+@contextlib.contextmanager
+def optional(what: str, install: str) -> Iterator[None]:
+    """Around the imports of libraries that only ``what`` needs::
+
+        with optional("workers of Ray", "unmask[ray]"):
+            import ray
+
+    Raises:
+        MissingLibraryError: one cannot be imported; the message says why, and what pip is to ``install``.
+    """
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UnmaskError(f"{needed_for}; run: pip install {install}") from None
+        yield
+    except ImportError as error:
+        raise MissingLibraryError(what, first_line(error), install) from None

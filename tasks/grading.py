@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from tasks.errors import UnmaskError, first_line
+from tasks.errors import MissingLibraryError, UnmaskError, first_line
 from tasks.settings import Range
 
 DEADLINE = 2.0  # seconds of processor time
@@ -73,7 +73,7 @@ def check_library() -> None:
     except (ImportError, ValueError):
         found = None
     if found is None:
-        raise UnmaskError("checking answers takes the extra text; run: pip install 'unmask[text]'")
+        raise MissingLibraryError("checking answers", "No module named 'math_verify'", "unmask[text]")
 
 
 def _bare(text: str) -> str:

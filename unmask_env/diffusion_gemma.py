@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
-from tasks.errors import first_line, library
+from tasks.errors import first_line, optional
 from tasks.tokenizers import check_finite, check_published, unread
 from unmask_env.language_models import DType
 from unmask_env.reference import EntropyBounded
@@ -271,7 +271,8 @@ def _first(*values: Any) -> Any:
 
 def is_diffusion_gemma(source: str) -> bool:
     """Whether the configuration of a folder or hub id says so; False where it cannot be read."""
-    transformers = library("transformers", "models of transformers take the extra text", "'unmask[text]'")
+    with optional("models of transformers", "unmask[text]"):
+        import transformers
     try:
         return transformers.PretrainedConfig.get_config_dict(source)[0].get("model_type") == "diffusion_gemma"
     except Exception:  # what is wrong is said where the model is loaded
@@ -279,7 +280,8 @@ def is_diffusion_gemma(source: str) -> bool:
 
 
 def _load(source: str, options: dict[str, Any]) -> Any:
-    transformers = library("transformers", "models of transformers take the extra text", "'unmask[text]'")
+    with optional("models of transformers", "unmask[text]"):
+        import transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options = options | {"output_loading_info": True, "use_safetensors": True}

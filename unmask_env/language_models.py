@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain.adapter import ADAPTER, WEIGHTS, adapter_folder, checked_adapter, mask_of, masked_model
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
-from tasks.errors import first_line, library
+from tasks.errors import first_line, optional
 from tasks.settings import check
 from tasks.tokenizers import check_finite, check_published, unread
 from unmask_env.caches import Cache, KeyValues, Reuse
@@ -326,7 +326,8 @@ def _whole_blocks(block: int, ids: Tensor, seen: Tensor | None, dtype: torch.dty
 
 
 def _adapted(model: Any, adapter: str) -> Any:
-    peft = library("peft", "adapters take the library peft", "peft")
+    with optional("adapters", "unmask[text]"):
+        import peft
     try:
         if not Path(adapter).is_dir():  # a hub id
             hf_hub_download(adapter, WEIGHTS)
@@ -342,7 +343,8 @@ def _adapted(model: Any, adapter: str) -> Any:
 
 def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tuple[Any, Family | None]:
     """The model, and its family if it has one."""
-    transformers = library("transformers", "models of transformers take the extra text", "'unmask[text]'")
+    with optional("models of transformers", "unmask[text]"):
+        import transformers
     transformers.utils.logging.disable_progress_bar()  # many lines for seconds of reading
     transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
     options = options | {"output_loading_info": True, "use_safetensors": True}

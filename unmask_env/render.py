@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -104,8 +103,7 @@ def replay(
             wrong = int(((now != answers) & (now != task.mask_id)).sum())
             panels.append(image(task, now, clues, answers, last, f"{name}: {wrong} wrong"))
             panels.append(np.full((panels[-1].shape[0], 12, 3), 255, np.uint8))
-        frames.append(np.concatenate(panels[:-1], 1))
+        frames.append(Image.fromarray(np.concatenate(panels[:-1], 1)))
     frames += [frames[-1]] * (2 * fps)
-    write_atomically(
-        path, lambda p: iio.imwrite(p, frames, extension=".gif", plugin="pillow", duration=1000 // fps, loop=0)
-    )
+    options = {"save_all": True, "append_images": frames[1:], "duration": 1000 // fps, "loop": 0}
+    write_atomically(path, lambda temporary: frames[0].save(temporary, "GIF", **options))

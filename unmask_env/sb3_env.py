@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
-from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from tasks import UnmaskError
+from tasks.errors import optional
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import log_reference_of, require_possible
 from unmask_env.streams import read_seeds
 from unmask_env.vector_env import RegularisedReward
+
+with optional("the interface of stable-baselines3", "unmask[sb3]"):
+    from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
+    from stable_baselines3.common.vec_env import VecEnv
+    from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 
 class SB3VecEnv(VecEnv):

@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
-from torchrl.envs import EnvBase
-from torchrl.envs.transforms import Transform
 
 from pretrain.checkpoint import checked_device
 from tasks import Instances, UnmaskError
+from tasks.errors import optional
 from tasks.settings import AtLeast1, check
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import (
@@ -29,6 +26,12 @@ from unmask_env.encoding import (
 )
 from unmask_env.state import Denoised, Observation, State
 from unmask_env.streams import Seen, Streams, read_seeds, whole
+
+with optional("the interface of TorchRL", "unmask[torchrl]"):
+    from tensordict import TensorDict, TensorDictBase
+    from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
+    from torchrl.envs import EnvBase
+    from torchrl.envs.transforms import Transform
 
 READ = ("tokens", "top_symbols", "top_log_probs", "entropy", "state")  # what a step reads beside the action
 OF_ROWS, OF_POSITIONS = ("steps", "done", "truncated"), ("remask_count", "fill_prob")  # fields of State in "state"

@@ -51,6 +51,19 @@ def test_the_bar_fits_80_columns_and_cuts_nothing(title: str) -> None:
         assert title in lines[0]
 
 
+def test_the_bar_of_an_evaluation_fits_too_whatever_its_orders_are_called() -> None:
+    written = io.StringIO()
+    bar = Bar(console=Console(file=written, width=80, force_terminal=True, color_system=None), transient=True)
+    name = "runs/[bold]a-folder/" * 6
+    bar.add_task(name, total=20000, completed=10000)
+    bar.console.print(bar.get_renderable())
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "".join(re.split(r"[\s━]", line)[0] for line in lines) == name
+    assert "10000/20000" in written.getvalue()
+    assert Bar(console=Console(file=io.StringIO())).disable
+
+
 def test_how_long_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     """The first of each round takes longer; told once, from the first steps, and only where it is long."""
     clock = iter([0.0, 10.0, 12.0, 14.0, 16.0])

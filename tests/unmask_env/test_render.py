@@ -3,11 +3,10 @@
 import itertools
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import tasks
 from tests.toys import FavouriteDenoiser
@@ -92,16 +91,16 @@ def test_replay_has_a_frame_per_board_and_holds_the_last_one(tmp_path: Path) -> 
     path = tmp_path / "new folder" / "replay.gif"
     right, short = boards(), boards(wrong_at=HOLES[0])[:3]
     render.replay(TASK, CLUES, START.answers[0], {"margin": right, "random": short}, path, fps=5)
-    frames = iio.imread(path)
+    durations = []
+    with Image.open(path) as gif:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)])
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            durations.append(gif.info["duration"])
     assert len(frames) == len(right) == len(HOLES) + 1
     side = 4 * render.CELL + 5
     assert frames.shape[1:] == (side + 22, 2 * side + 12, 3)
     assert all((a != b).any() for a, b in itertools.pairwise(frames))
-    with Image.open(path) as gif:
-        durations = []
-        for k in range(gif.n_frames):
-            gif.seek(k)
-            durations.append(gif.info["duration"])
     assert durations[:-1] == [200] * len(HOLES)
     assert durations[-1] == 200 + 2 * 5 * 200  # two seconds more to look at the result
     left, right_panel = frames[-1][:, :side].astype(int), frames[-1][:, side + 12 :].astype(int)
