@@ -19,6 +19,7 @@ from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
 from tasks.settings import AtLeast1, Depth, check
 from unmask_env.diffusion_gemma import DiffusionGemma, is_diffusion_gemma
 from unmask_env.language_models import HFDenoiser
+from unmask_env.shared import Named
 from unmask_env.state import CHUNK, WHOLE, Denoised
 
 Read = Literal["unsure", "always"]
@@ -122,7 +123,7 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
         )
 
 
-class FrozenDenoiser:
+class FrozenDenoiser(Named):
     """A pretrained backbone in evaluation mode, without gradients: the model itself is switched over, not a copy.
 
     One with uniform noise that predicts ``absorbing`` is asked as at t = 1: what is on the board is given, and masked
@@ -273,6 +274,8 @@ def load_denoiser(
     """A denoiser by packaged name, folder or hub id; a backbone is wrapped; a denoiser is returned as it is.
 
     A name may carry how a recurrent one reads: ``sudoku6-recurrent:passes=6,read=always``; see :class:`FrozenDenoiser`.
+    What is loaded by name is pickled by name (:class:`unmask_env.shared.Named`).
+
     ``hf:`` and a folder or hub id is a model of ``transformers``, with the options of
     :class:`unmask_env.language_models.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``; a DiffusionGemma has those
     of :class:`unmask_env.diffusion_gemma.DiffusionGemma`.
@@ -281,6 +284,19 @@ def load_denoiser(
         CheckpointError, UnknownNameError, IncompatibleDenoiserError: each in one line.
     """
     device = checked_device(device)
+    if isinstance(source, str | Path):
+        denoiser = _by_name(source, task, device)
+        if isinstance(denoiser, Named):
+            denoiser.name_as(source, task, str(device))
+        return denoiser
+    if isinstance(source, Backbone):
+        return FrozenDenoiser(source, task, device)
+    if hasattr(source, "vocab_size") and hasattr(source, "length"):
+        task.check_denoiser(source.vocab_size, source.length)
+    return source
+
+
+def _by_name(source: str | Path, task: Task, device: torch.device) -> Denoiser | CanvasDenoiser:
     if isinstance(source, str) and source.startswith(HUGGING_FACE):
         text = source.removeprefix(HUGGING_FACE)
         kind = DiffusionGemma if is_diffusion_gemma(text.partition(",")[0]) else HFDenoiser
@@ -288,16 +304,10 @@ def load_denoiser(
         if options.keys() & {"task", "device"} or "source" not in options:
             raise UnmaskError(f"denoiser {source!r} must be hf:SOURCE, followed by options; not task or device")
         return kind(**options, task=task, device=device)
-    if isinstance(source, str | Path):
-        name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
-        if adapter_folder(name) is not None:
-            adapted = partial(HFDenoiser, name, task, device)
-            return adapted(**read_options(f"denoiser {str(source)!r}", text if colon else None, adapted))
-        model = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
-        frozen = partial(FrozenDenoiser, model, task, device)
-        return frozen(**read_options(f"denoiser {str(source)!r}", text if colon else None, frozen))
-    if isinstance(source, Backbone):
-        return FrozenDenoiser(source, task, device)
-    if hasattr(source, "vocab_size") and hasattr(source, "length"):
-        task.check_denoiser(source.vocab_size, source.length)
-    return source
+    name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
+    if adapter_folder(name) is not None:
+        adapted = partial(HFDenoiser, name, task, device)
+        return adapted(**read_options(f"denoiser {str(source)!r}", text if colon else None, adapted))
+    model = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
+    frozen = partial(FrozenDenoiser, model, task, device)
+    return frozen(**read_options(f"denoiser {str(source)!r}", text if colon else None, frozen))

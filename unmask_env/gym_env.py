@@ -72,8 +72,12 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     ``task`` and ``denoiser`` (default: the registered ones); ``reference``: the policy g to regularise towards, by
     name with options or object (default ``"softmax_confidence"``, of sets ``"soft_threshold"``); ``temperature`` of the
     filling, 0 is greedy; ``split``: ``"train"`` (default), ``"validation"`` or ``"test"``; ``device``; ``show``;
-    ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of :class:`unmask_env.state.Rules`: ``actions``, ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``,
-    ``speed`` and ``speed_bonus``.
+    ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of :class:`unmask_env.state.Rules`: ``actions``,
+    ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``, ``speed`` and ``speed_bonus``.
+
+    ## Pickling
+    An environment is pickled with its state of play; a denoiser that was given by name is pickled as that name and
+    loaded again, once in each process, and a denoiser object with its weights.
 
     ## Version History
     v0: first release.
