@@ -15,11 +15,14 @@ class Named:
     """Base of denoisers that may have been loaded by name. Such a one is pickled by its name, without its weights, and
     unpickling finds or loads it, once in each process; any other is pickled with its weights."""
 
+    source: str | None = None
+    """the name that it was loaded by"""
     _loaded_as: tuple[str, Task, str] | None = None
 
     def name_as(self, source: str | Path, task: Task, device: str) -> None:
         """It was loaded from ``source`` (packaged name, folder or hub id, with options) for ``task``."""
-        name = str(Path(source).resolve()) if Path(source).exists() else str(source)
+        self.source = str(source)
+        name = str(Path(source).resolve()) if Path(source).exists() else self.source
         self._loaded_as = (name, task, device)
         _SHARED.setdefault(_key(name, task, device), self)
 
@@ -32,6 +35,11 @@ _SHARED = WeakValueDictionary()
 
 def _key(name: str, task: Task, device: str) -> tuple[Any, ...]:
     return name, device, task.name, task.length, task.fingerprint
+
+
+def name_of(denoiser: Any) -> str:
+    """The name that it was loaded by, or else its class."""
+    return getattr(denoiser, "source", None) or type(denoiser).__name__
 
 
 def shared_denoiser(name: str, task: Task, device: str) -> Any:
