@@ -9,10 +9,12 @@ end held-out instances are played by g, by the most confident position first, an
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -31,10 +33,8 @@ class Args:
     """Train an order policy by PPO."""
 
     env_id: str = "Unmask/Sudoku4x4-v0"
-    task: str | None = None
-    """with its options; default: the environment's"""
-    denoiser: str | None = None
-    """default: the environment's"""
+    task: str = "sudoku4:blanks=8,reward=cell_accuracy"
+    denoiser: str = "runs/weak"
     reference: str = "random"
     beta: float = 1e-3
     """weight of the KL to the reference"""
@@ -98,8 +98,8 @@ def tensors(obs: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def make(args: Args, num_envs: int, **more: object) -> VectorEnv:
-    named = {name: value for name in ("task", "denoiser") if (value := getattr(args, name)) is not None}
-    return gym.make_vec(args.env_id, num_envs=num_envs, reference=args.reference, **named, **more)
+    named = {"task": args.task, "denoiser": args.denoiser, "reference": args.reference}
+    return gym.make_vec(args.env_id, num_envs=num_envs, **named, **more)
 
 
 @torch.no_grad()
@@ -120,6 +120,38 @@ def most_confident(obs: dict[str, Tensor]) -> Tensor:
     return obs["top_log_probs"][..., 0].masked_fill(obs["action_mask"] == 0, -torch.inf).argmax(1)
 
 
+def advantages_of(
+    rewards: Tensor, dones: Tensor, values: Tensor, following: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """(T, N) generalised advantages (Schulman et al. 2016, equation 16); ``following`` (N,) are the values after the
+    last step, and a finished row's next value is 0."""
+    advantages, running = torch.zeros_like(rewards), torch.zeros_like(following)
+    for step in reversed(range(len(rewards))):
+        alive = (~dones[step]).float()
+        delta = rewards[step] + gamma * following * alive - values[step]
+        running = delta + gamma * gae_lambda * alive * running
+        advantages[step], following = running, values[step]
+    return advantages
+
+
+def update(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+    """``args.epochs`` passes over a batch, with the clipped loss (Schulman et al. 2017, equation 7)."""
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(batch["action"])).chunk(args.minibatches):
+            policy, value = agent({name: part[rows] for name, part in batch["obs"].items()})
+            advantage = batch["advantage"][rows]
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            ratio = (policy.log_prob(batch["action"][rows]) - batch["log_prob"][rows]).exp()
+            clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+            loss = -torch.min(advantage * ratio, advantage * clipped).mean()
+            loss = loss + args.value_weight * (value - batch["return"][rows]).square().mean()
+            loss = loss - args.entropy_weight * policy.entropy().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+
 def train(args: Args) -> tuple[Agent, list[float]]:
     """The trained agent, and the mean reward of the episodes of every iteration."""
     torch.manual_seed(args.seed)
@@ -130,57 +162,26 @@ def train(args: Args) -> tuple[Agent, list[float]]:
     obs, curve = tensors(first), []
     for iteration in range(args.iterations):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.iterations)
-
-        # Rollout: lists of num_steps tensors (N, ...).
-        seen, actions, log_probs, rewards, dones, values, earned = [], [], [], [], [], [], []
+        seen, steps, earned = [], [], []
         for _ in range(args.num_steps):
             with torch.no_grad():
                 policy, value = agent(obs)
             action = policy.sample()
             log_prob = policy.log_prob(action)
-            seen.append(obs)
             after, reward, terminated, truncated, info = envs.step(action.numpy(), log_prob.numpy())
             done = terminated | truncated
-            obs = tensors(after)
-            for part, new in zip(
-                (actions, log_probs, rewards, dones, values),
-                (action, log_prob, torch.as_tensor(reward), torch.as_tensor(done), value),
-                strict=True,
-            ):
-                part.append(new)
+            seen.append(obs)
+            steps.append((action, log_prob, torch.as_tensor(reward), torch.as_tensor(done), value))
             earned.extend(info["task_reward"][done].tolist())
-        curve.append(float(np.mean(earned)) if earned else float("nan"))
-
-        # Generalised advantages (Schulman et al. 2016); a finished row's next value is 0.
+            obs = tensors(after)
+        curve.append(sum(earned) / len(earned) if earned else math.nan)
+        actions, log_probs, rewards, dones, values = (torch.stack(part) for part in zip(*steps, strict=True))  # (T, N)
         with torch.no_grad():
             following = agent(obs)[1]
-        advantages, running = [], torch.zeros(args.num_envs)
-        for step in reversed(range(args.num_steps)):
-            alive = (~dones[step]).float()
-            delta = rewards[step] + args.gamma * following * alive - values[step]
-            running = delta + args.gamma * args.gae_lambda * alive * running
-            following = values[step]
-            advantages.append(running)
-        advantage = torch.cat(advantages[::-1])
-        returns = advantage + torch.cat(values)
-        batch = {name: torch.cat([step[name] for step in seen]) for name in obs}
-        action, old = torch.cat(actions), torch.cat(log_probs)
-
-        # Clipped updates (Schulman et al. 2017).
-        for _ in range(args.epochs):
-            for rows in torch.randperm(len(action)).chunk(args.minibatches):
-                policy, value = agent({name: part[rows] for name, part in batch.items()})
-                scaled = advantage[rows]
-                scaled = (scaled - scaled.mean()) / (scaled.std() + 1e-8)
-                ratio = (policy.log_prob(action[rows]) - old[rows]).exp()
-                clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                loss = -torch.min(scaled * ratio, scaled * clipped).mean()
-                loss = loss + args.value_weight * (value - returns[rows]).square().mean()
-                loss = loss - args.entropy_weight * policy.entropy().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
+        advantages = advantages_of(rewards, dones, values, following, args.gamma, args.gae_lambda)
+        batch = {"action": actions, "log_prob": log_probs, "advantage": advantages, "return": advantages + values}
+        flat = {name: part.flatten() for name, part in batch.items()}
+        update(args, agent, optimizer, flat | {"obs": {name: torch.cat([step[name] for step in seen]) for name in obs}})
         if iteration % 10 == 0 or iteration + 1 == args.iterations:
             print(f"iteration {iteration + 1}: reward {curve[-1]:.3f}", flush=True)
     return agent, curve
@@ -200,8 +201,7 @@ def main(args: Args) -> dict[str, object]:
     }
     print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     if args.out is not None:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-        args.out.write_text(json.dumps({"settings": settings, **result, "curve": curve}))
+        args.out.write_text(json.dumps(result | {"curve": curve}))
     return result
 
 
