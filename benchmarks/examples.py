@@ -3,7 +3,7 @@ after 100 steps), from an order at random, 1,000 test puzzles.
 
     python benchmarks/examples.py --out benchmarks/results/examples.json
 
-Runs that are in ``runs`` already are not repeated.
+Runs that are in ``runs`` already are not repeated; with ``--gather`` none is started.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Examples:
 
     runs: Path = Path("runs/examples")
     seeds: tuple[int, ...] = (0, 1, 2)
+    gather: bool = False
+    """report the runs that are there"""
     out: Path | None = None
     """JSON"""
 
@@ -42,11 +44,14 @@ def cells(result: dict[str, Any]) -> dict[str, float]:
 def main(command: Examples) -> None:
     denoiser, found = command.runs / "weak", {}
     pretrain = [sys.executable, "-m", "agents.cli", "pretrain", "mdm", "--task", "sudoku4", *WEAK.split()]
-    subprocess.run([*pretrain, "--resume", "auto", "--out", str(denoiser)], check=True)
+    if not command.gather:
+        subprocess.run([*pretrain, "--resume", "auto", "--out", str(denoiser)], check=True)
     for example in sorted(EXAMPLES.glob("*.py")):
         runs = []
         for seed in command.seeds:
             file = command.runs / f"{example.stem}-{seed}.json"
+            if not file.exists() and command.gather:
+                continue
             if not file.exists():
                 options = ["--denoiser", str(denoiser), "--seed", str(seed), "--out", str(file)]
                 subprocess.run([sys.executable, str(example), *options], check=True)
