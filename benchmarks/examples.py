@@ -56,13 +56,10 @@ def main(command: Examples) -> None:
                 options = ["--denoiser", str(denoiser), "--seed", str(seed), "--out", str(file)]
                 subprocess.run([sys.executable, str(example), *options], check=True)
             result = json.loads(file.read_text())
-            runs.append({"seed": seed, "cpu_seconds": result["cpu_seconds"], "cells": cells(result)})
-            runs[-1] |= {key: result[key] for key in ("rows", "curve") if key in result}
-        found[example.stem] = {
-            "runs": runs,
-            "learned": over_seeds([run["cells"]["learned"] for run in runs]),
-            "cpu_seconds": over_seeds([run["cpu_seconds"] for run in runs]),
-        }
+            kept = {key: result[key] for key in ("iterations", "cpu_seconds", "rows", "curve") if key in result}
+            runs.append({"seed": seed, "cells": cells(result)} | kept)
+        if runs:
+            found[example.stem] = {"runs": runs, "learned": over_seeds([run["cells"]["learned"] for run in runs])}
     report(command.out, pretrain=f"unmask pretrain mdm --task sudoku4 {WEAK}", examples=found)
     for name, of in found.items():
         print(name, *(f"{run['cells']['learned']:.3f}" for run in of["runs"]))

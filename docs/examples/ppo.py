@@ -201,7 +201,7 @@ def main(args: Args) -> dict[str, object]:
     }
     print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     if args.out is not None:
-        args.out.write_text(json.dumps(result | {"curve": curve}))
+        args.out.write_text(json.dumps(result | {"iterations": args.iterations, "curve": curve}))
     return result
 
 

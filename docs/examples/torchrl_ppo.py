@@ -90,7 +90,8 @@ def main(args: Args) -> Comparison:
     )
     print(f"{compared}\n{seconds} CPU seconds of training")
     if args.out is not None:
-        args.out.write_text(json.dumps({"cpu_seconds": seconds, "rows": compared.rows}))
+        written = {"iterations": args.iterations, "cpu_seconds": seconds, "rows": compared.rows}
+        args.out.write_text(json.dumps(written))
     return compared
 
 
