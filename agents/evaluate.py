@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,9 +20,10 @@ from agents.belief import BeliefFills
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from agents.shares import play_share
 from pretrain import processes
-from pretrain.checkpoint import STDOUT, check_writable, packaged, report_json
+from pretrain.checkpoint import STDOUT, check_writable, packaged, report_json, write_atomically, write_json
 from pretrain.run import Bar, resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
+from tasks.errors import optional
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
 from unmask_env import exact
 from unmask_env.denoiser import Denoiser, load_denoiser
@@ -38,7 +39,8 @@ from unmask_env.reference import (
     require_full_support,
     require_learned,
 )
-from unmask_env.registration import resolve
+from unmask_env.registration import make_process, resolve
+from unmask_env.shared import name_of
 from unmask_env.state import SINGLE, Actions, Rules
 
 Z95 = 1.959963984540054
@@ -104,6 +106,67 @@ class Result:
             "seconds": self.seconds,
             **{name: mean if math.isfinite(mean) else None for name, mean in exactly.items()},  # JSON has no inf
         }
+
+
+@dataclass(frozen=True)
+class Comparison(Sequence[Result]):
+    """Orders side by side: a sequence of results, one per order, that prints as a table.
+
+    ``comparison[0]`` and ``comparison["margin"]`` are results, ``comparison.rows`` dictionaries, as for pandas.
+    """
+
+    results: tuple[Result, ...]
+    title: str = ""
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __getitem__(self, key: Any) -> Any:
+        """By position or slice, or by the name of an order. Raises :class:`tasks.UnknownNameError`."""
+        if not isinstance(key, str):
+            return self.results[key]
+        named = {result.order: result for result in self.results}
+        if key not in named:
+            raise UnknownNameError("order", key, named)
+        return named[key]
+
+    def __str__(self) -> str:
+        console = Console(width=80, no_color=True)
+        with console.capture() as shown:
+            console.print(table(self.results, self.title))
+        return shown.get().rstrip()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What JSON has of each order; see :meth:`Result.row`."""
+        return [result.row() for result in self.results]
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the rows, as ``unmask evaluate --json`` does. Raises :class:`tasks.UnmaskError` where it cannot."""
+        check_writable(Path(path), "the file")
+        write_json(Path(path), self.rows)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """The first metric of every order with its 95 % interval, as a figure of matplotlib; with a ``path`` also as a
+        PNG. Raises :class:`tasks.UnmaskError` where it cannot be written, or matplotlib is missing."""
+        with optional("a plot", "unmask[plot]"):
+            from matplotlib.figure import Figure
+        figure = Figure(figsize=(7, 1.4 + 0.35 * len(self)), layout="constrained")
+        axes, names = figure.subplots(), [result.order for result in self]
+        means = [float(result.solved.double().mean()) for result in self]
+        around = [interval(result.solved) for result in self]
+        reach = [[m - low for m, (low, _) in zip(means, around, strict=True)]]
+        reach += [[high - m for m, (_, high) in zip(means, around, strict=True)]]
+        axes.errorbar(means, range(len(self)), xerr=reach, fmt="o", capsize=3)
+        axes.set(yticks=range(len(self)), yticklabels=names, title=self.title)
+        axes.set_xlabel(f"{next(iter(self[0].metrics))}, 95 % intervals" if len(self) else "")
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+        if path is not None:
+            file = Path(path)
+            check_writable(file, "the picture")
+            write_atomically(file, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+        return figure
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -193,26 +256,97 @@ def progress_bar(shown: bool) -> Bar:
     return Bar(transient=True, disable=not shown or processes.rank() > 0)
 
 
+Orders = str | Policy | Sequence[str | Policy] | Mapping[str, str | Policy]
+
+
+def read_orders(orders: Orders | None, process: Unmasking) -> dict[str, Policy]:
+    """Policies by the name of their row; names are loaded (:func:`load_order`), None stands for the customary
+    references of the rules.
+
+    Raises:
+        UnmaskError: no order, two of the same name, or something that is neither a name nor a policy; what
+            :func:`load_order` raises.
+    """
+    given = customary(process.rules.actions) if orders is None else orders
+    given = [given] if isinstance(given, str | Policy) else given
+    if isinstance(given, Mapping):
+        named = list(given.items())
+    else:
+        named = [
+            (each if isinstance(each, str) else getattr(each, "name", type(each).__name__), each) for each in given
+        ]
+    if not named:
+        raise UnmaskError("--orders needs at least one order")
+    policies: dict[str, Policy] = {}
+    for name, order in named:
+        if name in policies:
+            raise UnmaskError(f"two orders are called {name}; name them apart: {{'a name': order, ...}}")
+        order = load_order(order, process.task, process.denoiser) if isinstance(order, str) else order
+        if not isinstance(order, Policy):
+            raise UnmaskError(f"an order is a name, a folder or a Policy, not {type(order).__name__}")
+        policies[name] = order
+    return policies
+
+
+def title_of(process: Unmasking, instances: Instances) -> str:
+    """What a table says above its rows."""
+    return f"{process.task.name}, denoiser {name_of(process.denoiser)}, {len(instances)} instances"
+
+
 def compare(
-    process: Unmasking,
-    policies: dict[str, Policy],
-    instances: Instances,
+    task: str | Task | Unmasking,
+    orders: Orders | None = None,
+    instances: Instances | None = None,
     seed: int = 0,
     batch: int = 500,
     progress: bool = False,
-) -> list[Result]:
-    """Play every instance once with every policy, each under the rules that it is made for.
+    *,
+    denoiser: Any = None,
+    split: str = "test",
+    limit: int | None = None,
+    **options: Any,
+) -> Comparison:
+    """Play every instance once with every order, each under the rules that it is made for.
+
+        print(compare("Unmask/Sudoku6x6-v0", ["margin", "runs/policy"], limit=500))
 
     Reference policies are sampled (a deterministic one only where positions tie), learned ones take their mode.
 
     Args:
-        policies: by the name of their row. seed: of the stochastic policies, and of filling by samples.
+        task: a task, its name with options, an environment's id, or a whole process, which brings its denoiser and
+            rules.
+        orders: a name, with options as in ``threshold:theta=0.8``, the folder or hub id of an order policy, or a
+            policy; or several, in a list or by the name of their row. None: the customary references.
+        instances: to play; None: the first ``limit`` held-out ones of the ``split``, or all.
+        seed: of the stochastic policies, and of filling by samples.
         batch: instances per forward, of all processes. The rows of deterministic policies do not depend on it; what a
             stochastic one draws for an instance does, as it does on the seed.
+        denoiser: packaged name, folder, hub id, backbone or denoiser; an environment has a default one.
+        options: ``temperature``, ``device``, ``forward_batch`` and rules, as of
+            :func:`unmask_env.registration.make_process`.
+
+    Raises:
+        UnmaskError: settings that do not fit together; UnknownNameError, CheckpointError, IncompatibleDenoiserError:
+            each in one line.
 
     Under ``torchrun`` each process plays its part of every batch, and all return the rows of one.
     """
     check("batch", batch, AtLeast1)
+    if isinstance(task, Unmasking) and (denoiser is not None or options):
+        raise UnmaskError("a process has its denoiser and its rules; give a task, or make another process")
+    if instances is not None and (limit is not None or split != "test"):
+        raise UnmaskError("limit and split choose among the held-out instances; leave them out, or the instances")
+    process = task if isinstance(task, Unmasking) else make_process(task, denoiser, **options)
+    policies = read_orders(orders, process)
+    instances = process.task.select(limit, split=split) if instances is None else instances
+    results = play(process, policies, instances, seed, batch, progress)
+    return Comparison(tuple(results), title_of(process, instances))
+
+
+def play(
+    process: Unmasking, policies: Mapping[str, Policy], instances: Instances, seed: int, batch: int, progress: bool
+) -> list[Result]:
+    """What :func:`compare` does, once it knows what is compared."""
     task, device = process.task, process.device
     by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
     results = []
@@ -406,19 +540,16 @@ def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instance
     )
     instances = task.select(command.limit, command.puzzles, command.difficulty, command.split)
     denoiser = load_denoiser(source, task, device)
-    title = f"{task.name}, denoiser {source}, {len(instances)} instances"
-    return Unmasking(task, denoiser, command.rules(default), command.temperature), instances, title
+    process = Unmasking(task, denoiser, command.rules(default), command.temperature)
+    return process, instances, title_of(process, instances)
 
 
 def run(command: EvaluateCommand) -> None:
     """``unmask evaluate``."""
     processes.join(resolve_device(command.device))
     processes.from_first(lambda: check_writable(command.json, "--json"))
-    process, instances, title = prepare(command, "single")
-    names = customary(process.rules.actions) if command.orders is None else command.orders
-    if not names:
-        raise UnmaskError("--orders needs at least one order")
-    policies = {name: load_order(name, process.task, process.denoiser) for name in names}
+    process, instances, _ = prepare(command, "single")
+    policies = read_orders(command.orders, process)
     for name, policy in policies.items():
         require_suited(name, policy, command.actions)
     if command.exact:
@@ -430,10 +561,10 @@ def run(command: EvaluateCommand) -> None:
         require_full_support(g)
         if isinstance(g, Learned):
             require_learned(process)
-    results = compare(process, policies, instances, command.seed, command.batch, progress=True)
-    _report(table(results, title), results, command.json, last=not command.exact)
+    compared = compare(process, policies, instances, command.seed, command.batch, progress=True)
+    _report(table(compared, compared.title), compared, command.json, last=not command.exact)
     if command.exact:
-        results = add_exact(results, process, policies, instances, g, progress=True)
+        results = add_exact(compared, process, policies, instances, g, progress=True)
         _report(exact_table(results, command.reference), results, command.json)
 
 

@@ -7,6 +7,7 @@ greedy but for the stochastic references.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,16 @@ from agents.evaluate import (
     prepare,
     progress_bar,
 )
+from agents.page import fill_page
 from agents.policy import load_policy
 from pretrain.checkpoint import check_writable, write_atomically, write_json
 from tasks import Instances, UnknownNameError, UnmaskError
-from tasks.errors import optional
+from tasks.errors import first_line, optional
 from tasks.settings import AtLeast1
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, sweeps
 
+PAGE = Path(__file__).parent / "frontier.html"
 THRESHOLDS = (0.003, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95, 0.99)
 READ_THRESHOLDS = (0.35, 0.7, 0.95)  # of policies that do not read every board
 Methods = dict[str, list[tuple[dict[str, Any], Policy]]]
@@ -51,16 +54,22 @@ class Point:
 
     @property
     def order(self) -> str:
-        """As it is typed: ``threshold:theta=0.6``; of a policy also ``--threshold 0.35``, as ``unmask show`` has it."""
-        if self.learned:
-            settings = ", ".join(f"--threshold {v}" for k, v in self.setting.items() if k == "threshold")
-            return f"{self.method} {settings}".strip()
-        rule = self.method.partition(" ")[0]  # curves begin with it
-        return f"{rule}:{','.join(f'{name}={value}' for name, value in self.setting.items())}"
+        """As it is typed; see :func:`as_typed`."""
+        return as_typed(self.method, self.setting, self.learned)
 
     def row(self) -> dict[str, Any]:
         """The JSON row."""
         return {"method": self.method, "setting": self.setting, "learned": self.learned} | self.result.row()
+
+
+def as_typed(method: str, setting: dict[str, Any], learned: bool) -> str:
+    """A setting of a method: ``threshold:theta=0.6``; of a policy ``NAME --threshold 0.35``, as ``unmask show`` has
+    it."""
+    if learned:
+        settings = ", ".join(f"--threshold {v}" for k, v in setting.items() if k == "threshold")
+        return f"{method} {settings}".strip()
+    rule = method.partition(" ")[0]  # curves begin with it
+    return f"{rule}:{','.join(f'{name}={value}' for name, value in setting.items())}"
 
 
 def methods(names: Sequence[str], process: Unmasking) -> Methods:
@@ -187,6 +196,48 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
+# ---------------------------------------------------------------------- as a page
+def page_data(rows: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
+    """What the page is told. Per curve its points, by setting: the order as it is typed, the mean of the first metric
+    with its 95 % interval, the number of instances, and what was spent on each: forwards, passes of both networks
+    together, and seconds; None where that was not measured.
+
+    Args:
+        rows: those of :meth:`Point.row`, also as read from JSON; of results that are older, too.
+    """
+    curves: dict[str, dict[str, Any]] = {}
+    metric = next(key for key in list(rows[0])[list(rows[0]).index("order") + 1 :])
+    for row in rows:
+        setting = row.get("setting", row.get("knob", {}))
+        passes = row["passes"] + row["policy_passes"] if "passes" in row else None
+        seconds = row["seconds"] / row["n"] if row.get("seconds") else None
+        spent = {"forwards": row["nfe"], "passes": passes, "seconds": seconds}
+        typed = as_typed(row["method"], setting, row["learned"])
+        point = {"order": typed, "mean": row[metric], "interval": row["ci95"], "n": row["n"], "spent": spent}
+        curve = curves.setdefault(row["method"], {"name": row["method"], "learned": row["learned"], "points": []})
+        curve["points"].append(point)
+    return {"title": title, "metric": metric.replace("_", " "), "curves": list(curves.values())}
+
+
+def write_page(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """One page that holds all that it needs, with the curves of ``rows``, against forwards, passes or seconds."""
+    fill_page(PAGE, page_data(rows, title), path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The points of a JSON file, of :func:`write` or of ``benchmarks/frontier.py``. Raises :class:`tasks.UnmaskError`
+    where it has none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnmaskError(f"cannot read {path}: {first_line(error)}") from None
+    rows = content.get("points") if isinstance(content, dict) else content
+    needed = {"method", "order", "learned", "nfe", "n", "ci95"}
+    if not rows or not isinstance(rows, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in rows):
+        raise UnmaskError(f"{path} holds no points of a frontier; give what unmask frontier wrote beside its picture")
+    return rows
+
+
 def write(points: Sequence[Point], title: str, path: Path) -> None:
     """The picture at ``path`` and the numbers beside it (``.json``)."""
     write_json(path.with_suffix(".json"), [point.row() for point in points])
@@ -201,13 +252,27 @@ class FrontierCommand(PlayCommand):
     ``orders``: ``heuristics`` for all references, one of their curves such as "fixed_k margin", or policies over sets.
     """
 
+    task: str | None = None
+    """as of unmask evaluate; not needed with ``read``"""
     out: Path = Path("frontier.png")
     """the picture (PNG); the numbers are written beside it (JSON)"""
+    html: Path | None = None
+    """write an interactive page of the curves here; it needs no server and no network"""
+    read: Path | None = None
+    """JSON of a frontier that was played before: nothing is played, the page at ``html`` is drawn from it"""
     batch: AtLeast1 = 50
 
 
 def run(command: FrontierCommand) -> None:
     """``unmask frontier``."""
+    check_writable(command.html, "--html")
+    if command.read is not None:
+        if command.html is None:
+            raise UnmaskError("--read draws a page; say where with --html FILE")
+        write_page(read_rows(command.read), command.read.stem, command.html)
+        return
+    if command.task is None:
+        raise UnmaskError("give --task, or --read with a frontier that was played before")
     if command.out.suffix != ".png":
         raise UnmaskError(f"--out is a picture; {command.out} must end in .png")
     check_writable(command.out, "--out")
@@ -216,4 +281,6 @@ def run(command: FrontierCommand) -> None:
     chosen = methods(command.orders or ("heuristics",), process)
     points = sweep(process, chosen, instances, command.seed, command.batch, progress=True)
     write(points, title, command.out)
+    if command.html is not None:
+        write_page([point.row() for point in points], title, command.html)
     Console().print(table(points, title))

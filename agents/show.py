@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from rich.text import Text
 from torch import Tensor
 
 from agents.evaluate import BoardCommand, generators, load_order, played_by, require_suited
-from pretrain.checkpoint import check_writable, write_atomically
+from agents.page import fill_page
+from pretrain.checkpoint import check_writable
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import InnerShare, NotNegative, validate
 from unmask_env import render
@@ -272,9 +272,7 @@ def write_page(task: Task, instance: Instances, shows: Sequence[Show], title: st
             for show in shows
         ],
     }
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")  # no symbol ends it
-    page = PAGE.read_text(encoding="utf-8").replace("DATA", text, 1)
-    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
+    fill_page(PAGE, data, path)
 
 
 # ---------------------------------------------------------------------- the command

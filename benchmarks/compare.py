@@ -14,7 +14,6 @@ from pathlib import Path
 
 import tyro
 from common import in_pairs, report
-from rich.console import Console
 from torch import Tensor
 
 from agents import evaluate, frontier
@@ -34,8 +33,8 @@ class Compare(evaluate.PlayCommand):
 
 
 def main(command: Compare) -> None:
-    process, instances, title = evaluate.prepare(command, "single")
-    orders = {name: evaluate.load_order(name, process.task, process.denoiser) for name in command.orders or ()}
+    process, instances, _ = evaluate.prepare(command, "single")
+    orders = evaluate.read_orders(command.orders, process)
     rules = {name for name, order in orders.items() if isinstance(order, Reference)}
     played = dict(orders)
     for name in orders.keys() - rules if command.thresholds else ():
@@ -50,15 +49,14 @@ def main(command: Compare) -> None:
     best = max(rivals, key=lambda result: float(values(result).mean()), default=results[0])
     learned = [result for result in results if result.order not in rules]
     pairs = [{"order": r.order, "against": best.order} | in_pairs(values(r), values(best)) for r in learned]
-    first = [result for result in results if command.thresholds and result.order.startswith(f"{command.orders[0]} at ")]
+    first = [
+        result for result in results if command.thresholds and result.order.startswith(f"{next(iter(orders))} at ")
+    ]
     level = {r.order: frontier.at_equal_forwards(first, r) for r in results if r not in first} if first else {}
-    report(
-        command.out, task=command.task, rows=[result.row() for result in results], pairs=pairs, at_equal_forwards=level
-    )
-    console = Console()
-    console.print(evaluate.table(results, title))
+    report(command.out, task=command.task, rows=results.rows, pairs=pairs, at_equal_forwards=level)
+    print(results)
     for pair in pairs:
-        console.print(pair, highlight=False)
+        print(pair)
 
 
 if __name__ == "__main__":

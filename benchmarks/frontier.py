@@ -52,6 +52,9 @@ def bound(fewest: Tensor) -> list[dict[str, float]]:
 
 
 def main(command: Frontier) -> None:
+    if command.read is not None:
+        frontier.run(command)
+        return
     process, instances, title = evaluate.prepare(command, "set")
     chosen = frontier.methods(command.orders or ("heuristics",), process)
     points = frontier.sweep(process, chosen, instances, command.seed, command.batch, progress=True)
@@ -75,6 +78,8 @@ def main(command: Frontier) -> None:
         exact_bound=None if listed is None else bound(exact_sets.fewest_forwards(process, listed)),
         learned=learned,
     )
+    if command.html is not None:
+        frontier.write_page([point.row() for point in points], title, command.html)
     best = [dataclasses.replace(p, method="best of the heuristics") for p in frontier.best_of(points, False)]
     frontier.draw([*best, *(point for point in points if point.learned)], title, command.out)
     Console().print(frontier.table(points, title))

@@ -19,6 +19,7 @@ from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
 from tasks.settings import AtLeast1, Depth, check
 from unmask_env.diffusion_gemma import DiffusionGemma, is_diffusion_gemma
 from unmask_env.language_models import HFDenoiser
+from unmask_env.shared import Named
 from unmask_env.state import CHUNK, WHOLE, Denoised
 
 Read = Literal["unsure", "always"]
@@ -122,7 +123,7 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
         )
 
 
-class FrozenDenoiser:
+class FrozenDenoiser(Named):
     """A pretrained backbone in evaluation mode, without gradients: the model itself is switched over, not a copy.
 
     One with uniform noise that predicts ``absorbing`` is asked as at t = 1: what is on the board is given, and masked
@@ -273,6 +274,8 @@ def load_denoiser(
     """A denoiser by packaged name, folder or hub id; a backbone is wrapped; a denoiser is returned as it is.
 
     A name may carry how a recurrent one reads: ``sudoku6-recurrent:passes=6,read=always``; see :class:`FrozenDenoiser`.
+    What is loaded by name is pickled by name (:class:`unmask_env.shared.Named`).
+
     ``hf:`` and a folder or hub id is a model of ``transformers``, with the options of
     :class:`unmask_env.language_models.HFDenoiser`: ``hf:bert-base-uncased,dtype=bfloat16``; a DiffusionGemma has those
     of :class:`unmask_env.diffusion_gemma.DiffusionGemma`.
@@ -282,8 +285,9 @@ def load_denoiser(
     """
     device = checked_device(device)
     if isinstance(source, str | Path):
-        denoiser = _named(source, task, device)
-        denoiser.source = str(source)  # for the cards of policies
+        denoiser = _by_name(source, task, device)
+        if isinstance(denoiser, Named):
+            denoiser.name_as(source, task, str(device))
         return denoiser
     if isinstance(source, Backbone):
         return FrozenDenoiser(source, task, device)
@@ -292,7 +296,7 @@ def load_denoiser(
     return source
 
 
-def _named(source: str | Path, task: Task, device: torch.device) -> FrozenDenoiser | HFDenoiser | DiffusionGemma:
+def _by_name(source: str | Path, task: Task, device: torch.device) -> Denoiser | CanvasDenoiser:
     if isinstance(source, str) and source.startswith(HUGGING_FACE):
         text = source.removeprefix(HUGGING_FACE)
         kind = DiffusionGemma if is_diffusion_gemma(text.partition(",")[0]) else HFDenoiser

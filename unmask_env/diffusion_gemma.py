@@ -15,12 +15,13 @@ from tasks.errors import first_line, optional
 from tasks.tokenizers import check_finite, check_published, unread
 from unmask_env.language_models import DType
 from unmask_env.reference import EntropyBounded
+from unmask_env.shared import Named
 from unmask_env.state import WHOLE, Denoised, Rules
 
 Known = dict[tuple[int, bytes], tuple[Any, int]]  # prompt length and prefix: a cache of several rows, and which it is
 
 
-class DiffusionGemma:
+class DiffusionGemma(Named):
     """DiffusionGemma, or a model of its kind, as the denoiser of a task whose symbols are its tokens.
 
     The prompt and the canvases that are settled are encoded once; the decoder reads that and the canvas in play. Its

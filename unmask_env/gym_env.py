@@ -56,7 +56,9 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     0 until the board is complete, then ``task.reward`` in [0, 1]; with ``speed``, less the more forwards it took.
 
     ## Starting State
-    A training instance of the task, or ``reset(options={"instances": Instances})``. Seeds are 0 to 2**63 - 1.
+    A training instance of the task, or with ``split="test"`` or ``"validation"`` a held-out one, drawn by the seed;
+    ``reset(options={"index": 3})`` then plays the fourth. ``reset(options={"instances": Instances})`` plays one of your
+    own. Seeds are 0 to 2**63 - 1.
 
     ## Episode End
     Terminated when every position is filled. Truncated after ``nfe_budget`` steps, by default 2 L (only illegal no-ops
@@ -69,9 +71,13 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     ## Arguments
     ``task`` and ``denoiser`` (default: the registered ones); ``reference``: the policy g to regularise towards, by
     name with options or object (default ``"softmax_confidence"``, of sets ``"soft_threshold"``); ``temperature`` of the
-    filling, 0 is greedy; ``device``; ``show``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of
-    :class:`unmask_env.state.Rules`: ``actions``, ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``,
-    ``speed`` and ``speed_bonus``.
+    filling, 0 is greedy; ``split``: ``"train"`` (default), ``"validation"`` or ``"test"``; ``device``; ``show``;
+    ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of :class:`unmask_env.state.Rules`: ``actions``,
+    ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``, ``speed`` and ``speed_bonus``.
+
+    ## Pickling
+    An environment is pickled with its state of play; a denoiser that was given by name is pickled as that name and
+    loaded again, once in each process, and a denoiser object with its weights.
 
     ## Version History
     v0: first release.
@@ -90,11 +96,12 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        seeds, given = None if seed is None else read_seeds(seed, 1), read_options(options, ("instances",))
+        seeds, given = None if seed is None else read_seeds(seed, 1), read_options(options, ("index", "instances"))
+        instances = self.streams.chosen(given, 1)
         super().reset(seed=None if seeds is None else seeds[0])
         if seeds is not None or not self.streams.seeded:
             self.streams.seed(seeds or [int(self.np_random.integers(2**31))])
-        self.state = self.streams.begin(self.state, [0], given.get("instances"))
+        self.state = self.streams.begin(self.state, [0], instances)
         self._seen, arrays = self.streams.observe(self.state)
         observation = self._observation(arrays)
         return observation, self._info(observation)

@@ -20,12 +20,13 @@ from tasks.settings import check
 from tasks.tokenizers import check_finite, check_published, unread
 from unmask_env.caches import Cache, KeyValues, Reuse
 from unmask_env.families import FAMILIES, Family, configure, family_of
+from unmask_env.shared import Named
 from unmask_env.state import CHUNK, WHOLE, Block, Denoised
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-class HFDenoiser:
+class HFDenoiser(Named):
     """A masked language model, or a masked diffusion language model such as LLaDA, Dream or SDAR, as the denoiser of a
     task whose symbols are the tokens of the model's tokenizer (:class:`tasks.Lines`, :class:`tasks.MathWord`).
 

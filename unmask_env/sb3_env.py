@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
@@ -14,8 +15,9 @@ from tasks import UnmaskError
 from tasks.errors import optional
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import log_reference_of, require_possible
-from unmask_env.streams import read_seeds
-from unmask_env.vector_env import RegularisedReward
+from unmask_env.registration import lookup
+from unmask_env.streams import read_options, read_seeds
+from unmask_env.vector_env import RegularisedReward, UnmaskVectorEnv
 
 with optional("the interface of stable-baselines3", "unmask[sb3]"):
     from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
@@ -29,14 +31,27 @@ class SB3VecEnv(VecEnv):
     A finished row starts anew in the same step; its last observation is ``infos[i]["terminal_observation"]``, and
     ``infos[i]`` holds the task's metrics. Masks: ``env_method("action_masks")``, which ``MaskablePPO`` calls by itself.
 
+    ``set_options({"index": 3})``, or a list with an index per environment (``[{"index": 3}, {"index": 4}]``), chooses
+    the held-out instances of the next reset, where the split is ``test`` or ``validation``.
+
     Args:
-        envs: the vector environment, in autoreset mode ``SAME_STEP``.
+        envs: an environment's id, or a vector environment in autoreset mode ``SAME_STEP``.
+        num_envs: with an id, how many boards. options: with an id, what ``gymnasium.make_vec`` takes beside them.
 
     Raises:
-        UnmaskError: another autoreset mode; a :class:`unmask_env.vector_env.RegularisedReward`.
+        UnknownNameError: an id that is not registered. UnmaskError: another autoreset mode; a
+            :class:`unmask_env.vector_env.RegularisedReward`; ``num_envs`` or options beside an environment.
     """
 
-    def __init__(self, envs: VectorEnv) -> None:
+    def __init__(self, envs: str | VectorEnv, num_envs: int | None = None, **options: Any) -> None:
+        if isinstance(envs, str):
+            lookup(envs)
+            envs = gymnasium.make_vec(envs, num_envs=1 if num_envs is None else num_envs, **options)
+        elif num_envs is not None or options:
+            named = ", ".join((["num_envs"] if num_envs is not None else []) + list(options))
+            raise UnmaskError(f"{named}: only with an environment's id; this environment is made already")
+        if not isinstance(envs, VectorEnv) or not isinstance(envs.unwrapped, UnmaskVectorEnv):
+            raise UnmaskError(f"SB3VecEnv takes an environment's id or an UnmaskVectorEnv, not {type(envs).__name__}")
         if isinstance(envs, RegularisedReward):
             raise UnmaskError("stable-baselines3 hands no log-probabilities to a wrapper; use KLRolloutBuffer instead")
         mode = envs.unwrapped.autoreset_mode
@@ -49,12 +64,21 @@ class SB3VecEnv(VecEnv):
         return super().seed(None if seed is None else read_seeds(seed, self.num_envs)[0])
 
     def reset(self) -> dict[str, np.ndarray]:
-        if any(self._options):
-            raise UnmaskError("SB3VecEnv takes no options; call reset(options=...) of the vector environment")
+        options = self._read_options()
         seeds = None if all(seed is None for seed in self._seeds) else list(self._seeds)
-        observation, _ = self.envs.reset(seed=seeds)
+        observation, _ = self.envs.reset(seed=seeds, options=options)
         self._reset_seeds()
+        self._reset_options()
         return observation
+
+    def _read_options(self) -> dict[str, list[Any]] | None:
+        """Those of ``set_options``, as the vector environment takes them."""
+        given = [read_options(each, ("index",)) for each in self._options]
+        if not any(given):
+            return None
+        if len(given) != self.num_envs or not all(given):
+            raise UnmaskError(f"set_options takes an index for each of the {self.num_envs} environments, or for none")
+        return {"index": [each["index"] for each in given]}
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from pretrain.checkpoint import checked_device
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, Seed, check
+from tasks.task import random_rows
 from unmask_env.encoding import Arrays, Extra, encode, encode_unseen
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, default_reference
@@ -24,6 +26,7 @@ from unmask_env.reference import reference as make_reference
 from unmask_env.registration import make_process
 from unmask_env.state import Observation, Rules, State
 
+Split = Literal["train", "validation", "test"]
 _AHEAD = 16  # instances drawn per call of task.sample
 _FILLING = 0x5DEECE66D  # sets the seeds of the filling streams apart from those of the instances
 
@@ -93,7 +96,26 @@ def read_options(options: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
         raise UnmaskError(f"options must be a dictionary with {' and '.join(known)}, not {type(options).__name__}")
     if unknown := [str(name) for name in options if name not in known]:
         raise UnmaskError(f"reset takes no option {', '.join(unknown)}; known: {', '.join(known)}")
+    if {"index", "instances"} <= {name for name, value in options.items() if value is not None}:
+        raise UnmaskError("reset takes options['index'] or options['instances'], not both")
     return options
+
+
+def read_index(index: Any, n: int, count: int) -> list[int]:
+    """Which of ``count`` instances N rows play: one whole number for all of them, or a list with one per row.
+
+    Raises:
+        UnmaskError: another number of indices, or one that is no whole number from 0 to ``count - 1``.
+    """
+    several = isinstance(index, list | tuple | range) or (isinstance(index, np.ndarray | Tensor) and index.ndim)
+    indices = index.tolist() if isinstance(index, np.ndarray | Tensor) else index
+    indices = [whole(each) for each in indices] if several else [whole(indices)] * n
+    if len(indices) != n:
+        raise UnmaskError(f"options['index'] must hold one index per row, {n} of them, not {len(indices)}")
+    for each in indices:
+        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < count:
+            raise UnmaskError(f"options['index'] must be a whole number from 0 to {count - 1}, not {each!r}")
+    return indices
 
 
 class Streams:
@@ -102,6 +124,8 @@ class Streams:
     Args:
         reference: the policy g, by name with options or object; None: the default one.
         show: which of the optional parts of an observation are shown.
+        split: what episodes are drawn from: ``train``, fresh training instances, or the fixed held-out ones of
+            ``validation`` or ``test``, each as likely as another.
         options: ``task``, ``denoiser``, ``env_id``, ``temperature`` and rules, for
             :func:`unmask_env.registration.make_process`.
 
@@ -115,16 +139,18 @@ class Streams:
         reference: str | Policy | None = None,
         device: torch.device | str = "cpu",
         show: tuple[Extra, ...] = (),
+        split: Split = "train",
         **options: Any,
     ) -> None:
         check("num_envs", n := whole(n), AtLeast1)
+        check("split", split, Split)
         if unknown := [part for part in show if part not in get_args(Extra)]:
             raise UnmaskError(f"show takes {' and '.join(get_args(Extra))}, not {unknown[0]!r}")
         self.process: Unmasking = make_process(device=device, **options)
         if self.process.rules.actions == "accept":
             raise UnmaskError("environments play on masks; play actions 'accept' with Unmasking.rollout")
         self.reference = checked_reference(reference, self.process.rules)
-        self.n, self.device, self.extras = n, self.process.device, show
+        self.n, self.device, self.extras, self.split = n, self.process.device, show, split
         if self.device.type != checked_device(device).type:
             raise UnmaskError(f"the denoiser is on {self.device} and the environment on {device}")
         self._instances: list[torch.Generator] | None = None
@@ -158,9 +184,30 @@ class Streams:
             raise UnmaskError("call reset() before anything else")
         instances, at = self._ahead[row] or (None, _AHEAD)
         if instances is None or at == len(instances):
-            instances, at = self.task.sample(_AHEAD, self._instances[row]), 0
+            instances, at = self._draw(self._instances[row]), 0
         self._ahead[row] = (instances, at + 1)
         return instances[at : at + 1]
+
+    @cached_property
+    def heldout(self) -> Instances:
+        """Those of the split. Raises :class:`tasks.UnmaskError` for training, whose instances have no list."""
+        if self.split == "train":
+            raise UnmaskError(
+                "options['index'] chooses a held-out instance; make the environment with split='test' or 'validation'"
+            )
+        return self.task.heldout(split=self.split)
+
+    def _draw(self, generator: torch.Generator) -> Instances:
+        if self.split == "train":
+            return self.task.sample(_AHEAD, generator)
+        return self.heldout[random_rows(len(self.heldout), _AHEAD, generator)]
+
+    def chosen(self, options: Mapping[str, Any], n: int) -> Instances | None:
+        """The ``instances`` or those of the ``index`` that N rows were given to begin with; None where neither was."""
+        index = options.get("index")
+        if index is None:
+            return options.get("instances")
+        return self.heldout[torch.tensor(read_index(index, n, len(self.heldout)))]
 
     def put_back(self, rows: Sequence[int]) -> None:
         """The instances that ``rows`` drew last were not used: they draw them again."""

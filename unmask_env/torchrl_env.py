@@ -25,7 +25,7 @@ from unmask_env.encoding import (
     to_action,
 )
 from unmask_env.state import Denoised, Observation, State
-from unmask_env.streams import Seen, Streams, read_seeds, whole
+from unmask_env.streams import Seen, Streams, read_options, read_seeds, whole
 
 with optional("the interface of TorchRL", "unmask[torchrl]"):
     from tensordict import TensorDict, TensorDictBase
@@ -61,6 +61,8 @@ class UnmaskTorchEnv(EnvBase):
     arrangement, into ``reset(td, set_state=True)``. It lies under ``state``, for the environment and not for policies:
     ``("state", "given")`` and ``("state", "answers")``, the instance, and what the episode remembers. Sampled filling
     draws at the step, from the row's own stream, so a fork draws fresh symbols.
+
+    ``reset(options={"index": [...]})`` and ``options={"instances": ...}`` are those of the vector environment.
 
     A step makes one denoiser forward, even where rows finish: their next boards ride in it and wait for the reset.
 
@@ -119,16 +121,30 @@ class UnmaskTorchEnv(EnvBase):
             self._waiting = None
 
     # ------------------------------------------------------------------ play
-    def _reset(self, tensordict: TensorDictBase | None = None, *, set_state: bool = False, **_: Any) -> TensorDict:
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        set_state: bool = False,
+        options: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> TensorDict:
+        given = read_options(options, ("index", "instances"))
         if set_state and tensordict is not None:
+            if given:
+                raise UnmaskError("reset takes set_state or options, not both; a fork plays the instance that it has")
             return self._fork(tensordict)
         n = self.streams.n
         chosen = None if tensordict is None else tensordict.get("_reset", None)
         chosen = torch.ones(n, dtype=torch.bool) if chosen is None else chosen.view(n).cpu()
         waiting, state, seen = self._waiting or (torch.zeros(n, dtype=torch.bool), self.streams.empty(), None)
         missing = (chosen & ~waiting).nonzero().flatten().tolist()
+        instances = self.streams.chosen(given, int(chosen.sum()))
+        if instances is not None:  # what was drawn for those that wait is not played
+            missing = chosen.nonzero().flatten().tolist()
+            self.streams.put_back((chosen & waiting).nonzero().flatten().tolist())
         if missing:
-            state = self.streams.begin(state, missing)
+            state = self.streams.begin(state, missing, instances)
             seen = self.streams.observe(state)
         self._waiting = (waiting & ~chosen, state, seen) if bool((waiting & ~chosen).any()) else None
         return self._pack(state, seen.arrays)

@@ -82,9 +82,11 @@ class UnmaskVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start all rows anew, or those of ``options["reset_mask"]``, from ``options["instances"]`` if given."""
+        """Start all rows anew, or those of ``options["reset_mask"]``; from ``options["instances"]``, one per row that
+        starts, or from the held-out ones of ``options["index"]``: a list with one index per row that starts, or one
+        index for all of them."""
         seeds = None if seed is None else read_seeds(seed, self.num_envs)
-        given = read_options(options, ("instances", "reset_mask"))
+        given = read_options(options, ("index", "instances", "reset_mask"))
         chosen = given.get("reset_mask")
         if chosen is None:
             chosen = np.ones(self.num_envs, dtype=bool)
@@ -98,11 +100,12 @@ class UnmaskVectorEnv(VectorEnv):
                 f"options['reset_mask'] must be a numpy bool array of shape ({self.num_envs},) with a True in it"
             )
         rows = np.flatnonzero(chosen).tolist()
+        instances = self.streams.chosen(given, len(rows))
         super().reset(seed=seeds[0] if seeds and not np.ndim(seed) else None)
         if seeds or not self.streams.seeded:
             seeds = seeds or read_seeds(int(self.np_random.integers(2**31)), self.num_envs)
             self.streams.seed(seeds, rows if self.streams.seeded else None)
-        self.state = self.streams.begin(self.state, rows, given.get("instances"))
+        self.state = self.streams.begin(self.state, rows, instances)
         self._seen = self.streams.observe(self.state)
         observation = self._observation()
         return observation, self._info(observation)

@@ -29,7 +29,7 @@ from tests.oracles.enumeration import TableTask, random_joint
 from tests.toys import PositionPolicy, generator, rollout
 from unmask_env.denoiser import TableDenoiser, load_denoiser
 from unmask_env.process import Unmasking
-from unmask_env.reference import LeftToRight, Margin, Oracle, Random, TopK
+from unmask_env.reference import LeftToRight, Margin, Oracle, Random, TopK, customary
 from unmask_env.state import Rules
 
 KEYS = ["order", "solve_rate", "cell_accuracy", "valid_rate", "nfe", "passes", "policy_passes", "trained", "n"]
@@ -183,6 +183,66 @@ def test_the_table_shows_every_order(sudoku6, tiny) -> None:
     with console.capture() as capture:
         console.print(table(results[:1], "the title"))
     assert "*" not in capture.get()
+
+
+# ---------------------------------------------------------------------- compare, from Python
+def test_compare_by_names_is_compare_of_the_objects(sudoku6, tiny, tmp_path: Path) -> None:
+    save_model(new_policy(PolicyConfig(), sudoku6, tiny.denoiser, seed=0), tmp_path / "policy")
+    names = ["margin", "threshold:theta=0.8", str(tmp_path / "policy")]
+    by_name = compare("Unmask/Sudoku6x6-v0", names, denoiser="sudoku6-tiny", limit=12, seed=2)
+    objects = {name: load_order(name, sudoku6, tiny.denoiser) for name in names}
+    by_object = compare(tiny, objects, sudoku6.heldout(12), seed=2)
+    assert [result.order for result in by_name] == names
+    assert by_name.title == by_object.title == "sudoku6, denoiser sudoku6-tiny, 12 instances"
+    for a, b in zip(by_name.rows, by_object.rows, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    [one] = compare(tiny, Margin(), sudoku6.heldout(12, "validation"))
+    assert torch.equal(one.solved, compare(tiny, "margin", split="validation", limit=12)["margin"].solved)
+    assert one.order == "margin"
+    validation = compare("sudoku6", "margin", denoiser="sudoku6-tiny", split="validation", limit=12, nfe_budget=5)
+    assert (validation[0].nfe, float(validation[0].solved.sum())) == (5, 0)
+
+
+def test_without_orders_all_customary_references_are_compared(tiny) -> None:
+    assert [row["order"] for row in compare(tiny, limit=1).rows] == customary("single")
+
+
+def test_a_comparison_prints_saves_and_plots(tiny, tmp_path: Path) -> None:
+    compared = compare(tiny, ["margin", "left_to_right"], limit=8)
+    console = Console(width=80, no_color=True)
+    with console.capture() as shown:
+        console.print(table(compared, compared.title))
+    assert str(compared) == shown.get().rstrip()
+    assert "margin" in str(compared)
+    compared.to_json(tmp_path / "new" / "rows.json")
+    assert json.loads((tmp_path / "new" / "rows.json").read_text()) == compared.rows
+    axes = compared.plot(tmp_path / "picture.png").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["margin", "left_to_right"]
+    assert axes.lines[0].get_xdata() == pytest.approx([row["solve_rate"] for row in compared.rows])
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert (len(compared), compared[1].order, compared["margin"]) == (2, "left_to_right", compared[0])
+    with pytest.raises(UnknownNameError, match="unknown order 'margn'; did you mean margin"):
+        compared["margn"]
+    with pytest.raises(UnmaskError, match=r"the file .* is a folder"):
+        compared.to_json(tmp_path)
+
+
+def test_what_compare_refuses(tiny) -> None:
+    for arguments, message in (
+        ({"orders": []}, "needs at least one order"),
+        ({"orders": [Margin(), "margin"]}, "two orders are called margin"),
+        ({"orders": [3]}, "an order is a name, a folder or a Policy, not int"),
+        ({"orders": "margn"}, "unknown order 'margn'; did you mean margin"),
+        ({"denoiser": "sudoku6"}, "a process has its denoiser and its rules"),
+        ({"actions": "set"}, "a process has its denoiser and its rules"),
+        ({"split": "dev"}, "unknown split 'dev'; known: train, validation, test"),
+        ({"limit": 0}, "limit must be a whole number of at least 1, not 0"),
+        ({"limit": 3, "instances": tiny.task.heldout(3)}, "limit and split choose among the held-out instances"),
+    ):
+        with pytest.raises(UnmaskError, match=message):
+            compare(tiny, **arguments)
+    with pytest.raises(UnmaskError, match="task sudoku6 needs a denoiser"):
+        compare("sudoku6", "margin")
 
 
 # ---------------------------------------------------------------------- orders

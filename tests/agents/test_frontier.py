@@ -1,6 +1,8 @@
 """The frontier: what is swept, which points count, what is written; and the demonstration that shows it."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import tasks
 from agents import frontier
 from agents.cli import main
 from agents.demo import DemoConfig, run
-from agents.evaluate import Result
+from agents.evaluate import Result, wilson
 from agents.frontier import Point
 from agents.policy import PolicyConfig, new_policy
 from pretrain.checkpoint import save_model
@@ -115,6 +117,89 @@ def test_settings_are_shown_as_they_are_typed() -> None:
             assert reference(Point(curve, setting, False, point(1, 0.5).result).order) == rule(**setting)
     policy = Point("runs/a", {"threshold": 0.35}, True, point(1, 0.5).result)
     assert policy.order == "runs/a --threshold 0.35"
+
+
+# ---------------------------------------------------------------------- the page
+ROOT = Path(__file__).parent.parent.parent
+
+
+def told(page: Path) -> dict:
+    """The data that a page holds."""
+    [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+def test_a_page_by_hand(tmp_path) -> None:
+    first = Result(
+        "x</script>", {"solved": torch.tensor([1.0, 0, 0, 0])}, *torch.tensor([[2.0], [3], [4]]).expand(3, 4), 8.0
+    )
+    points = [
+        Point("x</script>", {"threshold": 0.5}, True, first),
+        Point("threshold margin", {"theta": 0.6, "score": "margin"}, False, first),
+    ]
+    frontier.write_page([p.row() for p in points], "a title", tmp_path / "page.html")
+    point = {"mean": 0.25, "interval": list(wilson(1, 4)), "n": 4, "spent": {"forwards": 2, "passes": 7, "seconds": 2}}
+    assert told(tmp_path / "page.html") == {
+        "title": "a title",
+        "metric": "solve rate",
+        "curves": [
+            {"name": "x</script>", "learned": True, "points": [{"order": "x</script> --threshold 0.5"} | point]},
+            {
+                "name": "threshold margin",
+                "learned": False,
+                "points": [{"order": "threshold:theta=0.6,score=margin"} | point],
+            },
+        ],
+    }
+    text = (tmp_path / "page.html").read_text()
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", ""), "it asks no server"
+    assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "benchmarks" / "results").glob("frontier-*.json")), ids=lambda f: f.stem
+)
+def test_a_page_of_what_was_committed(file: Path, tmp_path) -> None:
+    main(["frontier", "--read", str(file), "--html", str(tmp_path / "page.html")])
+    rows, data = json.loads(file.read_text())["points"], told(tmp_path / "page.html")
+    assert data["title"] == file.stem
+    assert [curve["name"] for curve in data["curves"]] == list(dict.fromkeys(row["method"] for row in rows))
+    points = [point for curve in data["curves"] for point in curve["points"]]
+    assert [point["spent"]["forwards"] for point in points] == [row["nfe"] for row in rows]
+    assert [point["interval"] for point in points] == [row["ci95"] for row in rows]
+
+
+def test_a_page_of_a_frontier_that_is_played(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = [
+        "--task",
+        "sudoku4",
+        "--denoiser",
+        "sudoku4",
+        "--limit",
+        "5",
+        "--orders",
+        "fixed_k margin",
+        "--out",
+        "f.png",
+    ]
+    main(["frontier", *sets, "--html", "f.html"])
+    main(["frontier", "--read", "f.json", "--html", "again.html"])
+    played, again = told(tmp_path / "f.html"), told(tmp_path / "again.html")
+    assert played["curves"] == again["curves"]
+    assert (played["title"], again["title"]) == ("sudoku4, denoiser sudoku4, 5 instances", "f")
+    (tmp_path / "rows.json").write_text('[{"order": "margin"}]')
+    for *words, message in (
+        ("--read", "f.json", "--read draws a page; say where with --html FILE"),
+        ("--read", "rows.json", "--html", "x.html", "rows.json holds no points of a frontier"),
+        ("--read", "f.html", "--html", "x.html", "cannot read f.html: "),
+        ("--html", "x.html", "give --task, or --read with a frontier that was played before"),
+        ("--read", "f.json", "--html", ".", "--html . is a folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["frontier", *words])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:

@@ -317,10 +317,10 @@ def test_seeds_of_numpy_are_seeds(kind: type) -> None:
 def test_unknown_options_are_named() -> None:
     whole, empty = torch.tensor([[0, 0, 0, 0]]), torch.tensor([[3, 3, 3, 3]])
     for env in (single(), vector(1)):
-        with pytest.raises(UnmaskError, match=r"reset takes no option instance, 1; known: instances"):
+        with pytest.raises(UnmaskError, match=r"reset takes no option instance, 1; known: index, instances"):
             env.reset(options={"instance": Instances(empty, whole), 1: 2})
         for options in (["instances"], "instances", 3):
-            with pytest.raises(UnmaskError, match="options must be a dictionary with instances"):
+            with pytest.raises(UnmaskError, match="options must be a dictionary with index and instances"):
                 env.reset(options=options)
         for given in (empty, Instances(empty, None), Instances(empty, whole[:, :3]), Instances(empty[0], whole[0])):
             with pytest.raises(UnmaskError, match="must hold 1 instances of length 4, as tasks"):
@@ -328,7 +328,7 @@ def test_unknown_options_are_named() -> None:
         for given in (Instances(empty.float(), whole), Instances(empty + 1, whole), Instances(empty, whole - 1)):
             with pytest.raises(UnmaskError, match="must hold int64 tokens from 0 to 3, which is a mask"):
                 env.reset(options={"instances": given})
-    with pytest.raises(UnmaskError, match="reset takes no option reset_mask; known: instances"):
+    with pytest.raises(UnmaskError, match="reset takes no option reset_mask; known: index, instances"):
         single().reset(options={"reset_mask": np.array([True])})
 
 

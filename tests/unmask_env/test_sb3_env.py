@@ -2,6 +2,7 @@
 
 import warnings
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import VecMonitor
 
-from tasks import UnmaskError
+import tasks
+from tasks import UnknownNameError, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint
 from tests.oracles.episodes import Counting, agrees, exact_return
 from tests.toys import IDS, legal, packaged_denoiser, same, shown
@@ -83,11 +85,39 @@ def test_seeds_are_consecutive_and_last_for_one_reset() -> None:
     same(stable.reset(), envs.reset(seed=3)[0])
 
 
-def test_options_are_refused() -> None:
-    stable = SB3VecEnv(vector(2))
-    stable.set_options({"instances": None})
-    with pytest.raises(UnmaskError, match="takes no options"):
-        stable.reset()
+def test_from_an_id_it_is_the_environment_that_make_vec_makes() -> None:
+    named = SB3VecEnv("Unmask/Sudoku4x4-v0", num_envs=3, denoiser="sudoku4", split="test", nfe_budget=9)
+    made = SB3VecEnv(gymnasium.make_vec("Unmask/Sudoku4x4-v0", num_envs=3, split="test", nfe_budget=9))
+    assert (named.num_envs, named.envs.unwrapped.process.horizon) == (3, 9)
+    named.seed(4), made.seed(4)
+    np.testing.assert_array_equal(named.reset()["tokens"], made.reset()["tokens"])
+    assert SB3VecEnv("Unmask/Sudoku4x4-v0").num_envs == 1
+    with pytest.raises(
+        UnknownNameError, match=r"unknown environment 'Unmask/Sudoku4x5-v0'; did you mean Unmask/Sudoku4x4"
+    ):
+        SB3VecEnv("Unmask/Sudoku4x5-v0", num_envs=2)
+    with pytest.raises(UnmaskError, match="num_envs, split: only with an environment's id; this environment is made"):
+        SB3VecEnv(vector(2), num_envs=2, split="test")
+    with pytest.raises(UnmaskError, match="takes an environment's id or an UnmaskVectorEnv, not SyncVectorEnv"):
+        SB3VecEnv("Unmask/Sudoku4x4-v0", num_envs=2, vectorization_mode="sync")
+
+
+def test_options_choose_the_instances_of_one_reset() -> None:
+    stable = SB3VecEnv("Unmask/Sudoku4x4-v0", num_envs=2, split="test")
+    heldout = tasks.get("sudoku4").heldout().tokens.numpy()
+    stable.set_options([{"index": 7}, {"index": 0}])
+    np.testing.assert_array_equal(stable.reset()["tokens"], heldout[[7, 0]])
+    stable.set_options({"index": 5})
+    np.testing.assert_array_equal(stable.reset()["tokens"], heldout[[5, 5]])
+    assert not (stable.reset()["tokens"] == heldout[[5, 5]]).all(), "of one reset only"
+    for options, message in (
+        ([{"index": 7}, {}], "takes an index for each of the 2 environments, or for none"),
+        ({"instances": None}, "reset takes no option instances; known: index"),
+        ({"index": -1}, "must be a whole number from 0 to [0-9]+, not -1"),
+    ):
+        stable.set_options(options)
+        with pytest.raises(UnmaskError, match=message):
+            stable.reset()
 
 
 def test_what_they_ask_of_each_environment() -> None:
