@@ -169,3 +169,15 @@ def test_a_program_is_of_a_size_and_a_place_that_can_be_had(tmp_path: Path) -> N
     (text,) = (t for name, t in engine_files("sglang", 4, 4, place / "policy.pt2").items() if name.endswith("yaml"))
     read = yaml.safe_load(text)
     assert read == {"program": str(place.resolve() / "policy.pt2"), "block_size": 4}
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UnmaskError, match=r"cannot write .*policy\.pt2: File too large"):
+            run(ExportCommand("margin", tmp_path / "out", vocab_size=4, length=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [*(tmp_path / "out").iterdir()] == []
