@@ -106,7 +106,7 @@ def test_the_step_of_the_algorithm_for_sglang(exported, monkeypatch) -> None:
     base = "sglang.srt.dllm.algorithm.base"
     text = (exported / "unmask_policy.py").read_text()
     defined = defined_by(text, monkeypatch, base, DllmAlgorithm=DllmAlgorithm)
-    program, size = (line.partition(": ")[2] for line in (exported / "unmask.yaml").read_text().splitlines())
+    program, size = yaml.safe_load((exported / "unmask.yaml").read_text()).values()
     config = SimpleNamespace(block_size=int(size), mask_id=6, algorithm_config={"program": program})
     algorithm = defined["Algorithm"](config)
     tokens, model, filled = rolled()
