@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,5 +218,6 @@ def engine_files(to: str, vocab_size: int, length: int, program: Path) -> dict[s
 
 
 def _save(program: torch.export.ExportedProgram, path: Path) -> None:
-    with open(path, "wb") as file:  # the temporary file's name has no ending, which saving by name asks for
-        torch.export.save(program, file)
+    whole = io.BytesIO()  # torch's writer ends the process where it cannot write to a file
+    torch.export.save(program, whole)
+    path.write_bytes(whole.getvalue())

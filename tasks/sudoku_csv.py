@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,12 +82,13 @@ def _columns(cells: list[str], size: int) -> tuple[tuple[int, int | None, int], 
 def _boards(puzzle_text: str, solution_text: str, h: int, w: int) -> tuple[list[int], list[int]]:
     """A puzzle and its solution, which is solved for where none is given. Raises :class:`tasks.UnmaskError`."""
     puzzle = _digits(puzzle_text, "puzzle", h * w)
-    seen: set[tuple[int, int, int]] = set()
-    for v, places in zip(puzzle, units(h, w), strict=True):
-        for k, unit in enumerate(places) if v else ():
-            if (k, unit, v) in seen:
-                raise UnmaskError(f"illegal clue: digit {v} twice in {('row', 'column', 'box')[k]} {unit + 1}")
-            seen.add((k, unit, v))
+    clues = [(v, places) for v, places in zip(puzzle, units(h, w), strict=True) if v]
+    for k, kind in enumerate(("row", "column", "box")):
+        seen: set[tuple[int, int]] = set()
+        for v, places in clues:
+            if (places[k], v) in seen:
+                raise UnmaskError(f"illegal clue: digit {v} twice in {kind} {places[k] + 1}")
+            seen.add((places[k], v))
     if all(puzzle):
         raise UnmaskError("the puzzle has no blank")
     if not solution_text:
@@ -105,8 +107,13 @@ def _boards(puzzle_text: str, solution_text: str, h: int, w: int) -> tuple[list[
     return puzzle, answer
 
 
+@cache
+def _values(n: int) -> dict[str, int]:
+    return {str(v): v for v in range(n + 1)} | {".": 0}
+
+
 def _digits(text: str, what: str, n: int) -> list[int]:
-    digits = {str(v): v for v in range(n + 1)} | {".": 0}
+    digits = _values(n)
     if len(text) != n * n:
         raise UnmaskError(f"the {what} has {len(text)} characters; a {n}x{n} board has {n * n}")
     wrong = sorted(set(text) - digits.keys())

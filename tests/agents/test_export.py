@@ -108,7 +108,7 @@ def test_the_step_of_the_algorithm_for_sglang(exported, monkeypatch) -> None:
     assert "SGLang 0.5.23" in text
     assert "has not been run in the engine" in text.replace("\n", " ")
     defined = defined_by(text, monkeypatch, base, DllmAlgorithm=DllmAlgorithm)
-    program, size = (line.partition(": ")[2] for line in (exported / "unmask.yaml").read_text().splitlines())
+    program, size = yaml.safe_load((exported / "unmask.yaml").read_text()).values()
     config = SimpleNamespace(block_size=int(size), mask_id=6, algorithm_config={"program": program})
     algorithm = defined["Algorithm"](config)
     tokens, model, filled = rolled()
@@ -172,3 +172,15 @@ def test_a_program_is_of_a_size_and_a_place_that_can_be_had(tmp_path: Path) -> N
     (text,) = (t for name, t in engine_files("sglang", 4, 4, place / "policy.pt2").items() if name.endswith("yaml"))
     read = yaml.safe_load(text)
     assert read == {"program": str(place.resolve() / "policy.pt2"), "block_size": 4}
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UnmaskError, match=r"cannot write .*policy\.pt2: File too large"):
+            run(ExportCommand("margin", tmp_path / "out", vocab_size=4, length=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [*(tmp_path / "out").iterdir()] == []
