@@ -6,9 +6,9 @@ set -eu
 [ $# -gt 0 ] || set -- $(python -c 'import unmask_env; print(*unmask_env.ids())')
 for id in "$@"; do
     case $id in
-        Unmask/FreeText-*) how="--temperature 1 --limit 600" ;;
-        Unmask/Sudoku9x9-*) how="--limit 500" ;;
-        *) how="--limit 2000" ;;
+        Unmask/FreeText-*) how="--temperature 1 --limit 300" ;;
+        Unmask/Sudoku9x9-*) how="--limit 300" ;;
+        *) how="--limit 1000" ;;
     esac
     python benchmarks/compare.py --task "$id" $how --orders random left_to_right max_confidence margin entropy \
         --out "benchmarks/results/references/$(basename "$id").json"
