@@ -103,10 +103,12 @@ class Played(NamedTuple):
         return any(low > 0 for _, low, _ in better) or (saved > 0 and not self.falls_below(start))
 
     def falls_below(self, start: Played) -> bool:
+        """Whether score or reward is below that of ``start``, beyond the paired 95 % interval."""
         return any(paired_difference(*pair)[2] < 0 for pair in ((self.score, start.score), (self.reward, start.reward)))
 
     @property
     def perfect(self) -> bool:
+        """Whether every instance has a score and a reward of 1."""
         return bool((self.score == 1).all() and (self.reward == 1).all())
 
 
@@ -230,6 +232,7 @@ class Validation:
         return {"best": self._best}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from the best score that the state holds."""
         self._best = float(state["best"])
 
     def _note(self) -> str:
@@ -269,6 +272,7 @@ class Validation:
 
 # ---------------------------------------------------------------------- small parts
 def percent(values: Tensor) -> str:
+    """The mean of ``values`` in percent, with one decimal."""
     return f"{100 * float(values.mean()):.1f}"
 
 

@@ -367,6 +367,7 @@ class RunningMean:
         self.total, self.count = torch.zeros((), device=device), 0
 
     def add(self, value: Tensor) -> None:
+        """Count ``value`` in."""
         self.total, self.count = self.total + value.detach(), self.count + 1
 
     def take(self) -> list[float]:
@@ -376,9 +377,11 @@ class RunningMean:
         return means
 
     def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on."""
         return {"total": self.total, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
         self.total, self.count = state["total"].to(self.total.device), int(state["count"])
 
 

@@ -7,10 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import griffe
+from roles import ROLE
 
 PACKAGES = {
-    "unmask_env": "the decision process and its interfaces",
     "agents": "order policies, the algorithms that train them, evaluation, the command line",
+    "unmask_env": "the decision process and its interfaces",
     "pretrain": "noise processes, objectives, samplers, the training loop of denoisers",
     "tasks": "data and truth: symbols, instances, rewards",
 }
@@ -30,6 +31,9 @@ def _modules(module: griffe.Module) -> Iterator[griffe.Module]:
     for name, below in sorted(module.modules.items()):
         if not below.is_alias and not name.startswith(("_", "generate_")):
             yield from _modules(below)
+
+
+PLAIN = ("ABC", "NamedTuple")  # bases without methods to document
 
 
 def pages(root: Path) -> dict[str, str]:
@@ -78,8 +82,6 @@ def _text(module: griffe.Object) -> str:
 
 def _first(module: griffe.Object | None) -> str:
     """The first sentence, for a table."""
-    from roles import ROLE
-
     paragraph = "" if module is None else " ".join(_text(module).partition("\n\n")[0].split())
     return ROLE.sub(r"`\1`", paragraph).replace("|", r"\|")
 
@@ -111,4 +113,5 @@ def _inherits(kind: griffe.Class, name: str) -> bool:
     """Whether a base documents ``name``, or may: bases of other libraries are not read."""
     bases = kind.resolved_bases
     documented = any(name in base.members and base.members[name].docstring for base in bases)
-    return len(bases) < len(kind.bases) or documented or any(_inherits(base, name) for base in bases)
+    external = [base for base in kind.bases if str(base) not in PLAIN]
+    return len(bases) < len(external) or documented or any(_inherits(base, name) for base in bases)

@@ -46,7 +46,8 @@ def pages(root: Path) -> dict[str, str | bytes]:
 
 
 OWN = """\
-Every id takes another denoiser, reference policy or kind of action: `gym.make(id, denoiser="runs/mine", actions="set")`.
+Every id takes another denoiser, reference policy or kind of action:
+`gym.make(id, denoiser="runs/mine", actions="set")`.
 `gym.make_vec(id, num_envs=64)` plays 64 boards with one denoiser forward per step.
 [A task of your own](../tutorials/own-task.md) becomes an environment by one call."""
 
@@ -228,7 +229,7 @@ def _picture(env: UnmaskEnv) -> bytes:
     _, info = env.reset(seed=0)
     frames, ended = [env.render()], False
     while not ended:
-        observation, _, terminated, truncated, info = env.step(int(info["log_reference"].argmax()))
+        _, _, terminated, truncated, info = env.step(int(info["log_reference"].argmax()))
         frames.append(env.render())
         ended = terminated or truncated
     shown = [frames[0], frames[len(frames) // 2], frames[-1]]
