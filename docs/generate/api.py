@@ -65,6 +65,8 @@ def _index(package: griffe.Module, inside: list[griffe.Module]) -> str:
 def _found(package: griffe.Module, name: str) -> griffe.Object | None:
     """What ``name`` of a package's ``__all__`` is; also where it is imported only when it is asked for."""
     member = package.members.get(name)
+    if member is not None and member.is_module:  # which has what it is named after
+        member = member.members.get(name, member)
     if member is not None:
         return member.final_target if member.is_alias else member
     places = [module.members[name] for module in _modules(package) if name in module.classes]

@@ -1,4 +1,4 @@
-"""A page per registered id: what `UnmaskEnv`, the task and the spaces say of themselves, a picture, committed scores."""
+"""A page per registered id: what the class, the task and the spaces say of themselves, a picture, committed scores."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import unmask_env
 from gymnasium import spaces
 from PIL import Image
 from roles import ROLE
+
+import unmask_env
 from unmask_env import Rules
 from unmask_env.gym_env import UnmaskEnv
 from unmask_env.registration import lookup
