@@ -20,7 +20,7 @@ PACKAGES = {
 @cache
 def _packages(root: Path) -> dict[str, griffe.Module]:
     loader = griffe.GriffeLoader(search_paths=[root])
-    loaded = {name: loader.load(name) for name in PACKAGES}
+    loaded = {name: loader.load(name, try_relative_path=False) for name in PACKAGES}
     loader.resolve_aliases(external=False)
     return loaded
 

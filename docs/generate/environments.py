@@ -174,7 +174,7 @@ def _explained(kind: type) -> dict[str, str]:
     text = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", inspect.getdoc(kind) or "", flags=re.MULTILINE)
     found = {}
     for entry in re.split(r"\n(?=    \S)", text[1].rstrip() if text else ""):
-        for part in re.split(r"(?<=\.) (?=[a-z_]+: )", " ".join(entry.split())):
+        for part in re.split(r"(?<=\.) (?=[a-z_]+(?:, [a-z_]+)*: )", " ".join(entry.split())):
             names, _, words = part.partition(": ")
             found |= {name.strip(): _prose(words) for name in names.split(",")}
     return found
