@@ -23,6 +23,7 @@ from unmask_env.registration import lookup
 
 SCORES = "benchmarks/results/references"
 EXAMPLES = 200  # instances that a page counts the holes of
+WIDEST, GAP = 900, 12  # pixels, of pictures
 OF_ALL = """\
 All environments are one class, [`UnmaskEnv`](../api/unmask_env/gym_env.md), with another task and denoiser each.
 """
@@ -72,8 +73,8 @@ def _page(root: Path, id: str, name: str, env: UnmaskEnv) -> str:
         ),
         "## Description",
         said["Description"],
-        _prose(_module(task)),
         _prose(_before_args(inspect.getdoc(type(task)))),
+        _prose(_module(task)),
         "## Action Space",
         _actions(id),
         said["Action Space"],
@@ -123,7 +124,9 @@ def _module(task: Any) -> str:
 
 
 def _first(task: Any) -> str:
-    return _prose(_before_args(inspect.getdoc(type(task)))).partition("\n\n")[0].partition(". ")[0].replace("\n", " ")
+    """The first sentence, or what of it stands before a formula."""
+    paragraph = _prose(_before_args(inspect.getdoc(type(task)))).partition("\n\n")[0]
+    return " ".join(paragraph.partition(". ")[0].split()).rstrip(".,:")
 
 
 def _table(*rows: tuple[str, ...], head: tuple[str, ...] = ("", "")) -> str:
@@ -226,17 +229,26 @@ def _title(name: str) -> str:
 
 
 def _picture(env: UnmaskEnv) -> bytes:
-    """PNG: one episode at its start, half-way and at its end; long lines under each other, boards side by side."""
+    """PNG: one episode at its start, half-way and at its end; lines under each other, boards side by side."""
     _, info = env.reset(seed=0)
     frames, ended = [env.render()], False
     while not ended:
         _, _, terminated, truncated, info = env.step(int(info["log_reference"].argmax()))
         frames.append(env.render())
         ended = terminated or truncated
-    shown = [frames[0], frames[len(frames) // 2], frames[-1]]
-    across = 0 if shown[0].shape[1] > 2 * shown[0].shape[0] else 1
-    gap = np.full((12, shown[0].shape[1], 3) if across == 0 else (shown[0].shape[0], 12, 3), 255, np.uint8)
-    whole = np.concatenate([shown[0], gap, shown[1], gap, shown[2]], axis=across)
+    line = env.task.is_line
+    shown = [_folded(frame) if line else frame for frame in (frames[0], frames[len(frames) // 2], frames[-1])]
+    height, width, _ = shown[0].shape
+    gap = np.full((GAP, width, 3) if line else (height, GAP, 3), 255, np.uint8)
+    whole = np.concatenate([shown[0], gap, shown[1], gap, shown[2]], axis=0 if line else 1)
     file = io.BytesIO()
     Image.fromarray(whole).convert("P", palette=Image.Palette.ADAPTIVE, colors=32).save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def _folded(line: np.ndarray) -> np.ndarray:
+    """The picture of a line in pieces under each other, none wider than ``WIDEST``."""
+    pieces = -(-line.shape[1] // WIDEST)
+    width = -(-line.shape[1] // pieces)
+    padded = np.pad(line, ((0, 0), (0, pieces * width - line.shape[1]), (0, 0)), constant_values=255)
+    return np.concatenate(np.split(padded, pieces, axis=1), axis=0)
