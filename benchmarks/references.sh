@@ -7,7 +7,8 @@ set -eu
 for id in "$@"; do
     case $id in
         Unmask/FreeText-*) how="--temperature 1 --limit 300" ;;
-        Unmask/Sudoku9x9-*) how="--limit 300" ;;
+        Unmask/Sudoku9x9-*) how="--limit 100" ;;
+        Unmask/TextInfill-*) how="--limit 400" ;;
         *) how="--limit 1000" ;;
     esac
     python benchmarks/compare.py --task "$id" $how --orders random left_to_right max_confidence margin entropy \
