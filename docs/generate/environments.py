@@ -32,18 +32,14 @@ All environments are one class, [`UnmaskEnv`](../api/unmask_env/gym_env.md), wit
 def pages(root: Path) -> dict[str, str | bytes]:
     """Text and pictures by path: ``environments/index.md``, and ``environments/NAME.md`` and ``.png`` for each id."""
     made: dict[str, str | bytes] = {}
-    rows = []
+    parts = ["# Environments", OF_ALL]
     for id in unmask_env.ids():
         env = gymnasium.make(id, render_mode="rgb_array").unwrapped
         name = id.partition("/")[2]
         made[f"environments/{name}.png"] = _picture(env)
         made[f"environments/{name}.md"] = _page(root, id, name, env)
-        rows.append(
-            f"| ![{name}]({name}.png){{ width=180 }} | [`{id}`]({name}.md) | {_first(env.task)} | {env.task.length} | "
-            f"{env.task.vocab_size} | `{lookup(id).denoiser}` |"
-        )
-    head = ["# Environments", "", OF_ALL, "| | id | | positions | symbols | denoiser |", "|---|---|---|---:|---:|---|"]
-    made["environments/index.md"] = "\n".join([*head, *rows, "", OWN]) + "\n"
+        parts += [f"## {id}", f"![{name}]({name}.png)", f"{_first(env.task)}: [`{id}`]({name}.md). {_sizes(id, env)}"]
+    made["environments/index.md"] = "\n\n".join([*parts, "## Others", OWN]) + "\n"
     return made
 
 
@@ -132,6 +128,10 @@ def _first(task: Any) -> str:
 def _table(*rows: tuple[str, ...], head: tuple[str, ...] = ("", "")) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join(lines + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows])
+
+
+def _sizes(id: str, env: UnmaskEnv) -> str:
+    return f"{env.task.length} positions, {env.task.vocab_size} symbols; denoiser `{lookup(id).denoiser}`."
 
 
 def _parameters(env: UnmaskEnv) -> int:
