@@ -204,7 +204,7 @@ def _task_options(task: Any, named: str) -> str:
 def _scores(file: Path) -> str:
     """The committed JSON of ``benchmarks/references.sh`` as a table; a sentence where there is none."""
     if not file.exists():
-        return "None are committed."
+        return f"None are committed; `benchmarks/references.sh Unmask/{file.stem}` makes them."
     report = json.loads(file.read_text())
     names = [key for key in report["rows"][0] if key not in SPENT]
     rows = []
