@@ -38,7 +38,7 @@ def pages(root: Path) -> dict[str, str | bytes]:
         name = id.partition("/")[2]
         made[f"environments/{name}.png"] = _picture(env)
         made[f"environments/{name}.md"] = _page(root, id, name, env)
-        parts += [f"## {id}", f"![{name}]({name}.png)", f"{_first(env.task)}: [`{id}`]({name}.md). {_sizes(id, env)}"]
+        parts += [f"## [{id}]({name}.md)", f"![{name}]({name}.png)", f"{_first(env.task)}. {_sizes(id, env)}"]
     made["environments/index.md"] = "\n\n".join([*parts, "## Others", OWN]) + "\n"
     return made
 
