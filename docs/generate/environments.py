@@ -17,6 +17,7 @@ from PIL import Image
 from roles import ROLE
 
 import unmask_env
+from tasks.registry import _TASKS
 from unmask_env import Rules
 from unmask_env.gym_env import UnmaskEnv
 from unmask_env.registration import lookup
@@ -91,7 +92,7 @@ def _page(root: Path, id: str, name: str, env: UnmaskEnv) -> str:
         "## Arguments",
         said["Arguments"],
         _rules(),
-        _task_options(task, str(registered.task)),
+        _task_options(id),
         "## Reference Scores",
         _scores(root / SCORES / f"{name}.json"),
         "## Version History",
@@ -189,15 +190,17 @@ def _rules() -> str:
     return "Fields of `Rules`, each a keyword of `gym.make`:\n\n" + _table(*rows, head=("argument", "default", ""))
 
 
-def _task_options(task: Any, named: str) -> str:
-    said = _explained(type(task))
+def _task_options(id: str) -> str:
+    """What may stand behind the name of the task, as whatever makes it takes it."""
+    name = str(lookup(id).task).partition(":")[0]
+    factory = _TASKS[name]
+    said = _explained(getattr(factory, "func", factory))
     rows = []
-    for option in inspect.signature(type(task)).parameters.values():
+    for option in inspect.signature(factory).parameters.values():
         default = "" if option.default is option.empty else f"`{option.default!r}`"
         rows.append((f"`{option.name}`", default, said.get(option.name, "")))
-    intro = f"Options of the task; this environment's is `{named}`, and another is named in the same way or made as an"
-    example = f"object, `gym.make(..., task=tasks.{type(task).__name__}(...), denoiser=...)`:"
-    return f"{intro} {example}\n\n" + _table(*rows, head=("option", "default", ""))
+    intro = f'Options of the task, as in `gym.make("{id}", task="{name}:OPTION=VALUE")`; the denoiser must suit it:'
+    return f"{intro}\n\n" + _table(*rows, head=("option", "default", ""))
 
 
 # ---------------------------------------------------------------------- scores and pictures
