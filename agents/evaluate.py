@@ -84,10 +84,12 @@ class Result:
 
     @property
     def solved(self) -> Tensor:
+        """(n,) the task's first metric."""
         return next(iter(self.metrics.values()))
 
     @property
     def nfe(self) -> float:
+        """Mean denoiser forwards per instance."""
         return float(self.forwards.double().mean())
 
     def row(self) -> dict[str, Any]:

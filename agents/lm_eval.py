@@ -57,11 +57,13 @@ class Prompts(Task):
         self.shape = (1, 32)  # a denoiser is tried out at this length when it is loaded
 
     def of(self, prompt_length: int, holes: int) -> Prompts:
+        """The same task with prompts and answers of other lengths."""
         sized = copy.copy(self)
         sized.prompt_length, sized.shape = prompt_length, (1, prompt_length + holes)
         return sized
 
     def instances(self, prompts: Sequence[Sequence[int]]) -> Instances:
+        """``prompts``, padded on the left, each with all of its answer masked: (N, L)."""
         rows = [[self.pad_id] * (self.prompt_length - len(prompt)) + [*prompt] for prompt in prompts]
         given = torch.tensor(rows, dtype=torch.int64).view(len(rows), -1)
         return self.behind_prompt(torch.nn.functional.pad(given, (0, self.length - given.shape[1])))

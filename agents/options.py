@@ -72,14 +72,17 @@ class Option(NamedTuple):
 
     @property
     def flag(self) -> str:
+        """As it is typed: ``--batch``; a positional one is its name in capitals."""
         return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
 
     @property
     def required(self) -> bool:
+        """Whether it has no default."""
         return self.default is dataclasses.MISSING
 
     @property
     def flags(self) -> tuple[str, ...]:
+        """All that may be typed: one that is on or off also has ``--no-``."""
         return (self.flag,) if self.form else (self.flag, f"--no-{self.flag[2:]}")
 
 

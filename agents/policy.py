@@ -119,6 +119,7 @@ class Head(nn.Module):
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:
+    """``linear`` with all of its parameters set to 0."""
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
     return linear

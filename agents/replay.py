@@ -45,7 +45,9 @@ class Replay:
             self.answers = torch.cat([self.answers, answers])[-self.capacity :]
 
     def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on."""
         return {"tokens": self.tokens, "answers": self.answers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
         self.tokens, self.answers = state["tokens"], state["answers"]

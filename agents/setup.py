@@ -115,6 +115,7 @@ class Setup(NamedTuple):
 
     @property
     def device(self) -> torch.device:
+        """Where the denoiser and the policy are."""
         return self.process.device
 
     @property

@@ -67,9 +67,11 @@ class States:
         return len(self.tokens)
 
     def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
         for name in vars(self):
             setattr(self, name, state[name])
 

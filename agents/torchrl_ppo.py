@@ -69,6 +69,7 @@ class TorchRLGRPOConfig(RLConfig):
 
     @property
     def num_envs(self) -> int:
+        """Boards that play side by side: a group for each instance."""
         return self.puzzles * self.group
 
 

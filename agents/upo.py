@@ -88,6 +88,7 @@ class Batch(NamedTuple):
     advantage: Tensor
 
     def rows(self, index: Tensor) -> Batch:
+        """The batch of the rows ``index``."""
         return Batch(*(part[index] for part in self))
 
 

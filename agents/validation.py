@@ -104,6 +104,7 @@ class Played(NamedTuple):
         return any(low > 0 for _, low, _ in better) or (saved > 0 and not self.falls_below(start))
 
     def falls_below(self, start: Played) -> bool:
+        """Whether score or reward is below that of ``start``, beyond the paired 95 % interval."""
         return any(paired_difference(*pair)[2] < 0 for pair in ((self.score, start.score), (self.reward, start.reward)))
 
     def summary(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ class Played(NamedTuple):
 
     @property
     def perfect(self) -> bool:
+        """Whether every instance has a score and a reward of 1."""
         return bool((self.score == 1).all() and (self.reward == 1).all())
 
 
@@ -238,6 +240,7 @@ class Validation:
         return {"best": self._best, "results": self.results()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the best score and the last results that the state holds."""
         self._best, self._told = float(state["best"]), state.get("results")
 
     def results(self) -> dict[str, Any] | None:
@@ -301,6 +304,7 @@ class Validation:
 
 # ---------------------------------------------------------------------- small parts
 def percent(values: Tensor) -> str:
+    """The mean of ``values`` in percent, with one decimal."""
     return f"{100 * float(values.mean()):.1f}"
 
 

@@ -462,4 +462,5 @@ def _order_network(dim: int, heads: int) -> nn.Module:
 
 
 def parameter_count(module: nn.Module) -> int:
+    """How many numbers the module's parameters hold."""
     return sum(p.numel() for p in module.parameters())

@@ -109,6 +109,7 @@ def report_json(path: Path | None, value: Any) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON; a reader sees the old file or the whole new one."""
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
 

@@ -43,9 +43,11 @@ class PolynomialSchedule:
     order_weights: Tensor
 
     def masked_probability(self, t: Tensor) -> Tensor:
+        """(N, L) 1 - alpha^i(t) = t^w_i at times ``t`` (N,)."""
         return t.unsqueeze(1) ** self.order_weights
 
     def velocity(self, t: Tensor) -> Tensor:
+        """(N, L) A^i(t) = w_i / t at times ``t`` (N,)."""
         return self.order_weights / t.unsqueeze(1)
 
     def log_time(self, share: Tensor) -> Tensor:

@@ -275,6 +275,7 @@ class Run:
             self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def save(self) -> None:
+        """Write the weights and the state to resume from; only the first process does."""
         if self.main:
             if self.publish is not None:
                 self.publish(self.step, self.out)

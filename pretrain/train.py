@@ -370,6 +370,7 @@ class RunningMean:
         self.taken: list[float] = []  # what was taken last, for the model's card
 
     def add(self, value: Tensor) -> None:
+        """Count ``value`` in."""
         self.total, self.count = self.total + value.detach(), self.count + 1
 
     def take(self) -> list[float]:
@@ -379,9 +380,11 @@ class RunningMean:
         return means
 
     def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on."""
         return {"total": self.total, "count": self.count, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
         self.total, self.count = state["total"].to(self.total.device), int(state["count"])
         self.taken = state.get("taken", [])
 

@@ -48,6 +48,7 @@ class NoisySequences:
 
     @property
     def is_noise(self) -> Tensor:
+        """(N, L) bool: free positions that hold the noise symbol."""
         return (self.tokens == self.noise) & self.free
 
     def moved(self, tokens: Tensor) -> NoisySequences:

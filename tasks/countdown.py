@@ -183,6 +183,7 @@ class Countdown(Task):
         return [int(number) for number in numbers.split(",")], int(target)
 
     def text(self, tokens: Tensor) -> str:
+        """``tokens`` (L,) as a string; a hole is a dot."""
         return "".join(self.symbol(int(token)) for token in tokens)
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:

@@ -78,4 +78,5 @@ class FreeText(Task):
         return {name: (value * complete).float() for name, value in metrics.items()}
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        """(N,) likelihood p(x)^(1/L) under the scorer, times how varied the text is: nothing for repetition."""
         return self.metrics(tokens, instances)["reward"]

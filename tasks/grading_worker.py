@@ -75,6 +75,7 @@ def _give_up_rights():
 
 
 def main() -> None:
+    """Judge the answers that come in, one line each, until the input ends."""
     sys.path[:] = json.loads(sys.stdin.readline())  # the parent's: its libraries
     is_right = _load()
     _give_up_rights()

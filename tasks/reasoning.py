@@ -45,6 +45,7 @@ class Problem(NamedTuple):
     check: Callable[[str], bool] | None = None
 
     def is_right(self, text: str) -> bool:
+        """Whether ``text`` answers it."""
         return grade([(text, self.answer)])[0] if self.check is None else self.check(text)
 
 

@@ -29,6 +29,7 @@ def register(name: str, factory: Callable[..., Task]) -> None:
 
 
 def names() -> list[str]:
+    """The registered names, sorted."""
     return sorted(_TASKS)
 
 

@@ -37,6 +37,7 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
+        """Whether ``value`` is in the range."""
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:

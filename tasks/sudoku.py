@@ -174,4 +174,5 @@ class Sudoku(Task):
         return {"solved": solved.float(), "cell_accuracy": accuracy, "valid": valid.float()}
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        """(N,) the metric that ``reward`` names: by default 1 where the board is solved, else 0."""
         return self.metrics(tokens, instances)[self.reward_metric]

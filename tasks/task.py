@@ -41,6 +41,7 @@ class Instances:
         return Instances(self.tokens[rows], self.answers[rows])
 
     def to(self, device: torch.device | str) -> Instances:
+        """The same on another device."""
         return Instances(self.tokens.to(device), self.answers.to(device))
 
     def repeat(self, times: int) -> Instances:
@@ -87,6 +88,7 @@ class Task(ABC):
 
     @property
     def length(self) -> int:
+        """L, the number of positions."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -96,10 +98,12 @@ class Task(ABC):
 
     @property
     def vocab_size(self) -> int:
+        """V, the number of symbols; the mask is none of them."""
         return len(self.symbols)
 
     @property
     def mask_id(self) -> int:
+        """The token of a hole, V."""
         return len(self.symbols)
 
     @property
@@ -199,6 +203,7 @@ class Task(ABC):
         return {"reward": self.reward(tokens, instances)}
 
     def symbol(self, token: int) -> str:
+        """``token`` as people see it; a hole is a dot."""
         return "." if token == self.mask_id else self.symbols[token]
 
     def draw(self, tokens: Tensor) -> str:
@@ -262,8 +267,10 @@ class Infilling(Task):
         return self._hidden(self.heldout_answers(n, split), generator)
 
     def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        """The share of the hidden symbols that comes back right."""
         return self.accuracy(tokens, instances)
 
     def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+        """``token_accuracy`` over the hidden symbols, and ``exact``: whether all are right."""
         exact = (tokens == instances.answers).all(1).float()
         return {"token_accuracy": self.reward(tokens, instances), "exact": exact}

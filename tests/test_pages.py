@@ -1,16 +1,30 @@
 """What the README and the documentation show must run, and what they link to must exist."""
 
 import re
+import shlex
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+
+from agents.cli import main, parse, split
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = {"agents.lm_eval": "lm_eval", "agents.diffusers": "diffusers"}  # what snippets import, and the library of it
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CARDS = [card for room in ("agents", "pretrain") for card in sorted((ROOT / room / "models").glob("*/README.md"))]
 RESULTS = ROOT / "docs" / "results"
+GENERATED = ("docs/api/", "docs/environments/")  # by docs/generate, when the site is built; its links are checked there
+TUTORIALS = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]  # run from top to bottom
+WHOLE = [page for page in PAGES if page.parent != RESULTS]  # whose commands are of today; results have those of then
+SHORT = {  # a word or two that a command's name begins with: its options in tests
+    "pretrain": {"steps": 2, "batch": 8, "threads": 1},
+    "train": {"steps": 2, "iterations": 1, "puzzles": 20, "rows": 20, "validate_every": 0, "threads": 1},
+    "evaluate": {"limit": 4},
+    "show": {"delay": 0},
+    "list": {},
+}
 
 
 def name(page: Path) -> str:
@@ -24,6 +38,7 @@ def blocks(page: Path) -> list[str]:
 SNIPPETS = [
     pytest.param(page, block, id=f"{name(page)} {number}")
     for page in PAGES
+    if page not in TUTORIALS
     for number, block in enumerate(blocks(page), 1)
 ]
 
@@ -36,6 +51,62 @@ def test_python_of_the_pages_runs(page: Path, block: str, tmp_path: Path, monkey
             warnings.simplefilter("ignore")  # of the library
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(page), "exec"), {"__name__": "page"})
+
+
+def commands(bash: str) -> list[list[str]]:
+    """The words of every ``unmask`` command, without what stands behind a pipe or a second command."""
+    lines = bash.replace("\\\n", " ").splitlines()
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [each[1:] for each in words if each and each[0].rpartition("/")[2] == "unmask" and each[1:] != ["--version"]]
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The command with the small numbers of ``SHORT`` in place of its own."""
+    for name, value in SHORT[words[0]].items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+        words = [*words, flag, str(value)]
+    return words
+
+
+def small(python: str) -> str:
+    """A snippet with small numbers in place of its own: what is in the call of a settings class, and instances."""
+    numbers = {"steps": 2, "iterations": 1, "puzzles": 20}
+    python = re.sub(r"\b(steps|iterations|puzzles)=\d+", lambda found: f"{found[1]}={numbers[found[1]]}", python)
+    return re.sub(r"heldout\(\d+\)", "heldout(4)", python)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("page", TUTORIALS, ids=name)
+def test_tutorials_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python and commands in the order of the page, in one folder; a block that begins with a file's name is saved."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before, ran = set(sys.modules), 0
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        if file := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / file[1]).write_text(block)
+        elif language == "python":
+            exec(compile(small(block), str(page), "exec"), {"__name__": "page"})
+        else:
+            for words in commands(block):
+                main(shortened(words))
+        ran += 1
+    assert ran
+    for module in set(sys.modules) - before:
+        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[module]
+
+
+@pytest.mark.parametrize("page", WHOLE, ids=name)
+def test_commands_of_the_pages_are_understood(page: Path) -> None:
+    """Each names a command that there is, with options and values that it takes."""
+    for bash in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for words in commands(bash):
+            command, rest = split(words)
+            if command != "list":
+                parse(command, rest)
 
 
 def test_the_example_of_a_new_environment_is_complete_and_short() -> None:
@@ -58,6 +129,8 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         file, _, anchor = link.partition("#")
         target = (page.parent / file).resolve() if file else page
+        if target.is_relative_to(ROOT) and name(target).startswith(GENERATED):
+            continue
         assert target.exists(), f"{name(page)}: {link}"
         assert not anchor or anchor in anchors(target), f"{name(page)}: {link}"
 

@@ -73,10 +73,12 @@ class Graph:
 
     @property
     def starts(self) -> int:
+        """P, how many different boards play begins at."""
         return len(self.weight)
 
     @property
     def boards(self) -> int:
+        """How many different boards can be met, over all levels."""
         return sum(len(level.start) for level in self.levels)
 
 

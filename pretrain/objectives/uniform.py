@@ -35,6 +35,7 @@ class Corrupted(NamedTuple):
 
     @property
     def free(self) -> Tensor:
+        """(N, L) bool: what may be noise; all but the prompt."""
         return self.alpha < 1
 
 
