@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import tyro
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agents.decoding import Thresholds, most_likely_set
@@ -21,7 +22,7 @@ from unmask_env.distributions import Categorical
 from unmask_env.reference import REFERENCES, Policy, reference
 from unmask_env.state import WHOLE, Denoised, Observation
 
-PROGRAM = "policy.pt2"
+PROGRAM, WEIGHTS = "policy.pt2", "policy.safetensors"
 LARGEST = 2**28  # positions times symbols
 SHARED = '''
 VOCAB_SIZE = {vocab_size}
@@ -201,6 +202,9 @@ def run(command: ExportCommand) -> None:
     check_writable(command.out / PROGRAM, "--out")
     program = export(policy, vocab_size, length)
     write_atomically(command.out / PROGRAM, lambda path: _save(program, path))
+    if program.state_dict:  # a rule has no weights
+        weights = {name: weight.contiguous() for name, weight in program.state_dict.items()}
+        write_atomically(command.out / WEIGHTS, lambda path: save_file(weights, path))
     settings = {"policy": command.policy, "vocab_size": vocab_size, "length": length, "torch": torch.__version__}
     write_json(command.out / "policy.json", settings)
     for name, text in engine_files(command.to, vocab_size, length, command.out / PROGRAM).items():

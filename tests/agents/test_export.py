@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from agents.cli import main
 from agents.export import ExportCommand, engine_files, export, run
@@ -71,12 +72,18 @@ def test_a_trained_policy_from_its_file(name, exported, tmp_path, capsys) -> Non
     if name != SETS:
         main(["export", name, "--out", str(folder)])
         assert "6 symbols, 36 positions" in capsys.readouterr().out
-        assert {file.name for file in folder.iterdir()} == {"policy.pt2", "policy.json"}
+        assert {file.name for file in folder.iterdir()} == {"policy.pt2", "policy.json", "policy.safetensors"}
     program = torch.export.load(folder / "policy.pt2").module()
     policy = load_policy(name)
     process = make_process("sudoku6", denoiser="sudoku6-tiny", actions=policy.actions)
     instances = process.task.heldout(20)
-    assert torch.equal(played(program, process, instances), process.rollout(policy, instances).tokens)
+    tokens = process.rollout(policy, instances).tokens
+    assert torch.equal(played(program, process, instances), tokens)
+    with torch.no_grad():
+        for weight in program.parameters():
+            weight.fill_(torch.nan)
+    program.load_state_dict(load_file(folder / "policy.safetensors"))
+    assert torch.equal(played(program, process, instances), tokens)
     assert json.loads((folder / "policy.json").read_text())["policy"] == name
 
 
