@@ -25,7 +25,7 @@ from torch import Tensor
 from agents.policy import LearnedPolicy, load_policy
 from pretrain.masking import plackett_luce
 from tasks import Instances, Task, UnmaskError
-from tasks.errors import first_line, optional
+from tasks.errors import MissingLibraryError, first_line, optional
 from tasks.math_word import ENDS_OF_TURN
 from tasks.settings import AtLeast1, NotNegative, Seed, checked
 from tasks.tokenizers import all_tokens, load_tokenizer
@@ -35,12 +35,18 @@ from unmask_env.process import Unmasking
 from unmask_env.reference import NO_ORDER, REFERENCES, Learned, LearnedGreedy, Policy, reference
 from unmask_env.state import Rules, State
 
-with optional("the model unmask of lm-evaluation-harness", "unmask[eval]"):
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    from tqdm import tqdm
+try:
+    with optional("the model unmask of lm-evaluation-harness", "unmask[eval]"):
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+        from tqdm import tqdm
+except MissingLibraryError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"unmask: {missing}", file=sys.stderr)
+    sys.exit(2)
 
 Likelihood = Literal["bound", "left_to_right", "one_forward"]
 GENERATED = 256  # tokens, where neither the task nor the user says how many
