@@ -274,9 +274,7 @@ def read_orders(orders: Orders | None, process: Unmasking) -> dict[str, Policy]:
     if isinstance(given, Mapping):
         named = list(given.items())
     else:
-        named = [
-            (each if isinstance(each, str) else getattr(each, "name", type(each).__name__), each) for each in given
-        ]
+        named = [(each if isinstance(each, str) else getattr(each, "name", ""), each) for each in given]
     if not named:
         raise UnmaskError("--orders needs at least one order")
     policies: dict[str, Policy] = {}

@@ -158,7 +158,7 @@ class ExportCommand:
 
 def _decision(policy: Policy, vocab_size: int, length: int) -> tuple[Decision, tuple[Tensor, Tensor, Tensor]]:
     """The module, with three rows that it was tried on. Raises :class:`UnmaskError` as :func:`export`."""
-    name = getattr(policy, "name", type(policy).__name__)
+    name = policy.name
     draws = policy.sampled and not policy.deterministic
     if draws or policy.sees_answers or policy.reads_hidden or policy.actions == "set+remask":
         raise UnmaskError(

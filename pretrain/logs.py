@@ -47,6 +47,7 @@ class Logs:
             self.wandb.log({**values, "step": step})
 
     def close(self, failed: bool = False) -> None:
+        """Write what is left, and end the run of W&B, as ``failed`` or not."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:

@@ -27,6 +27,7 @@ class Policy:
     """Anything that chooses positions: a map from an observation to a distribution over actions.
 
     Attributes:
+        name: of its row in tables; by default its class's.
         actions: the rules it is made for.
         sampled: evaluation samples it; else it takes the mode.
         deterministic: it gives some allowed actions probability 0, so that the KL to it may be infinite.
@@ -34,12 +35,18 @@ class Policy:
         reads_hidden: it reads the denoiser's hidden states. looks_back: it reads the forward before.
     """
 
+    name: ClassVar[str]
     actions: Actions = "single"
     sampled: bool = False
     deterministic: bool = False
     sees_answers: bool = False
     reads_hidden: bool = False
     looks_back: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
 
     def __call__(self, observation: Observation) -> Distribution:
         raise NotImplementedError
@@ -57,7 +64,6 @@ class Reference(Policy):
         customary: it is in tables that name no orders. sweeps: its curves, each a list of options, for frontiers.
     """
 
-    name: ClassVar[str]
     customary: ClassVar[bool] = False
     sweeps: ClassVar[dict[str, list[dict[str, Any]]]] = {}
     sampled = True

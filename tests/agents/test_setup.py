@@ -243,6 +243,8 @@ def test_seeded_puts_the_streams_back_after_an_error_too() -> None:
 class Tabular(FreePolicy, PyTorchModelHubMixin):
     """A free policy as the learners take it."""
 
+    trained = ""
+
     def __init__(self, vocab_size: int, length: int) -> None:
         super().__init__(vocab_size, length)
         self.vocab_size, self.length = vocab_size, length

@@ -249,7 +249,9 @@ def test_the_registry_knows_every_name_and_refuses_the_rest() -> None:
         assert type(reference(name)) is kind
         assert kind.name == name
     assert reference("top_k", k=3) == reference("top_k:k=3") == TopK(3)
-    with pytest.raises(UnknownNameError, match=r"unknown reference policy 'maxconf'; known: .*margin.*top_k"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown reference policy 'maxconf'; did you mean max_confidence\? known: .*margin"
+    ):
         reference("maxconf")
     with pytest.raises(UnmaskError, match="reference policy 'random' takes no options; not tau"):
         reference("random", tau=0.1)
