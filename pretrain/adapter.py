@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import tasks
-from pretrain import masking
+from pretrain import card, masking
 from pretrain.checkpoint import (
     PACKAGED_DENOISERS,
     CheckpointError,
@@ -278,6 +278,7 @@ def adapt(config: AdapterConfig, task: tasks.Task | None = None) -> Any:
 
     def publish(steps: int, folder: Path) -> None:
         save_adapter(model, folder)
+        card.write(folder, adapter_card(config, task, model, steps, mean.taken))
 
     title = f"adapt {config.base} ({sum(p.numel() for p in parameters):,} parameters)"
     run = Run(config, config.steps, {"adapter": learned, "optimizer": optimizer, "mean": mean}, title, publish=publish)
@@ -321,3 +322,21 @@ def save_adapter(model: Any, folder: Path) -> None:
     write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(save(tensors)))
     described = model.peft_config["default"].to_dict()
     write_json(folder / ADAPTER, {k: sorted(v) if isinstance(v, set) else v for k, v in described.items()})
+
+
+def adapter_card(config: AdapterConfig, task: tasks.Task, model: Any, steps: int, taken: Sequence[float]) -> str:
+    """The card of an adapter after ``steps`` steps, of which the last logged have the mean loss ``taken``."""
+    rows = {
+        "task": f"`{task.name}`",
+        "base": f"`{config.base}`",
+        "began from": None if config.init is None else f"`{config.init}`",
+        "objective": f"masked diffusion, {steps:,} steps of {config.batch} sequences of {task.length} tokens",
+        "seed": config.seed,
+        "parameters of the adapter": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}, in bfloat16",
+        "training loss when last logged": f"{taken[0]:.4f} nats per masked token" if taken else None,
+    }
+    front = {"library_name": "peft", "base_model": config.base, "tags": ["unmask", "discrete-diffusion", "lora"]}
+    what = (
+        "Attention is bidirectional, and the logits at a position are of the next one. Its base keeps its own licence."
+    )
+    return card.build(f"Masked denoiser of {config.base}", front, rows, what, card.training(config))

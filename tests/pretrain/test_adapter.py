@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import tasks
@@ -95,6 +96,9 @@ def test_it_learns_and_what_was_saved_is_what_was_trained(task: Text, base: Path
     folder = adapter_folder(tmp_path / "run")
     described = json.loads((folder / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(base)
+    told = ModelCard.load(folder / "README.md")
+    assert (told.data.library_name, told.data.base_model) == ("peft", str(base))
+    assert "120 steps of 16 sequences" in told.content
     read = masked_model(folder).eval()
     assert mask_of(read) == 0
     tokens = torch.tensor([[1, 0, 4, 0, 1, 0, 8]])
