@@ -9,9 +9,9 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest
 
-# Lint, and every test that does not train.
+# Lint, and every test that neither trains nor builds.
 check: lint
-	$(BIN)/python -m pytest --numprocesses 2 -m "not trains"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not trains and not slow"
 
 # The documentation site, into site/; a broken link, a page that is missing or a public name without a docstring fails.
 docs: venv

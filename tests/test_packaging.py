@@ -73,6 +73,7 @@ def environment(place: Path, wheel: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     files = {str(f.relative_to(ROOT)) for p in PACKAGES for f in (ROOT / p).rglob("*") if f.is_file()}
     files = {file for file in files if "__pycache__" not in file}
@@ -81,10 +82,12 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     assert {"agents/show.html", "tasks/data/sudoku4.npz", *(f"{p}/py.typed" for p in PACKAGES)} <= held
 
 
+@pytest.mark.slow
 def test_the_source_distribution_builds_the_wheel_of_the_checkout(place: Path, wheel: Path) -> None:
     assert contents(build("build_wheel", place / "checkout", place / "direct")) == contents(wheel)
 
 
+@pytest.mark.slow
 def test_the_source_distribution_holds_the_tests_and_the_pages(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
@@ -95,6 +98,7 @@ def test_the_source_distribution_holds_the_tests_and_the_pages(sdist: Path) -> N
     assert not [name for name in held if name.endswith(".pyc")]
 
 
+@pytest.mark.slow
 def test_the_core_asks_for_no_rl_library_and_extras_are_declared(wheel: Path) -> None:
     metadata = next(text.decode() for name, text in contents(wheel).items() if name.endswith("dist-info/METADATA"))
     required = re.findall(r"^Requires-Dist: ([\w\-]+)(.*)$", metadata, re.MULTILINE)
@@ -117,6 +121,7 @@ def test_every_extra_that_messages_and_pages_name_is_declared() -> None:
     assert named.keys() <= project["optional-dependencies"].keys(), named
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_works_in_an_empty_folder(place: Path, environment: Path) -> None:
     empty = place / "empty"
     empty.mkdir()

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HIDE = """
 import importlib.abc, importlib.metadata, sys
 
@@ -97,6 +99,7 @@ def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, check=False)
 
 
+@pytest.mark.slow
 def test_without_text_the_rest_works_and_what_needs_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("a\nb\nc\n")
     done = run(TEXT, tmp_path)
@@ -107,6 +110,7 @@ def test_without_text_the_rest_works_and_what_needs_it_says_so(tmp_path: Path) -
     assert "sudoku4" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_core_evaluates_shows_and_trains_without_the_other_libraries(tmp_path: Path) -> None:
     done = run(LIBRARIES, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -183,6 +183,7 @@ def test_a_name_is_loaded_anew_where_nothing_has_it() -> None:
     assert run.stdout.decode().split() == ["FrozenDenoiser", str(total)]
 
 
+@pytest.mark.slow
 def test_in_processes_of_gymnasium_and_stable_baselines3(heldout: dict[str, Tensor]) -> None:
     """Started anew (``spawn``), as on macOS and Windows: the environments come through a pickle."""
     env = gym.make(ENV, split="test")

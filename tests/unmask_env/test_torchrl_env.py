@@ -409,6 +409,7 @@ def test_a_masked_actor_takes_legal_actions_only() -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_worker_processes_give_whole_legal_data() -> None:
     # Each worker unpickles the factory and loads the packaged denoiser by itself.
     make = functools.partial(UnmaskTorchEnv, "Unmask/Sudoku4x4-v0", 2, seed=1)
