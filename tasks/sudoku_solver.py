@@ -35,13 +35,43 @@ class BudgetError(UnmaskError):
     """A board took more of the solver's time than it was given."""
 
 
+def _digits_used(board: list[int], slots: Sequence[tuple[int, int, int]], units: int) -> list[int] | None:
+    """Per row, column and box: the digits in it, as a set of bits. None: a digit stands there twice."""
+    used = [0] * units
+    for i, v in enumerate(board):
+        if v:
+            (r, c, b), bit = slots[i], 1 << v - 1
+            if (used[r] | used[c] | used[b]) & bit:
+                return None
+            used[r] |= bit
+            used[c] |= bit
+            used[b] |= bit
+    return used
+
+
+def _single_place(cells: list[tuple[int, int, int]], used: list[int], full: int) -> tuple[int, int, int] | None:
+    """A digit with one place in a unit: 1 candidate, its bit, and which of the empty ``cells``, given by their units. 0
+    candidates if one has no place; None if there is no such digit."""
+    once, twice = [0] * len(used), [0] * len(used)
+    candidates = []
+    for r, c, b in cells:
+        free = full & ~(used[r] | used[c] | used[b])
+        candidates.append(free)
+        for slot in (r, c, b):
+            twice[slot] |= once[slot] & free
+            once[slot] |= free
+    if any(full & ~digits & ~places for digits, places in zip(used, once, strict=True)):
+        return 0, 0, 0
+    for j, cell in enumerate(cells):
+        for slot in cell:
+            alone = candidates[j] & once[slot] & ~twice[slot]
+            if alone:
+                return 1, alone & -alone, j
+    return None
+
+
 def solve(
-    puzzle: Sequence[int],
-    h: int,
-    w: int,
-    limit: int = 2,
-    rng: random.Random | None = None,
-    budget: int | None = None,
+    puzzle: Sequence[int], h: int, w: int, limit: int = 2, rng: random.Random | None = None, budget: int | None = None
 ) -> list[list[int]]:
     """Up to ``limit`` solutions by backtracking on the most constrained cell; one found with limit 2 proves it unique.
 
@@ -55,16 +85,10 @@ def solve(
     n = h * w
     full = (1 << n) - 1
     slots = _slots(h, w)  # of each cell, in ``used``
-    used = [0] * (3 * n)  # per row, column and box: the digits in it, as a set of bits
     board = [int(v) for v in puzzle]
-    for i, v in enumerate(board):
-        if v:
-            (r, c, b), bit = slots[i], 1 << v - 1
-            if (used[r] | used[c] | used[b]) & bit:
-                return []
-            used[r] |= bit
-            used[c] |= bit
-            used[b] |= bit
+    used = _digits_used(board, slots, 3 * n)
+    if used is None:
+        return []
     empty = [i for i, v in enumerate(board) if not v]
     solutions: list[list[int]] = []
     tried = 0
@@ -88,7 +112,7 @@ def solve(
                 if size < 2:
                     break
         if fewest > 1 and budget is not None:
-            fewest, best, at = single_place(k, (fewest, best, at))
+            fewest, best, at = _single_place([slots[i] for i in empty[:k]], used, full) or (fewest, best, at)
         if fewest == 0:
             return
         empty[at], empty[k - 1] = empty[k - 1], empty[at]
@@ -111,26 +135,6 @@ def solve(
                 break
         board[i] = 0
         empty[at], empty[k - 1] = empty[k - 1], empty[at]
-
-    def single_place(k: int, choice: tuple[int, int, int]) -> tuple[int, int, int]:
-        """A digit with one place in a unit; 0 candidates if one has none; else ``choice``."""
-        once, twice = [0] * (3 * n), [0] * (3 * n)
-        candidates = []
-        for j in range(k):
-            r, c, b = slots[empty[j]]
-            free = full & ~(used[r] | used[c] | used[b])
-            candidates.append(free)
-            for slot in (r, c, b):
-                twice[slot] |= once[slot] & free
-                once[slot] |= free
-        if any(full & ~used[slot] & ~once[slot] for slot in range(3 * n)):
-            return 0, 0, 0
-        for j in range(k):
-            for slot in slots[empty[j]]:
-                alone = candidates[j] & once[slot] & ~twice[slot]
-                if alone:
-                    return 1, alone & -alone, j
-        return choice
 
     search(len(empty))
     return solutions
