@@ -1,5 +1,5 @@
-"""The numbers in the tables of docs/results: each is in a JSON of benchmarks/results that its page names, or follows
-from the numbers of its row or column."""
+"""The numbers in the tables of results and examples: each is in a JSON of benchmarks/results that its page names, or
+follows from the numbers of its row or column."""
 
 import itertools
 import json
@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks" / "results"
 PAGES = sorted(page for page in (ROOT / "docs" / "results").glob("*.md") if page.name != "README.md")
+PAGES.append(ROOT / "docs" / "examples.md")
 SCALES = (1.0, 100.0, 1 / 60, 1e-3, 1e-6, 2.0**-20, 2.0**-30)
 """A value as it stands, in per cent, in minutes, in thousands, millions, MiB, GiB."""
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
