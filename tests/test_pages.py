@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.cli import main, parse, split
+from agents.cli import main, parse, settings_class, split
+from agents.options import options_of
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = {"agents.lm_eval": "lm_eval", "agents.diffusers": "diffusers"}  # what snippets import, and the library of it
@@ -16,11 +17,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 CARDS = [card for room in ("agents", "pretrain") for card in sorted((ROOT / room / "models").glob("*/README.md"))]
 RESULTS = ROOT / "docs" / "results"
 GENERATED = ("docs/api/", "docs/environments/")  # by docs/generate, when the site is built; its links are checked there
-TUTORIALS = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]  # run from top to bottom
+TUTORIALS = [
+    ROOT / "README.md",
+    ROOT / "docs" / "index.md",
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+]  # run from top to bottom
 WHOLE = [page for page in PAGES if page.parent != RESULTS]  # whose commands are of today; results have those of then
 SHORT = {  # a word or two that a command's name begins with: its options in tests
     "pretrain": {"steps": 2, "batch": 8, "threads": 1},
-    "train": {"steps": 2, "iterations": 1, "puzzles": 20, "rows": 20, "validate_every": 0, "threads": 1},
+    "train": {"steps": 2, "iterations": 1, "puzzles": 20, "rows": 20, "validate_every": 0, "threads": 1}
+    | {"imitation": 2, "group": 2},
     "evaluate": {"limit": 4},
     "show": {"delay": 0},
     "list": {},
@@ -61,8 +67,12 @@ def commands(bash: str) -> list[list[str]]:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """The command with the small numbers of ``SHORT`` in place of its own."""
+    """The command with the small numbers of ``SHORT`` in place of its own, where it has such an option."""
+    command = split(words)[0]
+    known = {} if command == "list" else {option.name for option in options_of(settings_class(command))}
     for name, value in SHORT[words[0]].items():
+        if name not in known:
+            continue
         flag = f"--{name.replace('_', '-')}"
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
@@ -74,7 +84,7 @@ def small(python: str) -> str:
     """A snippet with small numbers in place of its own: what is in the call of a settings class, and instances."""
     numbers = {"steps": 2, "iterations": 1, "puzzles": 20}
     python = re.sub(r"\b(steps|iterations|puzzles)=\d+", lambda found: f"{found[1]}={numbers[found[1]]}", python)
-    return re.sub(r"heldout\(\d+\)", "heldout(4)", python)
+    return re.sub(r"heldout\(\d+\)", "heldout(4)", re.sub(r"\blimit=\d+", "limit=4", python))
 
 
 @pytest.mark.trains
