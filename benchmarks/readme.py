@@ -80,7 +80,12 @@ def table() -> str:
         "4x4 Sudoku, a denoiser stopped early": cells(),
         "6x6 Sudoku, a denoiser trained to read its own belief": single("rewards-sudoku6-recurrent"),
     }
-    head = ["frozen denoiser and task", "best rule", "learned, three seeds", "network passes: rule; learned"]
+    head = [
+        "frozen denoiser and task",
+        "best rule",
+        "learned from rewards, three seeds",
+        "network passes: rule; learned",
+    ]
     lines = [head, ["---"] * len(head), *([name, *row] for name, row in settings.items())]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
