@@ -99,13 +99,15 @@ class Neighbours(TableDenoiser):
 class Problem(NamedTuple):
     """``steps`` are those of two episodes: what the PPOs play per iteration, on as many boards as make about 1,000.
     ``continuations`` and ``kept``: how often policy iteration plays each candidate to the end, and the iterations whose
-    states it fits: noise is averaged by either, and boards that play at length are better kept."""
+    states it fits: noise is averaged by either, and boards that play at length are better kept. ``fit``: steps of each
+    fit."""
 
     process: Unmasking
     tau: float
     steps: int
     continuations: int = 16
     kept: int = 1
+    fit: int = 200
 
 
 def correlated(vocab_size: int, length: int, seed: int) -> Tensor:
@@ -172,7 +174,7 @@ def recipes(
     upos = grouped | {"imitation": 0}
     uniform = ppo | {"reference": "random"}
     own = {name: value for name, value in common.items() if name != "anneal"}
-    iterated = own | {"labels": "values", "sampled": True, "iterations": 12, "puzzles": 128, "steps": 200}
+    iterated = own | {"labels": "values", "sampled": True, "iterations": 12, "puzzles": 128, "steps": posed.fit}
     iterated |= {"capacity": posed.kept * 128 * steps // 2, "levels": steps // 2}
     iterated |= {"continuations": posed.continuations, "validate_every": 0}
     return {
@@ -222,20 +224,26 @@ def main(
     boards: int = 1,
     runs: Path = Path("runs/exact"),
     threads: int | None = None,
+    betas: tuple[float, ...] = BETAS,
+    dim: int = 32,
+    fit: int | None = None,
+    continuations: int | None = None,
 ) -> None:
-    """Args: learners: names of learners; the default is all of them. boards: of Sudoku."""
+    """Args: learners: names of learners; the default is all of them. boards: of Sudoku. dim: channels of the policies.
+    fit, continuations: of policy iteration, in place of the problem's (:class:`Problem`)."""
     torch.set_num_threads(threads or torch.get_num_threads())
     console = Console(width=140)
     posed = PROBLEMS[problem](runs, boards)
+    posed = posed._replace(fit=fit or posed.fit, continuations=continuations or posed.continuations)
     task = posed.process.task
     starts = task.instances if isinstance(task, Fixed) else task.sample(1, torch.Generator().manual_seed(0))
     graph = exact.enumerate_boards(posed.process, starts)
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
     known = {(row["learner"], row["beta"], row["seed"]) for row in rows}
-    for beta in BETAS:
+    for beta in betas:
         common = {"beta": beta, "lr": 3e-3, "anneal": True, "seed": seed, "threads": threads}
         common |= {"fill_temperature": posed.process.temperature, "reference": f"softmax_confidence:tau={posed.tau}"}
-        common |= {"policy": PolicyConfig(copy=False, dim=32, layers=2, defer_above=2.0, num_passes=1)}
+        common |= {"policy": PolicyConfig(copy=False, dim=dim, layers=2, defer_above=2.0, num_passes=1)}
         # A sampled reward of 0 or 1 is noisy, and a small beta makes small differences count.
         groups = 64 if posed.process.temperature else 16
         for name in recipes({"out": "", **common}, posed):
