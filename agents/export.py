@@ -179,7 +179,10 @@ def export(policy: Policy, vocab_size: int, length: int) -> torch.export.Exporte
     Raises:
         UnmaskError: a policy that draws, looks back, masks again, or reads what is not the logits'; too large a size.
     """
-    module, example = _decision(policy, vocab_size, length)
+    return _program(*_decision(policy, vocab_size, length))
+
+
+def _program(module: Decision, example: tuple[Tensor, Tensor, Tensor]) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("rows")
     return torch.export.export(module, example, dynamic_shapes=({0: rows}, {0: rows}, {0: rows}))
 
@@ -198,9 +201,9 @@ def run(command: ExportCommand) -> None:
             f"{command.policy} is for {policy.vocab_size} symbols and {policy.length} positions, not {vocab_size} and "
             f"{length}"
         )
-    _decision(policy, vocab_size, length)
+    decision = _decision(policy, vocab_size, length)
     check_writable(command.out / PROGRAM, "--out")
-    program = export(policy, vocab_size, length)
+    program = _program(*decision)
     write_atomically(command.out / PROGRAM, lambda path: _save(program, path))
     if program.state_dict:  # a rule has no weights
         weights = {name: weight.contiguous() for name, weight in program.state_dict.items()}

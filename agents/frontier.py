@@ -206,7 +206,8 @@ def page_data(rows: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
         rows: those of :meth:`Point.row`, also as read from JSON; of results that are older, too.
     """
     curves: dict[str, dict[str, Any]] = {}
-    metric = next(key for key in list(rows[0])[list(rows[0]).index("order") + 1 :])
+    keys = list(rows[0])
+    metric = keys[keys.index("order") + 1]
     for row in rows:
         setting = row.get("setting", row.get("knob", {}))
         passes = row["passes"] + row["policy_passes"] if "passes" in row else None

@@ -17,7 +17,6 @@ from tasks.errors import UnmaskError
 
 
 @cache
-@cache
 def units(h: int, w: int) -> tuple[tuple[int, int, int], ...]:
     """(row, column, box) of every cell."""
     n = h * w
