@@ -26,6 +26,7 @@ from pretrain import card, masking
 from pretrain.checkpoint import (
     PACKAGED_DENOISERS,
     CheckpointError,
+    check_weights,
     read_json,
     step_generator,
     write_atomically,
@@ -145,9 +146,7 @@ def checked_adapter(folder: Path) -> dict[str, Any]:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights} is truncated or not safetensors ({error})") from None
-    for name, value in tensors.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            raise CheckpointError(f"{weights}: tensor {name!r} holds values that are no finite numbers")
+    check_weights(tensors, weights)
     by_module, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
     if not isinstance(by_module, dict) or not isinstance(alphas, dict):
         raise CheckpointError(f"{folder / ADAPTER}: rank_pattern and alpha_pattern must be objects")

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -190,9 +190,7 @@ def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, pac
     model = make(**config)
     with safe_open(folder / "model.safetensors", "pt") as file:
         weights = {key: file.get_tensor(key) for key in stored}
-    for key, value in weights.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            raise CheckpointError(f"{folder}/model.safetensors: tensor {key!r} holds values that are no finite numbers")
+    check_weights(weights, folder / "model.safetensors")
     model.load_state_dict(weights)
     if isinstance(model, card.HubModel):
         model.origin = folder.resolve()
@@ -207,6 +205,13 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, numbers of thousands of digits
         raise CheckpointError(f"{path} is not JSON ({first_line(error)})") from None
+
+
+def check_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Raises :class:`CheckpointError` for a tensor of ``file`` that holds other values than finite floating numbers."""
+    for key, value in weights.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise CheckpointError(f"{file}: tensor {key!r} holds values that are no finite numbers")
 
 
 def _check_utf8(path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Tokenizers of pretrained models, by folder, hub id, or the name of a model inside an installed package."""
+"""Tokenizers of pretrained models, by folder, hub id, or the name of a model inside an installed package; and what is
+checked of a published model before it is read."""
 
 from __future__ import annotations
 
