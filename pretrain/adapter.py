@@ -36,7 +36,7 @@ from pretrain.run import Run, resolve_device, set_learning_rate
 from pretrain.train import RunningMean, learning_rate
 from tasks.errors import optional
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, validate
-from tasks.tokenizers import INSTALLED, check_finite, check_published, gguf, unread
+from tasks.tokenizers import INSTALLED, check_finite, check_published, gguf, reading
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -102,14 +102,10 @@ def causal_model(source: str, **options: Any) -> Any:
     if source in INSTALLED:
         weights = gguf(source)
         folder, options = str(weights.parent), options | {"gguf_file": weights.name}
-    try:
+    with reading("language model", source):
         if source not in INSTALLED:
             check_published(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    except tasks.UnmaskError:
-        raise
-    except Exception as error:  # transformers raises many types for what it cannot read
-        raise tasks.UnmaskError(f"cannot read the language model {source}: {unread(error)}") from None
     check_finite(model, source)
     return model
 
@@ -170,10 +166,8 @@ def masked_model(folder: Path, trainable: bool = False, **options: Any) -> Any:
     with _quiet() as peft:
         model = causal_model(base, **options)
         model.config.is_causal = False
-        try:
+        with reading("adapter", str(folder)):
             return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except Exception as error:
-            raise tasks.UnmaskError(f"cannot read the adapter {folder}: {unread(error)}") from None
 
 
 def mask_of(model: Any) -> int:

@@ -3,8 +3,10 @@ checked of a published model before it is read."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,14 +63,10 @@ def load_tokenizer(source: str | Any, trust_remote_code: bool = False, pads: boo
             weights = gguf(source)
             folder = str(weights.parent)
             options |= {"gguf_file": weights.name, "mask_token": INSTALLED[source].mask_token}
-        try:
+        with reading("tokenizer", source):
             if source not in INSTALLED and (Path(source) / "config.json").is_file():  # it may be read, too
                 check_published(source, weights=False)
             source = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        except UnmaskError:
-            raise
-        except Exception as error:  # transformers raises many types for what it cannot read
-            raise UnmaskError(f"cannot read the tokenizer {source}: {unread(error)}") from None
     if pads and source.pad_token_id is None:
         raise UnmaskError("the tokenizer has no padding token; set its pad_token")
     return source
@@ -107,6 +105,18 @@ def check_finite(model: Any, source: str) -> None:
         floating = weight.is_floating_point() and weight.device.type != "meta"
         if floating and not bool(weight.detach().sum(dtype=torch.float32).isfinite()):
             raise UnmaskError(f"the model {source}: weight {name} holds values that are no finite numbers")
+
+
+@contextlib.contextmanager
+def reading(what: str, source: str) -> Iterator[None]:
+    """Around what ``transformers`` reads of a ``source``: its errors, of many types, are a
+    :class:`tasks.UnmaskError` that names it."""
+    try:
+        yield
+    except UnmaskError:
+        raise
+    except Exception as error:
+        raise UnmaskError(f"cannot read the {what} {source}: {unread(error)}") from None
 
 
 def unread(error: Exception) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks import IncompatibleDenoiserError, Task, UnmaskError
 from tasks.errors import first_line, optional
-from tasks.tokenizers import check_finite, check_published, unread
+from tasks.tokenizers import check_finite, check_published, reading
 from unmask_env.language_models import DType
 from unmask_env.reference import EntropyBounded
 from unmask_env.shared import Named
@@ -286,13 +286,9 @@ def _load(source: str, options: dict[str, Any]) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options = options | {"output_loading_info": True, "use_safetensors": True}
-    try:
+    with reading("model", source):
         check_published(source)
         model, report = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(source, **options)
-    except UnmaskError:
-        raise
-    except Exception as error:  # transformers raises many types for what it cannot read
-        raise UnmaskError(f"cannot read the model {source}: {unread(error)}") from None
     if report["missing_keys"]:
         raise IncompatibleDenoiserError(
             f"{source} lacks weights of DiffusionGemma, {sorted(report['missing_keys'])[0]} for example"
