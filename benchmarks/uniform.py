@@ -1,19 +1,18 @@
-"""Uniform against masked diffusion on 6x6 Sudoku: solve rates by number of forwards, with and without corrections.
+"""Uniform against masked diffusion on 6x6 Sudoku: solve rates by number of forwards, over seeds.
 
-    python benchmarks/uniform.py --jobs 2 --out benchmarks/results/uniform-sudoku6.json
+    python benchmarks/uniform.py --out benchmarks/results/uniform-sudoku6.json
 
-One network and one training recipe for every model, and samplers that follow no order but chance: the masked model
-reveals one random position per forward where there are forwards enough. A corrector's settings (10 for mdm, 8 for udm,
-6 for audm and reaudm) and the temperature are chosen on validation puzzles by the first seed's model, by cell accuracy;
-test puzzles are then completed by every seed's.
+One network and one training recipe for every model, all by cross-entropy, and samplers that follow no order but chance:
+the masked model reveals one random position per forward where there are forwards enough. Every way of sampling has
+fixed settings, so that nothing is chosen. ``udm-loo, bound`` goes on by the plug-in bound from the network that
+cross-entropy trained.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import tyro
 from common import in_parallel, once, over_seeds, report, without_settings
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import tasks
 from pretrain.backbone import Backbone, parameter_count
@@ -32,19 +30,56 @@ from pretrain.train import OBJECTIVES
 from pretrain.uniform_samplers import Corrector, sample_uniform
 
 SETTINGS = {"task": "sudoku6", "batch": 128, "dim": 48, "layers": 3, "lr": 3e-3}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # puzzles give cells, so all that uniform models see gives some
+# Puzzles give cells, so all that uniform models see gives some.
+UNIFORM = {"loss": "cross_entropy", "prompt_fraction": 1.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mdm": ("mdm", {}),
-    "udm-denoiser": ("udm", {"predicts": "denoiser", "prompt_fraction": 1.0}),
-    "udm-loo": ("udm", {"predicts": "loo", "prompt_fraction": 1.0}),
-    "udm-denoiser-ce": ("udm", {"predicts": "denoiser", "loss": "cross_entropy", "prompt_fraction": 1.0}),
-    "udm-loo-ce": ("udm", {"predicts": "loo", "loss": "cross_entropy", "prompt_fraction": 1.0}),
-    "audm": ("audm", {"prompt_fraction": 1.0}),
+    "udm-denoiser": ("udm", UNIFORM | {"predicts": "denoiser"}),
+    "udm-loo": ("udm", UNIFORM | {"predicts": "loo"}),
+    "audm": ("audm", UNIFORM),
+    "udm-loo, bound": ("udm", UNIFORM | {"predicts": "loo", "loss": "bound"}),
 }
-ROWS = {model: model for model in MODELS} | {"reaudm": "audm"}
-PAIRS = [("udm-loo", "udm-denoiser"), ("udm-loo-ce", "udm-denoiser-ce"), ("audm", "mdm"), ("reaudm", "mdm")]
-TEMPERATURES = (1.0, 0.0)
-WAYS = ("temperature 1", "temperature 1, corrected", "tuned", "tuned, corrected")
+STARTS = {"udm-loo, bound": "udm-loo"}  # model: the one that it goes on from
+
+PLAIN: dict[str, dict[str, Any]] = {"T = 1": {}}
+TEMPERED = {f"T = {t:g}": {"temperature": t} for t in (0.5, 0.0)}
+OF_DENOISER = {f"{name} on the denoiser": how | {"tempers": "denoiser"} for name, how in TEMPERED.items()}
+BLIND = {f"1 x {n} random": {"corrector": Corrector(1, "random", n)} for n in (4, 12)}
+INFORMED = {"1 x 4 margin": {"corrector": Corrector(1, "margin", 4)}}
+EVERY = PLAIN | TEMPERED | OF_DENOISER | BLIND | INFORMED
+WAYS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # row of the table: its model, and how it is sampled
+    "mdm": ("mdm", PLAIN | TEMPERED | {"remasked": {"remasking": Remasking("rescale", 0.5)}}),
+    "udm-denoiser": ("udm-denoiser", EVERY),
+    "udm-denoiser by coupling": ("udm-denoiser", {"T = 1": {"method": "coupling"}}),
+    "udm-loo": ("udm-loo", EVERY),
+    "audm": ("audm", PLAIN | TEMPERED | BLIND),
+    "reaudm": ("audm", {name: how | {"method": "reaudm"} for name, how in (PLAIN | TEMPERED | BLIND).items()}),
+    "udm-loo, bound": ("udm-loo, bound", PLAIN),
+}
+# Differences between rows, paired by seed: (row, way) against (row, way).
+SAME_WAY = [("udm-loo", "udm-denoiser"), ("audm", "mdm"), ("reaudm", "mdm"), ("audm", "udm-denoiser by coupling")]
+SAME_ROW = [
+    ("1 x 4 margin", "1 x 4 random"),
+    ("1 x 4 margin", "1 x 12 random"),
+    ("1 x 4 margin", "T = 1"),
+    ("1 x 4 random", "T = 1"),
+    ("1 x 12 random", "T = 1"),
+    ("remasked", "T = 1"),
+    ("T = 0.5", "T = 0.5 on the denoiser"),
+    ("T = 0", "T = 0 on the denoiser"),
+    ("T = 0.5", "T = 1"),
+    ("T = 0", "T = 1"),
+    ("T = 0.5 on the denoiser", "T = 1"),
+    ("T = 0 on the denoiser", "T = 1"),
+]
+OTHERS = [
+    (("udm-denoiser", "T = 1"), ("mdm", "T = 1")),
+    (("udm-loo, bound", "T = 1"), ("udm-loo", "T = 1")),
+    (("udm-loo, bound", "T = 1"), ("udm-denoiser", "T = 1")),
+    (("reaudm", "T = 1"), ("mdm", "remasked")),
+]
 METRICS = ("solved", "cell_accuracy")
+Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -52,158 +87,117 @@ class Training:
     model: str
     seed: int
     steps: int
-    out: str
+    runs: Path
+
+    @property
+    def out(self) -> str:
+        return str(self.runs / f"{self.model.replace(', ', '-')}-{self.seed}")
+
+    def start(self) -> str | None:
+        return None if self.model not in STARTS else Training(STARTS[self.model], self.seed, 0, self.runs).out
 
 
 def train(job: Training) -> dict[str, Any]:
     kind, options = MODELS[job.model]
-    config = OBJECTIVES[kind](**SETTINGS, **options, steps=job.steps, seed=job.seed, out=job.out)
-    return once(config, lambda model: {"model": job.model, "parameters": parameter_count(model)})
+    shared = SETTINGS | options | {"steps": job.steps, "seed": job.seed, "out": job.out, "init": job.start()}
+    return once(OBJECTIVES[kind](**shared), lambda model: {"model": job.model, "parameters": parameter_count(model)})
 
 
 @dataclass(frozen=True)
 class Completion:
-    """How one model completes puzzles: ``row`` of the table, by ``nfe`` forwards."""
+    """How one model completes test puzzles: a row and a way of sampling, in ``nfe`` forwards."""
 
     row: str
-    denoiser: str
+    way: str
     nfe: int
-    split: str
+    training: Training
     puzzles: int
-    seed: int = 0
-    temperature: float = 1.0
-    correction: Corrector | Remasking | None = None
-    blanks: int | None = None
-
-    def label(self) -> str:
-        made = self.correction
-        if made is None:
-            return "none"
-        if isinstance(made, Remasking):
-            return f"remasking {made.strategy}" + ("" if made.strategy == "conf" else f" {made.eta}")
-        return f"{made.steps} x {made.positions} {made.selection}"
-
-
-def corrections(row: str) -> Iterator[Corrector | Remasking]:
-    """What the corrected version of a row chooses from."""
-    if row == "mdm":
-        yield from (Remasking("cap", eta) for eta in (0.02, 0.04, 0.1, 0.2))
-        yield from (Remasking("rescale", eta) for eta in (0.05, 0.2, 0.5))
-        yield from (Remasking("loop", eta) for eta in (0.02, 0.1))
-        yield Remasking("conf")
-        return
-    for steps, positions in itertools.product((1, 2), (1, 4, 12)):
-        yield Corrector(steps, "random", positions)
-    if ROWS[row] != "audm":  # whose corrector is blind
-        yield from (Corrector(1, "margin", positions) for positions in (1, 4))
+    blanks: int | None
 
 
 def complete(job: Completion) -> dict[str, Any]:
     torch.set_num_threads(1)
-    model = load_model(Backbone, job.denoiser, PACKAGED_DENOISERS, "denoiser").eval()
+    model = load_model(Backbone, job.training.out, PACKAGED_DENOISERS, "denoiser").eval()
     task = tasks.get(SETTINGS["task"], **({} if job.blanks is None else {"blanks": job.blanks}))
-    puzzles = task.heldout(job.puzzles, job.split)
-    generator = torch.Generator().manual_seed(1000 + job.seed)
-    started = time.process_time()
-    samples = _sample(model, puzzles.tokens, generator, job)
+    puzzles = task.heldout(job.puzzles, "test")
+    generator = torch.Generator().manual_seed(1000 + job.training.seed)
+    started, how = time.process_time(), WAYS[job.row][1][job.way]
+    if model.noise == "mask":
+        samples = _unmask(model, puzzles.tokens, generator, job.nfe, how)
+    else:
+        samples = sample_uniform(model, puzzles.tokens, generator, job.nfe, **how)
     metrics = task.metrics(samples.tokens, puzzles)
     found = {"seconds": round(time.process_time() - started, 2), "nfe": samples.nfe}
     return found | {name: round(float(metrics[name].mean()), 4) for name in METRICS}
 
 
-def _sample(model: Backbone, prompts: Tensor, generator: torch.Generator, job: Completion) -> Samples:
-    if model.noise == "mask" and job.correction is None and int((prompts == model.mask_id).sum(1).max()) <= job.nfe:
-        return sample(model, prompts, generator, "event", temperature=job.temperature)
-    if model.noise == "mask":
-        shaped = {"temperature": job.temperature, "remasking": job.correction}
-        return sample(model, prompts, generator, "ancestral", steps=job.nfe, **shaped)
-    method = job.row if ROWS[job.row] == "audm" else "ancestral"
-    shaped = {"temperature": job.temperature, "corrector": job.correction}
-    return sample_uniform(model, prompts, generator, job.nfe, method, **shaped)
+def _unmask(
+    model: Backbone, prompts: torch.Tensor, generator: torch.Generator, nfe: int, how: dict[str, Any]
+) -> Samples:
+    if "remasking" not in how and int((prompts == model.mask_id).sum(1).max()) <= nfe:
+        return sample(model, prompts, generator, "event", **how)  # one position per forward
+    return sample(model, prompts, generator, "ancestral", steps=nfe, **how)
+
+
+def differences() -> list[tuple[Key, Key]]:
+    """What the table compares."""
+    ways = [((a, way), (b, way)) for a, b in SAME_WAY for way in WAYS[a][1] if way in WAYS[b][1]]
+    rows = [((row, a), (row, b)) for row, (_, has) in WAYS.items() for a, b in SAME_ROW if a in has and b in has]
+    return ways + rows + OTHERS
+
+
+def percent(value: dict[str, Any], sign: str = "") -> str:
+    half = "" if value["half_interval"] is None else f" ± {100 * value['half_interval']:.1f}"
+    return f"{100 * value['mean']:{sign}.1f}{half}"
 
 
 def main(
     out: Path,
-    steps: int = 4000,
-    seeds: tuple[int, ...] = (0, 1, 2),
+    steps: int = 2500,
+    warm_steps: int = 1000,
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     nfe: tuple[int, ...] = (8, 16, 32),
-    blanks: int | None = None,
+    blanks: int | None = 18,
     puzzles: int = 1000,
-    validation: int = 200,
     jobs: int = 1,
-    denoiser: str | None = None,
     runs: Path = Path("runs/uniform"),
 ) -> None:
     """Args:
-    blanks: fill minimal puzzles up until so many are left. puzzles: of the test split. validation: puzzles to choose
-        settings by. jobs: runs at a time. denoiser: complete with this absorbing model alone, instead of training any.
+    warm_steps: of a training that goes on from another. blanks: fill minimal puzzles up until so many are left.
+        puzzles: of the test split. jobs: runs at a time.
     """
+    training = {(m, s): Training(m, s, warm_steps if m in STARTS else steps, runs) for s in seeds for m in MODELS}
+    trained = in_parallel(train, list(training.values()), jobs)
+    tests = {
+        (row, way, n, seed): Completion(row, way, n, training[model, seed], puzzles, blanks)
+        for row, (model, ways) in WAYS.items()
+        for way, n, seed in itertools.product(ways, nfe, seeds)
+    }
+    results = dict(zip(tests, in_parallel(complete, list(tests.values()), jobs), strict=True))
 
-    def folder(model: str, seed: int) -> str:
-        return denoiser or str(runs / f"{model}-{seed}")
+    def each(key: Key, n: int, metric: str) -> list[float]:
+        return [results[(*key, n, seed)][metric] for seed in seeds]
 
-    names = [row for row, model in ROWS.items() if model == "audm" or not denoiser]
-    training = [Training(m, seed, steps, folder(m, seed)) for seed in seeds for m in MODELS]
-    trained = [] if denoiser else in_parallel(train, training, jobs)
-
-    # What to choose from: every temperature for itself, then every corrector at every temperature.
-    choices: dict[tuple[str, int, str], list[Completion]] = {}
-    for row, n in itertools.product(names, nfe):
-        plain = Completion(row, folder(ROWS[row], seeds[0]), n, "validation", validation, blanks=blanks)
-        corrected = [replace(plain, correction=each) for each in corrections(row)]
-        choices[row, n, WAYS[0]] = [plain]
-        choices[row, n, WAYS[1]] = corrected
-        choices[row, n, WAYS[2]] = [replace(plain, temperature=t) for t in TEMPERATURES]
-        choices[row, n, WAYS[3]] = [replace(job, temperature=t) for t in TEMPERATURES for job in corrected]
-    every = list(dict.fromkeys(itertools.chain(*choices.values())))
-    validated = dict(zip(every, in_parallel(complete, every, jobs), strict=True))
-    chosen = {key: max(own, key=lambda job: validated[job]["cell_accuracy"]) for key, own in choices.items()}
-
-    def test(job: Completion, seed: int) -> Completion:
-        return replace(job, denoiser=folder(ROWS[job.row], seed), split="test", puzzles=puzzles, seed=seed)
-
-    tests = [test(job, seed) for job in dict.fromkeys(chosen.values()) for seed in seeds]
-    results = dict(zip(tests, in_parallel(complete, tests, jobs), strict=True))
-
-    def tested(row: str, n: int, way: str, metric: str) -> list[Any]:
-        return [results[test(chosen[row, n, way], seed)][metric] for seed in seeds]
-
-    rows, differences = [], []
-    title = "solved % (cell accuracy %), half of the 95 % interval"
-    table = Table("", "", *(f"{n} forwards" for n in nfe), title=title)
-    for row, way in itertools.product(names, WAYS):
-        cells = []
+    rows, compared = [], []
+    table = Table("", "", *(f"{n} forwards" for n in nfe), title="solved %, half of the 95 % interval over seeds")
+    for key in [(row, way) for row, (_, ways) in WAYS.items() for way in ways]:
         for n in nfe:
-            solved, cell = (over_seeds(tested(row, n, way, metric)) for metric in METRICS)
-            job = chosen[row, n, way]
-            rows.append(
-                {"row": row, "way": way, "nfe": n, "made": tested(row, n, way, "nfe")[0]}
-                | {"temperature": job.temperature, "correction": job.label()}
-                | {"solved": solved["mean"], "each": solved["each"], "half_interval": solved["half_interval"]}
-                | {"cell_accuracy": cell["mean"], "cell_accuracy_half_interval": cell["half_interval"]}
-            )
-            half = "" if solved["half_interval"] is None else f" ± {100 * solved['half_interval']:.1f}"
-            cells.append(f"{100 * solved['mean']:.1f}{half} ({100 * cell['mean']:.1f})")
-        table.add_row(row, way, *cells)
-    for (ours, theirs), n, way in itertools.product([] if denoiser else PAIRS, nfe, WAYS):
-        differences.append({"ours": ours, "theirs": theirs, "nfe": n, "way": way})
-        for metric in METRICS:
-            pairs = zip(tested(ours, n, way, metric), tested(theirs, n, way, metric), strict=True)
-            differences[-1][metric] = over_seeds([a - b for a, b in pairs])
-    Console().print(table)
-    report(
-        out,
-        settings=SETTINGS,
-        metric="share of test puzzles solved, share of their blanks right; intervals over seeds (Student's t)",
-        rows=rows,
-        differences=differences,
-        validation=[
-            {"row": job.row, "nfe": job.nfe, "temperature": job.temperature, "correction": job.label()}
-            | {name: result[name] for name in (*METRICS, "seconds")}
-            for job, result in validated.items()
-        ],
-        runs=without_settings(trained),
-    )
+            found = {metric: over_seeds(each(key, n, metric)) for metric in METRICS}
+            rows.append({"row": key[0], "way": key[1], "nfe": n, "made": each(key, n, "nfe")[0]} | found)
+        table.add_row(*key, *(percent(row["solved"]) for row in rows[-len(nfe) :]))
+    table.add_section()
+    for ours, theirs in differences():
+        for n in nfe:
+            pairs = zip(each(ours, n, "solved"), each(theirs, n, "solved"), strict=True)
+            solved = over_seeds([a - b for a, b in pairs])
+            compared.append({"ours": ours, "theirs": theirs, "nfe": n, "solved": solved})
+        table.add_row(
+            ", ".join(ours), f"minus {', '.join(theirs)}", *(percent(c["solved"], "+") for c in compared[-len(nfe) :])
+        )
+    Console(width=150).print(table)
+    metric = "share of test puzzles solved, share of their blanks right; intervals over seeds (Student's t)"
+    shown = {"settings": SETTINGS, "steps": steps, "warm_steps": warm_steps, "blanks": blanks, "puzzles": puzzles}
+    report(out, **shown, metric=metric, rows=rows, differences=compared, runs=without_settings(trained))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class PretrainConfig:
     """what to learn, for example sudoku6 (``unmask list`` shows all)"""
     out: str
     """folder for the weights, the logs and the state to resume from"""
+    init: str | None = None
+    """start from this denoiser of the same kind (packaged name, folder or hub id), whose sizes are taken"""
     steps: AtLeast1 = 4000
     batch: AtLeast1 = 256
     """sequences per step, over all processes"""
@@ -83,6 +85,8 @@ class PretrainConfig:
     def check(self, task: tasks.Task) -> None:
         """Raises :class:`tasks.UnmaskError` for settings that are out of range or do not fit ``task``."""
         validate(self)
+        if self.init is not None and Path(self.init).resolve() == Path(self.out).resolve():
+            raise tasks.UnmaskError(f"--init and --out are the same folder, {self.out}; name another --out")
         if self.dim % self.heads:
             raise tasks.UnmaskError(f"dim must be a multiple of heads; {self.dim} is not one of {self.heads}")
         if task.prompt_length and not self.takes_prompts:
@@ -113,18 +117,11 @@ class MDMConfig(PretrainConfig):
     passes: Depth = 1
     """how often the denoiser reads a sequence, each time with its last belief in place of the masks; weights are
     shared, and the loss is the mean over the passes"""
-    init: str | None = None
-    """start from this masked denoiser (packaged name, folder or hub id), whose sizes are taken"""
 
     takes_prompts = True
 
     def architecture(self) -> dict[str, Any]:
         return {"num_passes": self.passes}
-
-    def check(self, task: tasks.Task) -> None:
-        super().check(task)
-        if self.init is not None and Path(self.init).resolve() == Path(self.out).resolve():
-            raise tasks.UnmaskError(f"--init and --out are the same folder, {self.out}; name another --out")
 
     def objective(
         self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
@@ -309,7 +306,7 @@ def learning_rate(config: Annealed, step: int) -> float:
 
 def new_backbone(config: PretrainConfig, task: tasks.Task) -> Backbone:
     """An untrained model for ``task``, whose weights the seed draws; or one that starts from ``config.init``."""
-    base = load_init(config.init, task) if isinstance(config, MDMConfig) and config.init is not None else None
+    base = None if config.init is None else load_init(config.init, task)
     sizes = (config.dim, config.layers, config.heads)
     if base is not None:
         sizes = (base.dim, len(base.blocks), base.blocks[0].heads)
@@ -325,19 +322,27 @@ def new_backbone(config: PretrainConfig, task: tasks.Task) -> Backbone:
             prompt_length=task.prompt_length,
             **config.architecture(),
         )
-    if base is not None:
-        model.load_state_dict(base.state_dict())
+    if base is None:
+        return model
+    if _kind(base) != _kind(model):
+        raise tasks.IncompatibleDenoiserError(
+            f"denoiser {config.init} is of another kind than this objective's ({_kind(base)}; wanted: {_kind(model)}); "
+            "--init takes what the same unmask pretrain command made"
+        )
+    model.load_state_dict(base.state_dict())
     return model
 
 
+def _kind(model: Backbone) -> str:
+    """What an objective's network is, beside its size and its passes."""
+    blocks = "" if model.block_length is None else f", blocks of {model.block_length}"
+    return f"{model.noise} noise, predicts {model.predicts}, {type(model.order).__name__}{blocks}"
+
+
 def load_init(name: str, task: tasks.Task) -> Backbone:
-    """The masked denoiser ``name``, to go on from. Raises :class:`tasks.UnmaskError` if it does not fit ``task``."""
+    """The denoiser ``name``, to go on from. Raises :class:`tasks.UnmaskError` if it does not fit ``task``."""
     base = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
     task.check_denoiser(base.vocab_size, base.length, base.fingerprint)
-    if base.noise != "mask" or base.order.learned or base.block_length is not None:
-        raise tasks.IncompatibleDenoiserError(
-            f"denoiser {name} has uniform noise, a learned order or blocks; --init takes those of unmask pretrain mdm"
-        )
     if not torch.equal(base.positions.coordinates, task.coordinates) or base.rotary != task.is_line:
         raise tasks.IncompatibleDenoiserError(
             f"the positions of denoiser {name} stand elsewhere than those of {task.name}"
@@ -391,7 +396,7 @@ class RunningMean:
 
 def denoiser_card(config: PretrainConfig, task: tasks.Task, model: Backbone, steps: int, means: Sequence[float]) -> str:
     """The card of a denoiser after ``steps`` steps, of which the last have these losses, one per pass."""
-    init = getattr(config, "init", None)
+    init = config.init
     loss = ", ".join(f"{value:.4f}" for value in means)
     rows = {
         "task": f"`{task.name}`",

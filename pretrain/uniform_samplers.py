@@ -22,6 +22,7 @@ from tasks import UnmaskError
 
 Method = Literal["ancestral", "coupling", "audm", "reaudm"]
 Selection = Literal["random", "margin", "current", "confidence"]
+Tempered = Literal["others", "denoiser"]
 
 
 class Predictor(Protocol):
@@ -132,6 +133,7 @@ def sample_uniform(
     kappa: float = 1.0,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    tempers: Tempered = "others",
 ) -> Samples:
     """Complete ``prompts`` in ``nfe`` forwards.
 
@@ -146,13 +148,16 @@ def sample_uniform(
         method: the default is ancestral, or audm of an absorbing model.
         kappa: of *ancestral*: a symbol takes that step with this probability, and else x_s is drawn anew from the
             denoiser's x_0 alone (psi-samplers; Deschenaux et al. 2026, arXiv 2602.21185).
-        temperature, top_p: of what the other positions say of each, in predictor and corrector steps alike: tempering a
-            prediction that also knows the present symbol would hold on to noise.
+        temperature, top_p: in predictor and corrector steps alike.
+        tempers: what they shape: what the *others* say of each position (leave-one-out), or the *denoiser*, which also
+            knows the present symbol, so that tempering it holds on to noise: at temperature T it raises the present
+            symbol's log-odds by (1/T - 1) log(1 + K alpha / (1 - alpha)) over leave-one-out's (derived;
+            tests/pretrain/test_uniform_samplers.py).
 
     Raises:
         UnmaskError: settings that are not allowed or do not belong to the model, prompts of another length.
     """
-    method = _checked(model, prompts, nfe, method, corrector, kappa, temperature, top_p)
+    method = _checked(model, prompts, nfe, method, corrector, kappa, temperature, top_p, tempers)
     noise = model.process.noise(len(prompts), generator)
     free = prompts == model.mask_id
     state = NoisySequences(torch.where(free, noise, prompts), noise, free)
@@ -161,14 +166,14 @@ def sample_uniform(
     made = 0
     for step, (now, then) in enumerate(itertools.pairwise(levels)):
         kind: Prediction = "loo" if method == "ancestral" else "denoiser" if method == "coupling" else "absorbing"
-        prediction = predict(model, state, now, kind, temperature, top_p)
+        prediction = predict(model, state, now, kind, temperature, top_p, tempers)
         made += 1
         if method == "ancestral":
             state = _ancestral(model.process, state, prediction, now, then, kappa, generator)
         else:
             state = _from_posterior(model.process, state, prediction, now, then, method, generator)
         for _ in range(corrector.steps if corrector is not None and step < corrected else 0):
-            state = correct(model, state, then, corrector, generator, temperature, top_p)
+            state = correct(model, state, then, corrector, generator, temperature, top_p, tempers)
             made += 2 if corrector.metropolis else 1
     return Samples(state.tokens, made)
 
@@ -180,12 +185,14 @@ def predict(
     kind: Prediction,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    tempers: Tempered = "others",
 ) -> Tensor:
     """(N, L, V) the model's prediction of the wanted kind; one forward.
 
     Args:
         temperature, top_p: of what it says of a symbol from the others' alone: of leave-one-out, or of an absorbing
             prediction without the tilt towards the position's own noise symbol.
+        tempers: ``denoiser`` shapes the denoiser instead (an absorbing prediction with its tilt).
 
     Raises:
         UnmaskError: the model's own kind cannot be converted to it.
@@ -194,7 +201,9 @@ def predict(
     log_probs = model(state.tokens, level, state.is_noise).logits.double().log_softmax(-1)
     changed = (temperature, top_p) != (1.0, 1.0)
     if model.predicts == "absorbing":  # what is decided is certain
-        if changed:
+        if changed and tempers == "denoiser":
+            log_probs = _shaped(log_probs, temperature, top_p)
+        elif changed:
             own = torch.where(F.one_hot(state.tokens, log_probs.shape[-1]).bool(), tilt(level).unsqueeze(-1), 0.0)
             log_probs = (_shaped((log_probs - own).log_softmax(-1), temperature, top_p) + own).log_softmax(-1)
         log_probs = torch.where(state.is_noise.unsqueeze(-1), log_probs, _certain(state.tokens, log_probs))
@@ -202,8 +211,9 @@ def predict(
     level = level.clamp(max=ALPHA_MAX)
     if not changed:
         return process.convert(log_probs, state.tokens, level, model.predicts, kind)
-    loo = _shaped(process.convert(log_probs, state.tokens, level, model.predicts, "loo"), temperature, top_p)
-    return process.convert(loo, state.tokens, level, "loo", kind)
+    shaped: Prediction = "denoiser" if tempers == "denoiser" else "loo"
+    log_probs = _shaped(process.convert(log_probs, state.tokens, level, model.predicts, shaped), temperature, top_p)
+    return process.convert(log_probs, state.tokens, level, shaped, kind)
 
 
 def _ancestral(
@@ -264,14 +274,15 @@ def correct(
     generator: torch.Generator,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    tempers: Tempered = "others",
 ) -> NoisySequences:
-    """One corrector step at noise level ``alpha`` below 1; ``temperature`` and ``top_p`` as in :func:`predict`.
+    """One corrector step at noise level ``alpha`` below 1; what is left of the arguments as in :func:`predict`.
 
     Of an absorbing model, a random position's (x, u) is drawn anew through its x_0, which is as exact.
     """
     process, level = model.process, state.level(alpha)
     if model.predicts == "absorbing":
-        clean = _draw(predict(model, state, alpha, "absorbing", temperature, top_p), generator)
+        clean = _draw(predict(model, state, alpha, "absorbing", temperature, top_p, tempers), generator)
         fresh = process.noise(len(clean), generator)
         tokens = process.corrupt(clean, level, fresh, generator)
         chances = torch.zeros_like(level).masked_fill(~state.free, -torch.inf)
@@ -279,14 +290,14 @@ def correct(
         return replace(
             state.moved(torch.where(chosen, tokens, state.tokens)), noise=torch.where(chosen, fresh, state.noise)
         )
-    loo = predict(model, state, alpha, "loo", temperature, top_p)
+    loo = predict(model, state, alpha, "loo", temperature, top_p, tempers)
     conditional = process.conditional(loo, level.clamp(max=ALPHA_MAX))
     before = corrector.log_chances(conditional, state.tokens, state.free)
     chosen = _first(before, corrector.positions, generator)
     changed = state.moved(torch.where(chosen, _draw(conditional, generator), state.tokens))
     if not corrector.metropolis:
         return changed
-    loo = predict(model, changed, alpha, "loo", temperature, top_p)
+    loo = predict(model, changed, alpha, "loo", temperature, top_p, tempers)
     again = process.conditional(loo, level.clamp(max=ALPHA_MAX))
     after = corrector.log_chances(again, changed.tokens, state.free)
     accept = torch.where(chosen, after - before, 0.0).sum(1).exp()  # (N,)
@@ -329,6 +340,7 @@ def _checked(
     kappa: float,
     temperature: float,
     top_p: float,
+    tempers: Tempered,
 ) -> Method:
     if getattr(model, "noise", "uniform") != "uniform":
         raise UnmaskError("this model was trained with masks; sample it with pretrain.samplers.sample")
@@ -342,6 +354,8 @@ def _checked(
             f"nfe must be at least 1, temperature at least 0, top_p above 0 and at most 1 and kappa between 0 and 1, "
             f"not {nfe}, {temperature}, {top_p} and {kappa}"
         )
+    if tempers not in get_args(Tempered):
+        raise UnmaskError(f"tempers must be one of {', '.join(get_args(Tempered))}, not {tempers!r}")
     if kappa < 1 and method != "ancestral":
         raise UnmaskError("kappa is of ancestral sampling")
     if absorbing and corrector is not None and (corrector.selection != "random" or corrector.metropolis):

@@ -21,7 +21,16 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, CheckpointError, load_model, load_state, save_state, step_generator
 from pretrain.objectives.masked import masked_diffusion_loss
 from pretrain.run import Interrupted, decayed_groups
-from pretrain.train import ARConfig, AUDMConfig, LoMDMConfig, MDMConfig, PretrainConfig, learning_rate, pretrain
+from pretrain.train import (
+    OBJECTIVES,
+    ARConfig,
+    AUDMConfig,
+    LoMDMConfig,
+    MDMConfig,
+    PretrainConfig,
+    learning_rate,
+    pretrain,
+)
 from tasks import Sudoku, UnknownNameError, UnmaskError
 from tests.toys import torchrun
 
@@ -409,6 +418,15 @@ def test_a_run_may_start_from_another_denoiser(finished: Path, tmp_path: Path) -
     assert not torch.equal(further.head.weight, trained.head.weight)
 
 
+@pytest.mark.parametrize("kind", ["ar", "lomdm", "udm", "audm"])
+def test_every_objective_starts_from_its_own_kind(kind: str, tmp_path: Path) -> None:
+    config = OBJECTIVES[kind](task="sudoku4", out=str(tmp_path / "first"), threads=1, **SMALL)
+    first = pretrain(config)
+    again = pretrain(replace(config, out=str(tmp_path / "again"), init=config.out, lr=0.0, seed=5))
+    for key, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
 def test_a_start_that_does_not_fit_is_one_line(finished: Path, tmp_path: Path) -> None:
     pretrain(AUDMConfig(task="sudoku4", out=str(tmp_path / "uniform"), threads=1, **SMALL))
     pretrain(ARConfig(task="sudoku4", out=str(tmp_path / "blocks"), threads=1, **SMALL))
@@ -424,10 +442,10 @@ def test_a_start_that_does_not_fit_is_one_line(finished: Path, tmp_path: Path) -
         (
             tmp_path / "uniform",
             plain,
-            "uniform noise, a learned order or blocks; --init takes those of unmask pretrain",
+            "another kind than this objective's (uniform noise, predicts absorbing",
         ),
-        (tmp_path / "blocks", plain, "uniform noise, a learned order or blocks"),
-        (tmp_path / "order", plain, "uniform noise, a learned order or blocks"),
+        (tmp_path / "blocks", plain, "NoOrder, blocks of 1; wanted: mask noise, predicts denoiser, NoOrder)"),
+        (tmp_path / "order", plain, "ContextOrder; wanted"),
         (finished, line, "stand elsewhere than those of"),
         (f"{tmp_path}/x/../run", plain, "--init and --out are the same folder"),
     ):

@@ -246,16 +246,21 @@ def test_forwards_are_as_many_as_asked_for(nfe, corrector, expected):
 
 
 # ---------------------------------------------------------------------- temperature, sensitivity
-def test_tempering_the_denoiser_also_holds_on_to_the_present_symbol():
-    """(1 / T - 1) Delta more than tempering leave-one-out."""
+@pytest.mark.parametrize("predicts", ["loo", "denoiser"])
+def test_tempering_the_denoiser_also_holds_on_to_the_present_symbol(predicts):
+    """(1 / T - 1) Delta more than tempering leave-one-out, whichever of the two the network predicts."""
     joint, alpha, temperature = JOINTS["4^2"], 0.7, 0.5
-    a = torch.full((joint.S, 1), alpha, dtype=torch.float64)
-    u = process(joint)
-    loo, denoiser = joint.loo(alpha).log(), joint.denoiser(alpha).log()
-    tempered = u.convert((denoiser / temperature).log_softmax(-1), joint.X, a, "denoiser", "loo")
+    state = NoisySequences(joint.X, joint.X, torch.ones_like(joint.X, dtype=torch.bool))
+    loo = joint.loo(alpha).log()
+    tempered = predict(Table(joint, predicts), state, alpha, "loo", temperature, tempers="denoiser")
     extra = (1 / temperature - 1) * math.log1p(joint.K * alpha / (1 - alpha))
     present = torch.nn.functional.one_hot(joint.X, joint.K).double()
     close(tempered, (loo / temperature + extra * present).log_softmax(-1), 1e-9)
+    others = predict(Table(joint, predicts), state, alpha, "loo", temperature)
+    close(others, (loo / temperature).log_softmax(-1), 1e-9)
+    greedy = predict(Table(joint, predicts), state, alpha, "denoiser", 0.0, tempers="denoiser")
+    assert torch.equal(greedy.argmax(-1), joint.denoiser(alpha).argmax(-1))
+    assert (greedy.exp().max(-1).values == 1).all()
     close(_shaped(loo, 0.5, 1.0), (loo / 0.5).log_softmax(-1))
     assert (_shaped(loo, 0.0, 1.0).exp().max(-1).values == 1).all()
 
@@ -370,6 +375,7 @@ def test_an_absorbing_model_is_certain_of_what_is_decided():
         ("loo", {"temperature": -1.0}, "temperature at least 0"),
         ("loo", {"top_p": 0.0}, "top_p above 0"),
         ("loo", {"kappa": 1.5}, "kappa between 0 and 1"),
+        ("loo", {"tempers": "loo"}, "tempers must be one of others, denoiser, not 'loo'"),
     ],
     ids=str,
 )
