@@ -23,7 +23,7 @@ from agents.evaluate import paired_difference
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import write_json
 from pretrain.train import PretrainConfig, pretrain
-from tasks import UnmaskError
+from tasks import Task, UnmaskError
 
 
 def report(out: Path | None, **content: Any) -> None:
@@ -54,12 +54,14 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], **how: Any) -> dict[str, Any]:
+def once(
+    config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], task: Task | None = None, **how: Any
+) -> dict[str, Any]:
     """What ``measure`` finds of the model that ``config`` trains, with its ``cpu_seconds`` (of this process, so that
     runs beside it hardly matter; None of a resumed run). Kept in the run's folder: a finished run is not repeated.
 
     Args:
-        how: settings of the measurement.
+        task: in place of the one that the configuration names. how: settings of the measurement.
 
     Raises:
         UnmaskError: the folder holds a result of other settings.
@@ -78,7 +80,7 @@ def once(config: PretrainConfig, measure: Callable[[Backbone], dict[str, Any]], 
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         started = time.process_time()
-        model = pretrain(config)
+        model = pretrain(config, task)
         seconds = time.process_time() - started
     result = {"settings": settings, "steps": config.steps, "seed": config.seed}
     result |= {"cpu_seconds": None if resumed else round(seconds, 1)} | measure(model)
@@ -92,9 +94,12 @@ def in_parallel(run: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], proce
         return list(pool.map(run, jobs))
 
 
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 10: 2.262, 20: 2.093}  # 97.5 %, by n
+
+
 def half_interval(values: Sequence[float]) -> float | None:
     """Half the 95 % interval of the mean over seeds (Student's t); None of one seed."""
-    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}.get(len(values))
+    quantile = STUDENT.get(len(values))
     return None if quantile is None else quantile * float(torch.tensor(values).std()) / len(values) ** 0.5
 
 

@@ -1,0 +1,195 @@
+"""Does an order that is learned in pretraining find the best order of a joint where that is known?
+
+    python benchmarks/learned_order.py --out benchmarks/results/learned-order.json
+
+The joint: the first symbol chooses one of two hidden permutations of the other positions, and along it runs a Markov
+chain. So the best order is known, and depends on the context: the first position, then the chain from one end to the
+other, where every conditional is one row of one table. In another order a model has to learn powers of that table.
+-log p(x) is exact, so *excess* is how far a model's bound is above it, in nats per sequence, on test sequences.
+
+Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider) and for as long as LoMDM takes (mdm-longer);
+a learned schedule per position; LoMDM with its order learned from the first step, after half and after 0.8 of the
+steps; and the best order given (best-order: autoregression on the sequence written along its chain). And, on each LoMDM
+that was trained, the variance of the masking weights' gradient: this package's estimator beside two-sample RLOO of the
+whole loss (Hong et al. 2026, arXiv 2602.02112, eq. 8) at the same times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from common import in_parallel, once, over_seeds, report, without_settings
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pretrain import likelihood, masking
+from pretrain.backbone import Backbone, parameter_count
+from pretrain.masking import PolynomialSchedule
+from pretrain.objectives.learned_order import learned_order_loss
+from pretrain.objectives.masked import cross_entropies, integrand
+from pretrain.train import OBJECTIVES
+from tasks import Instances, Task
+
+LENGTH, SYMBOLS, SHARPNESS = 13, 6, 2.0
+SETTINGS = {"task": "chain", "batch": 64, "lr": 3e-3, "heads": 4, "layers": 2, "ema": 0.998}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mdm": ("mdm", {}),
+    "mdm-wider": ("mdm", {"dim": 64}),
+    "mdm-longer": ("mdm", {}),
+    "learned-schedule": ("learned-schedule", {}),
+    "lomdm-0": ("lomdm", {"order_start": 0.0}),
+    "lomdm-0.5": ("lomdm", {"order_start": 0.5}),
+    "lomdm-0.8": ("lomdm", {"order_start": 0.8}),
+    "best-order": ("ar", {}),
+}
+LONGER = 1.8  # times the steps of mdm: what LoMDM's order takes from the first step
+
+
+class Chain(Task):
+    """Sequences (N, L): a symbol that chooses the permutation, 0 or 1, then a Markov chain along it.
+
+    Args:
+        seed: of permutations and transitions. along: sequences are written along the chain.
+    """
+
+    def __init__(self, seed: int, along: bool = False) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.name, self.symbols, self.shape = "chain", tuple("abcdefgh"[:SYMBOLS]), (1, LENGTH)
+        logits = torch.randn(SYMBOLS, SYMBOLS, generator=generator, dtype=torch.float64)
+        self.transitions, self.along = (SHARPNESS * logits).softmax(1), along
+        self.permutations = torch.stack([torch.randperm(LENGTH - 1, generator=generator) + 1 for _ in range(2)])
+
+    def clean(self, n: int, generator: torch.Generator) -> Tensor:
+        which = torch.randint(2, (n,), generator=generator)
+        chain = torch.randint(SYMBOLS, (n, 1), generator=generator)
+        for _ in range(LENGTH - 2):
+            drawn = torch.multinomial(self.transitions[chain[:, -1]], 1, generator=generator)
+            chain = torch.cat([chain, drawn], 1)
+        written = torch.cat([which.unsqueeze(1), chain], 1)
+        return written if self.along else torch.empty_like(written).scatter(1, self._places(which), written)
+
+    def _places(self, which: Tensor) -> Tensor:
+        """(N, L) where each symbol of the chain stands."""
+        return torch.cat([torch.zeros(len(which), 1, dtype=torch.long), self.permutations[which]], 1)
+
+    def log_prob(self, clean: Tensor) -> Tensor:
+        """(N,) exact."""
+        chain = (clean if self.along else clean.gather(1, self._places(clean[:, 0])))[:, 1:]
+        steps = self.transitions[chain[:, :-1], chain[:, 1:]].log().sum(1)
+        return steps - torch.tensor(2.0 * SYMBOLS).double().log()
+
+    def sample(self, n: int, generator: torch.Generator) -> Instances:
+        answers = self.clean(n, generator)
+        return Instances(torch.full_like(answers, self.mask_id), answers)
+
+    def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+        return self.log_prob(tokens).float()
+
+
+# ---------------------------------------------------------------------- the variance of the order's gradient
+def rloo(model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:
+    """The paper's surrogate: (l_1 + l_2) / 2 + (log q(z_1) - log q(z_2)) stopgrad(l_1 - l_2) / 2, at this package's
+    times (:func:`pretrain.objectives.learned_order.learned_order_loss`)."""
+    share = masking.low_discrepancy_times(len(clean), generator)
+    with torch.no_grad():
+        hidden = model.trunk(clean)
+    schedule = PolynomialSchedule(model.order.order_weights(clean, hidden))
+    log_t = schedule.log_time(share)
+    probability = (schedule.order_weights * log_t.unsqueeze(1)).exp()
+    weight = 1 / (schedule.order_weights * probability).detach().mean(1, keepdim=True)
+    losses, chances = [], []
+    for _ in range(2):
+        noisy = masking.mask(clean, probability.detach(), model.mask_id, generator)
+        log_probs, weights = model.order.reverse(*model(noisy))
+        masked = noisy == model.mask_id
+        velocities = ((own * weight).float() for own in (schedule.order_weights, weights))
+        losses.append(integrand(cross_entropies(log_probs.float(), clean), *velocities, masked))
+        chances.append(schedule.log_probability(masked, log_t))
+    score = (chances[0] - chances[1]) * (losses[0] - losses[1]).detach() / 2
+    return ((losses[0] + losses[1]) / 2 + score).mean() / clean.shape[1]
+
+
+def gradient_noise(model: Backbone, task: Chain, repeats: int) -> dict[str, float]:
+    """Per estimator: total variance of the masking network's gradient over its squared mean (of both estimators)."""
+    generator = torch.Generator().manual_seed(2)
+    weights = list(model.order.masking.parameters())
+    estimators = {"rloo": rloo, "ours": lambda *a: learned_order_loss(*a)[0]}
+    drawn: dict[str, list[Tensor]] = {name: [] for name in estimators}
+    for _ in range(repeats):
+        clean = task.clean(SETTINGS["batch"], generator)
+        for name, estimator in estimators.items():
+            parts = torch.autograd.grad(estimator(model, clean, generator), weights)
+            drawn[name].append(torch.cat([part.flatten() for part in parts]))
+    stacked = {name: torch.stack(each) for name, each in drawn.items()}
+    mean = torch.cat(list(stacked.values())).mean(0).square().sum()
+    return {name: round(float(each.var(0).sum() / mean), 2) for name, each in stacked.items()}
+
+
+# ---------------------------------------------------------------------- runs
+@dataclass(frozen=True)
+class Job:
+    row: str
+    seed: int
+    steps: int
+    dim: int
+    sequences: int
+    repeats: int
+    out: str
+
+
+def run(job: Job) -> dict[str, Any]:
+    kind, options = ROWS[job.row]
+    task = Chain(seed=0, along=job.row == "best-order")
+    config = OBJECTIVES[kind](**SETTINGS | {"dim": job.dim} | options, steps=job.steps, seed=job.seed, out=job.out)
+
+    def measure(model: Backbone) -> dict[str, Any]:
+        clean = task.clean(job.sequences, torch.Generator().manual_seed(1))
+        found = likelihood.bound(model, clean, torch.Generator().manual_seed(1), samples=4 * LENGTH)
+        exact = -task.log_prob(clean)
+        result: dict[str, Any] = {"row": job.row, "parameters": parameter_count(model)}
+        result["entropy"] = round(float(exact.mean()), 4)
+        for name, values in (("excess", found.path), ("excess in order", found.order)):
+            result[name], result[f"{name}, error"] = (round(x, 4) for x in likelihood.mean_and_error(values - exact))
+        if kind == "lomdm":
+            result["gradient noise"] = gradient_noise(model, task, job.repeats)
+        return result
+
+    return once(config, measure, task=task, sequences=job.sequences, repeats=job.repeats)
+
+
+def main(
+    out: Path | None = None,
+    steps: int = 3000,
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    dim: int = 48,
+    sequences: int = 2000,
+    repeats: int = 200,
+    jobs: int = 1,
+    runs: Path = Path("runs/learned-order"),
+) -> None:
+    """Args: sequences: of the test. repeats: gradients of each estimator. jobs: runs at a time."""
+    lasts = {row: round(LONGER * steps) if row == "mdm-longer" else steps for row in ROWS}
+    measured = (dim, sequences, repeats)
+    every = [Job(row, seed, lasts[row], *measured, f"{runs}/{row}-{seed}") for seed in seeds for row in ROWS]
+    results = in_parallel(run, every, jobs)
+    by_row = {row: [r for r in results if r["row"] == row] for row in ROWS}
+    rows: list[dict[str, Any]] = []
+    table = Table("", "parameters", "CPU s", "excess", "minus mdm", title="nats per sequence above -log p(x)")
+    for row, own in by_row.items():
+        excess = over_seeds([r["excess"] for r in own])
+        gain = over_seeds([r["excess"] - base["excess"] for r, base in zip(own, by_row["mdm"], strict=True)])
+        seconds = [r["cpu_seconds"] for r in own if r["cpu_seconds"] is not None]
+        rows.append({"row": row, "parameters": own[0]["parameters"], "excess": excess, "minus mdm": gain})
+        shown = [f"{v['mean']:+.3f} ± {v['half_interval'] or 0:.3f}" for v in (excess, gain)]
+        table.add_row(row, f"{own[0]['parameters']:,}", f"{sum(seconds) / max(1, len(seconds)):.0f}", *shown)
+    Console().print(table)
+    report(out, settings=SETTINGS | {"dim": dim}, steps=steps, rows=rows, runs=without_settings(results))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
