@@ -101,7 +101,8 @@ class Run:
         steps: length of the loop.
         parts: named objects with ``state_dict`` and ``load_state_dict`` that make up the state.
         title: begins the lines of the log; what stands behind it in brackets is told once.
-        publish: writes the model after so many steps to a folder; called before each save of the state.
+        publish: writes the model after so many steps to a folder; called after each save of the state, so that a folder
+            with a model is known to be a run's, and a run that is killed in between writes the model when it goes on.
         round_length: every so many steps there is one that takes longer; default: the first alone does.
 
     Raises:
@@ -162,18 +163,26 @@ class Run:
             ignored = {getattr(signal, "SIGHUP", None)}  # where nohup says so
             heeded = [n for n in STOPS if n not in ignored or signal.getsignal(n) != signal.SIG_IGN]
             self._old_handlers = {number: signal.signal(number, self._interrupt) for number in heeded}
-        if self.main:
-            self.progress.start()
-            self._bar = self.progress.add_task(self.title, total=self.steps, completed=self.step, note="")
-            if self.logs.missing:
-                self.say(f"{self.title}: {self.logs.missing}")
-            if self._details:
-                self.say(f"{self.title}: {self._details.removesuffix(')')}, {self.steps} steps")
-            if not (self.out / "state.safetensors").exists():
-                self.save()  # so that --resume works from the first moment on
-            elif self.publish is not None and self.step == self.steps:
-                self.publish(self.step, self.out)  # nothing is left to do but that
+        try:
+            self._begin()
+        except BaseException as error:  # a full disk, say: nobody else calls __exit__
+            self.__exit__(type(error))
+            raise
         return self
+
+    def _begin(self) -> None:
+        if not self.main:
+            return
+        self.progress.start()
+        self._bar = self.progress.add_task(self.title, total=self.steps, completed=self.step, note="")
+        if self.logs.missing:
+            self.say(f"{self.title}: {self.logs.missing}")
+        if self._details:
+            self.say(f"{self.title}: {self._details.removesuffix(')')}, {self.steps} steps")
+        if not (self.out / "state.safetensors").exists():
+            self.save()  # so that --resume works from the first moment on
+        elif self.publish is not None:
+            self.publish(self.step, self.out)  # which a kill right after the state was saved may have left out
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -277,14 +286,14 @@ class Run:
     def save(self) -> None:
         """Write the weights and the state to resume from; only the first process does."""
         if self.main:
-            if self.publish is not None:
-                self.publish(self.step, self.out)
             state = {
                 "step": self.step,
                 "settings": self._described,
                 "parts": {name: part.state_dict() for name, part in self.parts.items()},
             }
             save_state(self.out / "state.safetensors", state)
+            if self.publish is not None:
+                self.publish(self.step, self.out)
 
 
 def _state_to_resume(settings: Any, steps: int, described: dict[str, Any]) -> dict[str, Any] | None:

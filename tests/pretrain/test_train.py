@@ -195,6 +195,34 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
     pretrain(small(out, resume="auto"))  # its lock died with it
 
 
+class Killed(BaseException):
+    """In place of SIGKILL: nothing after it runs."""
+
+
+@pytest.mark.parametrize("save", [1, 2, 4])
+@pytest.mark.parametrize("inside", ["pretrain.run.save_state", "pretrain.train.save_model"])
+def test_a_run_killed_inside_a_save_goes_on(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, save: int
+) -> None:
+    """Before or after the state was written, and in the first save as in the last: as if nobody had touched it."""
+    module, name = inside.rsplit(".", 1)
+    original, calls = getattr(sys.modules[module], name), []
+
+    def killed(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) == save:
+            raise Killed
+        original(*args, **kwargs)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(inside, killed)
+        with pytest.raises(Killed):
+            pretrain(small(out))
+    pretrain(small(out, resume="auto"))
+    assert_equal_runs(out, finished)
+
+
 @pytest.mark.parametrize("what", ["init", "foreign", "weights"])
 def test_a_model_of_another_origin_is_not_written_over(finished, tmp_path, what):
     out = tmp_path / "model"
