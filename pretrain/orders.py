@@ -61,6 +61,12 @@ class PositionOrder(NoOrder):
     def reverse(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return logits.log_softmax(-1), F.softplus(self.raw).expand(logits.shape[:2])
 
+    def expected_places(self) -> Tensor:
+        """(L,) float64: how many positions are unmasked before each one on average, in the Plackett-Luce order of the
+        weights: sum over j != i of w_j / (w_i + w_j), since of two exponential clocks the faster rings first."""
+        weights = F.softplus(self.raw.detach()).double()
+        return (weights / (weights + weights.unsqueeze(1))).sum(1) - 0.5
+
 
 class SymbolOrder(NoOrder):
     """One weight per symbol, starting at 1; the model's velocity follows from what it predicts: GenMD4 (Shi et al.

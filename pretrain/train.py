@@ -21,6 +21,7 @@ from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, save_model, step
 from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import losses_of_passes, masked_diffusion_loss
 from pretrain.objectives.uniform import uniform_loss
+from pretrain.orders import PositionOrder
 from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
 from tasks.settings import (
     AtLeast0,
@@ -394,6 +395,13 @@ class RunningMean:
         self.taken = state.get("taken", [])
 
 
+def _places(model: Backbone) -> str | None:
+    """Of a learned schedule per position, what order it means."""
+    if not isinstance(model.order, PositionOrder):
+        return None
+    return ", ".join(f"{place:.1f}" for place in model.order.expected_places().tolist())
+
+
 def denoiser_card(config: PretrainConfig, task: tasks.Task, model: Backbone, steps: int, means: Sequence[float]) -> str:
     """The card of a denoiser after ``steps`` steps, of which the last have these losses, one per pass."""
     init = config.init
@@ -404,6 +412,7 @@ def denoiser_card(config: PretrainConfig, task: tasks.Task, model: Backbone, ste
         "began from": None if init is None else f"`{init}`",
         "seed": config.seed,
         "stored in": "float16" if config.half else "float32",
+        "unmasked before each position, on average": _places(model),
         "training loss when last logged, per pass": f"{loss} nats per position" if means else None,
     }
     front = card.front_matter(model) | {"license": card.license_of([init] if init else [], PACKAGED_DENOISERS)}

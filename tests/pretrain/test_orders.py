@@ -1,5 +1,6 @@
 """What models know about their order, blocks of attention, and the learned order as a reference policy."""
 
+import itertools
 import math
 
 import pytest
@@ -61,6 +62,22 @@ def symbol_order(seed: int = 0, vocab: int = V) -> SymbolOrder:
     order = SymbolOrder(vocab)
     order.raw.data = 1.5 * randn(vocab, seed=seed)
     return order
+
+
+def test_expected_places_are_those_of_all_orders():
+    """By enumeration of Plackett-Luce's orders."""
+    order = PositionOrder(4)
+    weights = torch.tensor([0.3, 1.0, 2.5, 1.0], dtype=torch.float64)
+    order.raw.data = torch.log(torch.expm1(weights)).float()
+    expected = torch.zeros(4, dtype=torch.float64)
+    for ranking in itertools.permutations(range(4)):
+        chance, left = 1.0, float(weights.sum())
+        for position in ranking:
+            chance, left = chance * float(weights[position]) / left, left - float(weights[position])
+        for place, position in enumerate(ranking):
+            expected[position] += chance * place
+    assert torch.allclose(order.expected_places(), expected, atol=1e-6)
+    assert PositionOrder(5).expected_places().tolist() == pytest.approx([2.0] * 5)
 
 
 def test_symbol_order_by_hand():
