@@ -12,6 +12,7 @@ J(pi) = E[r] - beta * KL.
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def main(
             gains = [row["reference"] - row[name] for row in rows]
             nearer[name] = over_seeds(gains) | {"nearer": sum(gain > 0 for gain in gains)}
         measure = "KL(p_data || p), nats; nearer: in how many joints it is below the reference's"
-        report(out, beta=beta, measure=measure, rows=rows, gains=nearer)
+        means = {name: statistics.fmean(row[name] for row in rows) for name in ("reference", *nearer)}
+        report(out, beta=beta, measure=measure, means=means, gains=nearer, rows=rows)
     for name, gain in nearer.items():
         half = "" if gain["half_interval"] is None else f" ± {gain['half_interval']:.3f}"
         console.print(
