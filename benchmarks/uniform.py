@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,13 @@ def corrections(row: str) -> Iterator[Corrector | Remasking]:
         yield from (Corrector(1, "margin", positions) for positions in (1, 4))
 
 
+def ways_of(plain: Completion) -> list[list[Completion]]:
+    """By way, what to choose from: every temperature for itself, then every corrector at every temperature."""
+    corrected = [replace(plain, correction=each) for each in corrections(plain.row)]
+    warm = [[replace(job, temperature=t) for t in TEMPERATURES for job in jobs] for jobs in ([plain], corrected)]
+    return [[plain], corrected, *warm]
+
+
 def complete(job: Completion) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = load_model(Backbone, job.denoiser, PACKAGED_DENOISERS, "denoiser").eval()
@@ -120,6 +127,42 @@ def _sample(model: Backbone, prompts: Tensor, generator: torch.Generator, job: C
     method = job.row if ROWS[job.row] == "audm" else "ancestral"
     shaped = {"temperature": job.temperature, "corrector": job.correction}
     return sample_uniform(model, prompts, generator, job.nfe, method, **shaped)
+
+
+Tested = Callable[[str, int, str, str], list[Any]]  # of a row, a number of forwards, a way and a metric, by seed
+
+
+def show(chosen: dict[tuple[str, int, str], Completion], tested: Tested) -> list[dict[str, Any]]:
+    """Print the table; its rows."""
+    rows, title = [], "solved % (cell accuracy %), half of the 95 % interval"
+    nfe = list(dict.fromkeys(n for _, n, _ in chosen))
+    table = Table("", "", *(f"{n} forwards" for n in nfe), title=title)
+    for row, way in dict.fromkeys((row, way) for row, _, way in chosen):
+        cells = []
+        for n in nfe:
+            solved, cell = (over_seeds(tested(row, n, way, metric)) for metric in METRICS)
+            job = chosen[row, n, way]
+            rows.append(
+                {"row": row, "way": way, "nfe": n, "made": tested(row, n, way, "nfe")[0]}
+                | {"temperature": job.temperature, "correction": job.label()}
+                | {"solved": solved["mean"], "each": solved["each"], "half_interval": solved["half_interval"]}
+                | {"cell_accuracy": cell["mean"], "cell_accuracy_half_interval": cell["half_interval"]}
+            )
+            half = "" if solved["half_interval"] is None else f" ± {100 * solved['half_interval']:.1f}"
+            cells.append(f"{100 * solved['mean']:.1f}{half} ({100 * cell['mean']:.1f})")
+        table.add_row(row, way, *cells)
+    Console().print(table)
+    return rows
+
+
+def difference(pair: tuple[str, str], n: int, way: str, tested: Tested) -> dict[str, Any]:
+    """Of the first of a pair of rows minus the second, seed by seed."""
+    ours, theirs = pair
+    found: dict[str, Any] = {"ours": ours, "theirs": theirs, "nfe": n, "way": way}
+    for metric in METRICS:
+        pairs = zip(tested(ours, n, way, metric), tested(theirs, n, way, metric), strict=True)
+        found[metric] = over_seeds([a - b for a, b in pairs])
+    return found
 
 
 def main(
@@ -146,15 +189,10 @@ def main(
     training = [Training(m, seed, steps, folder(m, seed)) for seed in seeds for m in MODELS]
     trained = [] if denoiser else in_parallel(train, training, jobs)
 
-    # What to choose from: every temperature for itself, then every corrector at every temperature.
     choices: dict[tuple[str, int, str], list[Completion]] = {}
     for row, n in itertools.product(names, nfe):
         plain = Completion(row, folder(ROWS[row], seeds[0]), n, "validation", validation, blanks=blanks)
-        corrected = [replace(plain, correction=each) for each in corrections(row)]
-        choices[row, n, WAYS[0]] = [plain]
-        choices[row, n, WAYS[1]] = corrected
-        choices[row, n, WAYS[2]] = [replace(plain, temperature=t) for t in TEMPERATURES]
-        choices[row, n, WAYS[3]] = [replace(job, temperature=t) for t in TEMPERATURES for job in corrected]
+        choices |= {(row, n, way): own for way, own in zip(WAYS, ways_of(plain), strict=True)}
     every = list(dict.fromkeys(itertools.chain(*choices.values())))
     validated = dict(zip(every, in_parallel(complete, every, jobs), strict=True))
     chosen = {key: max(own, key=lambda job: validated[job]["cell_accuracy"]) for key, own in choices.items()}
@@ -168,35 +206,13 @@ def main(
     def tested(row: str, n: int, way: str, metric: str) -> list[Any]:
         return [results[test(chosen[row, n, way], seed)][metric] for seed in seeds]
 
-    rows, differences = [], []
-    title = "solved % (cell accuracy %), half of the 95 % interval"
-    table = Table("", "", *(f"{n} forwards" for n in nfe), title=title)
-    for row, way in itertools.product(names, WAYS):
-        cells = []
-        for n in nfe:
-            solved, cell = (over_seeds(tested(row, n, way, metric)) for metric in METRICS)
-            job = chosen[row, n, way]
-            rows.append(
-                {"row": row, "way": way, "nfe": n, "made": tested(row, n, way, "nfe")[0]}
-                | {"temperature": job.temperature, "correction": job.label()}
-                | {"solved": solved["mean"], "each": solved["each"], "half_interval": solved["half_interval"]}
-                | {"cell_accuracy": cell["mean"], "cell_accuracy_half_interval": cell["half_interval"]}
-            )
-            half = "" if solved["half_interval"] is None else f" ± {100 * solved['half_interval']:.1f}"
-            cells.append(f"{100 * solved['mean']:.1f}{half} ({100 * cell['mean']:.1f})")
-        table.add_row(row, way, *cells)
-    for (ours, theirs), n, way in itertools.product([] if denoiser else PAIRS, nfe, WAYS):
-        differences.append({"ours": ours, "theirs": theirs, "nfe": n, "way": way})
-        for metric in METRICS:
-            pairs = zip(tested(ours, n, way, metric), tested(theirs, n, way, metric), strict=True)
-            differences[-1][metric] = over_seeds([a - b for a, b in pairs])
-    Console().print(table)
+    compared = [] if denoiser else itertools.product(PAIRS, nfe, WAYS)
     report(
         out,
         settings=SETTINGS,
         metric="share of test puzzles solved, share of their blanks right; intervals over seeds (Student's t)",
-        rows=rows,
-        differences=differences,
+        rows=show(chosen, tested),
+        differences=[difference(pair, n, way, tested) for pair, n, way in compared],
         validation=[
             {"row": job.row, "nfe": job.nfe, "temperature": job.temperature, "correction": job.label()}
             | {name: result[name] for name in (*METRICS, "seconds")}
