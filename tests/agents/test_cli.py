@@ -151,6 +151,7 @@ def test_list(unmask) -> None:
         assert f"{title}: " in done.out
 
 
+@pytest.mark.slow
 def test_as_a_program() -> None:
     """The entry point outside this process: list, and a mistake."""
     right, wrong = start("list"), start("evaluate", "--task", "sudoku5", "--denoiser", "sudoku6-tiny")
@@ -939,6 +940,7 @@ def test_learners_of_the_libraries(unmask, weak: Path, tmp_path: Path, name: str
     assert [row["order"] for row in json.loads(rows.read_text())] == [str(out)]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", ["ppo-sb3", "ppo-torchrl", "grpo-torchrl"])
 def test_learners_of_the_libraries_read_hidden_states(unmask, weak: Path, tmp_path: Path, name: str) -> None:
     sizes = ["--puzzles", "2", "--group", "2"] if name == "grpo-torchrl" else ["--num-envs", "4"]
@@ -1012,6 +1014,7 @@ def test_quotes_hold_names_with_commas(tmp_path: Path) -> None:
         tasks.get("text:a.txt,b.txt")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     words = [sys.executable, "-m", "agents.cli", "train", "upo", "--help"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

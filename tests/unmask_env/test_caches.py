@@ -283,6 +283,7 @@ def test_a_belief_fills_with_the_same_cache(paths):
     assert spent[0] == spent[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_cache_saves_at_least_half_of_the_flops(name, tmp_path):
     """Counted: 256 tokens of an answer in blocks of 32, two positions per forward, behind a prompt of 96."""
