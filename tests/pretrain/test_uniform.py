@@ -357,6 +357,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_steps_lower_the_bound(kind, tmp_path):
     task = TableTask(JOINTS["3^3"].p0.view(3, 3, 3))
