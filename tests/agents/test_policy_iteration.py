@@ -146,6 +146,7 @@ def exact_values(process: Unmasking, policy: Policy, tokens: Tensor, instance: I
     return torch.tensor([filled(tokens, position) for position in range(len(tokens))])
 
 
+@pytest.mark.slow
 def test_with_drawn_symbols_values_average_to_the_exact_expectation() -> None:
     process = table(Likely, temperature=1.0)
     instance = process.task.sample(1, generator(1))

@@ -54,7 +54,7 @@ def task(base: Path) -> Text:
 
 
 def config(base: Path, out: Path, **settings) -> AdapterConfig:
-    return AdapterConfig("text", str(out), str(base), **{"steps": 6, "rank": 2, "log_every": 2} | settings)
+    return AdapterConfig("text", str(out), base=str(base), **{"steps": 6, "rank": 2, "log_every": 2} | settings)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_text_in_a_models_tokens(task: Text, base: Path) -> None:
 def test_an_untrained_adapters_loss_is_the_causal_models_under_a_mask_that_hides_nothing(
     task: Text, base: Path
 ) -> None:
-    model = new_adapter(AdapterConfig("text", "x", str(base)), task).eval()
+    model = new_adapter(AdapterConfig("text", "x", base=str(base)), task).eval()
     head = model.get_output_embeddings().weight.detach()
     clean = task.heldout_answers(4, "validation")
     with torch.no_grad():

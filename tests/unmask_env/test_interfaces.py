@@ -228,7 +228,7 @@ def test_single_and_vector_agree_step_for_step(id: str, options: dict, steps: in
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("on_illegal", ["noop", "terminate"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", sweep([0.0, 1.0], bool))
 def test_gymnasiums_own_vector_env_gives_the_same(mode: AutoresetMode, on_illegal: str, temperature: float) -> None:
     """Against SyncVectorEnv over the single env, in the same autoreset mode."""
     options = {"on_illegal": on_illegal, "temperature": temperature}
@@ -352,7 +352,7 @@ PLAYED = [
 ]
 
 
-@pytest.mark.parametrize("on_illegal", ["noop", "terminate"])
+@pytest.mark.parametrize("on_illegal", sweep(["noop", "terminate"], "terminate".__eq__))
 @pytest.mark.parametrize(("id", "temperature", "steps", "rules"), sweep(PLAYED, lambda id, *_: id == TABLE))
 def test_four_interfaces_agree(id: str, temperature: float, steps: int, rules: dict, on_illegal: str) -> None:
     """The same seeds and actions: legal ones, and now and then any. Where there is time, the last row insists on a
