@@ -29,7 +29,7 @@ from unmask_env.reference import MaxConfidence
 
 SHAPE = PolicyConfig(copy=False, dim=16, layers=1, defer_above=2.0, num_passes=2)
 MISLED = Unmasking(Misled(), TableDenoiser(Misled().joint))
-TINY = ["--threads", "1", "--iterations", "2", "--puzzles", "4", "--group", "4", "--minibatches", "1"]
+TINY = ["--threads", "1", "--iterations", "1", "--puzzles", "2", "--group", "2", "--minibatches", "1"]
 
 
 def upo_config(out: Path, **changes: object) -> UPOConfig:

@@ -419,6 +419,7 @@ def test_a_saved_run_reloads_with_its_order(kind, finished):
     assert torch.equal(*w)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["learned-schedule", "genmd4", "lomdm"])
 def test_a_few_steps_move_the_order(kind, finished):
     _, model = finished(kind)
