@@ -11,7 +11,7 @@ test: venv
 
 # Lint, and every test that neither trains nor is slow; in two halves side by side, each of which imports only its own
 # libraries, and no test twice.
-CHECK = $(BIN)/python -m pytest -m "not trains and not slow"
+CHECK = $(BIN)/python -m pytest --hypothesis-profile check -m "not trains and not slow"
 FIRST = tests/agents tests/golden
 
 check: lint
