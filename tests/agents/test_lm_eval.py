@@ -85,6 +85,7 @@ def results(folder):
     return {size: evaluated(made(folder, batch_size=size), ["unmask_sums", "unmask_colours"]) for size in (1, 3)}
 
 
+@pytest.mark.slow
 def test_the_harness_runs_and_the_batch_size_does_not_matter(results) -> None:
     assert set(results[1]["results"]) == {"unmask_sums", "unmask_colours"}
     assert answers(results[1], "unmask_sums") == answers(results[3], "unmask_sums")
