@@ -239,6 +239,7 @@ def test_whether_filling_gives_the_continuation(folder) -> None:
 
 
 # ---------------------------------------------------------------------- how it is found, and mistakes
+@pytest.mark.slow
 def test_the_command_and_the_entry_point(folder, tmp_path, monkeypatch, capsys) -> None:
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]["unmask"]
     module, _, name = entry.partition(":")

@@ -105,6 +105,7 @@ LEARNERS = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_the_numbers_of_training_do_not_depend_on_it(tmp_path: Path, kind: type) -> None:
     for every in (0, 1):
