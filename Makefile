@@ -12,7 +12,7 @@ test: venv
 # Lint, and every test that neither trains nor is slow; in two halves side by side, each of which imports only its own
 # libraries, and no test twice.
 CHECK = $(BIN)/python -m pytest --hypothesis-profile check -m "not trains and not slow"
-FIRST = tests/agents tests/golden
+FIRST = tests/agents tests/golden tests/pretrain
 
 check: lint
 	$(MAKE) --no-print-directory --jobs 2 check-first check-others

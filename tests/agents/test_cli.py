@@ -545,6 +545,7 @@ def test_evaluate_a_users_file(unmask, order: Path, tmp_path: Path, solutions: b
     assert rows[0]["solve_rate"] < rows[1]["solve_rate"]
 
 
+@pytest.mark.slow
 def test_evaluate_is_the_same_for_a_file_and_the_packaged_puzzles(unmask, tmp_path: Path) -> None:
     """And --limit cuts both."""
     file = write_puzzles(tmp_path / "mine.csv", boards(30, solutions=True))
@@ -629,6 +630,7 @@ def test_uniform_denoisers(unmask, tmp_path: Path, kind: str) -> None:
     assert "masked models" in unmask("likelihood", "--task", "sudoku4", "--denoiser", out, "--truncated").err
 
 
+@pytest.mark.slow
 def test_evaluate_by_difficulty(unmask, tmp_path: Path) -> None:
     """Puzzles that singles solve, those that need more, and both."""
     rows = {}
@@ -663,6 +665,7 @@ def test_every_order_plays_the_kind_of_action_that_it_is_made_for(unmask, tmp_pa
     assert int(played.state.remask_count.sum()) > 0
 
 
+@pytest.mark.slow
 def test_evaluate_follows_the_seed(unmask, tmp_path: Path) -> None:
     rates = []
     for seed in (1, 1, 2):
