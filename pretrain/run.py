@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import RenderableType
@@ -26,15 +28,42 @@ from pretrain.checkpoint import CheckpointError, checked_device, load_state, sav
 from pretrain.logs import Logs
 from tasks import UnmaskError
 from tasks.errors import first_line
-from tasks.settings import Threads, check
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, check
 
 MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads", "wandb"}  # they do not change what is learned
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STOPPING = "stopping after this step and saving; once more stops without saving"
-
-
 MEASURED = 3.0  # seconds of steps from which the duration is estimated
 LONG = 60.0  # seconds from which on it is told
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What all trainings of denoisers share."""
+
+    task: str
+    """what to learn, for example sudoku6 (``unmask list`` shows all)"""
+    out: str
+    """folder for what is trained, the logs and the state to resume from"""
+    steps: AtLeast1 = 4000
+    batch: AtLeast1 = 256
+    """sequences per step, over all processes"""
+    lr: NotNegative = 2e-3
+    warmup: AtLeast0 = 100
+    """steps of linear warm-up"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: NotNegative = 0.01
+    grad_clip: Positive = 1.0
+    seed: Seed = 0
+    device: str = "cpu"
+    threads: Threads | None = None
+    """CPU threads; the default is torch's"""
+    resume: Literal["never", "must", "auto"] = "never"
+    """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
+    log_every: AtLeast1 = 50
+    save_every: AtLeast1 = 500
+    wandb: str | None = None
+    """a project of Weights & Biases to log to, too (the extra wandb)"""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
@@ -364,6 +393,14 @@ def _lock(out: Path) -> int | None:
         os.close(file)
         raise UnmaskError(f"another run is going on in {out}; wait for it, or name another --out") from None
     return file
+
+
+def learning_rate(config: FitConfig, step: int) -> float:
+    """Linear warm-up, then cosine decay to a tenth, or constant."""
+    scale = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "cosine":
+        scale *= 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / config.steps))
+    return config.lr * scale
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,60 +21,33 @@ from pretrain.objectives.learned_order import block_loss, learned_order_loss
 from pretrain.objectives.masked import losses_of_passes, masked_diffusion_loss
 from pretrain.objectives.uniform import uniform_loss
 from pretrain.orders import PositionOrder
-from pretrain.run import Run, decayed_groups, resolve_device, set_learning_rate
+from pretrain.run import FitConfig, Run, decayed_groups, learning_rate, resolve_device, set_learning_rate
 from tasks.settings import (
-    AtLeast0,
     AtLeast1,
     Depth,
     NotNegative,
-    Positive,
-    Seed,
     Share,
     ShareBelow1,
-    Threads,
     Width,
     validate,
 )
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """What all denoisers' trainings share."""
+class PretrainConfig(FitConfig):
+    """What the trainings of backbones share."""
 
-    task: str
-    """what to learn, for example sudoku6 (``unmask list`` shows all)"""
-    out: str
-    """folder for the weights, the logs and the state to resume from"""
     init: str | None = None
     """start from this denoiser of the same kind (packaged name, folder or hub id), whose sizes are taken"""
-    steps: AtLeast1 = 4000
-    batch: AtLeast1 = 256
-    """sequences per step, over all processes"""
     dim: Width = 96
     layers: Depth = 4
     heads: Depth = 4
-    lr: NotNegative = 2e-3
-    warmup: AtLeast0 = 100
-    """steps of linear warm-up"""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: NotNegative = 0.01
-    grad_clip: Positive = 1.0
     ema: ShareBelow1 = 0.998
     """decay of the exponential moving average of the weights, which is what is saved"""
-    seed: Seed = 0
-    device: str = "cpu"
-    threads: Threads | None = None
-    """CPU threads; the default is torch's"""
     bf16: bool = False
     compile: bool = False
     half: bool = False
     """store the weights in float16, as the packaged denoisers are"""
-    resume: Literal["never", "must", "auto"] = "never"
-    """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
-    log_every: AtLeast1 = 50
-    save_every: AtLeast1 = 500
-    wandb: str | None = None
-    """a project of Weights & Biases to log to, too (the extra wandb)"""
 
     takes_prompts = False  # whether it can learn what is behind a prompt
 
@@ -286,23 +258,6 @@ class Objective(nn.Module):
     def forward(self, clean: Tensor, generator: torch.Generator, done: float = 1.0) -> tuple[Tensor, Tensor]:
         """As :meth:`PretrainConfig.objective`."""
         return self.config.objective(self.model, clean, generator, done)
-
-
-class Annealed(Protocol):
-    """Settings of a training with a warm-up and a schedule."""
-
-    lr: float
-    warmup: int
-    schedule: str
-    steps: int
-
-
-def learning_rate(config: Annealed, step: int) -> float:
-    """Linear warm-up, then cosine decay to a tenth, or constant."""
-    scale = min(1.0, (step + 1) / max(1, config.warmup))
-    if config.schedule == "cosine":
-        scale *= 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / config.steps))
-    return config.lr * scale
 
 
 def new_backbone(config: PretrainConfig, task: tasks.Task) -> Backbone:

@@ -25,6 +25,7 @@ from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, packaged
 from pretrain.train import OBJECTIVES, pretrain
 from tasks import Instances, UnmaskError
 from tests.accelerator import CudaTensor, pretended_cuda
+from tests.toys import sweep
 from unmask_env import exact, exact_sets, make_process
 from unmask_env.reference import REFERENCES, reference
 from unmask_env.sb3_env import SB3VecEnv
@@ -122,7 +123,7 @@ def test_networks_move_learn_and_stay_who_they_are() -> None:
 
 
 # ---------------------------------------------------------------------- the process
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", sweep(REFERENCES, {"margin", "learned", "remdm", "oracle_sets"}.__contains__))
 def test_every_reference(name: str, ordered: str) -> None:
     played = []
     for device in DEVICES:
@@ -134,16 +135,16 @@ def test_every_reference(name: str, ordered: str) -> None:
     alike(*(rollout.steps[0].log_prob for rollout in played))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(
-    ("name", "rules"),
-    [
-        ("schedule", {"actions": "set", "block_length": 4}),
-        ("softmax_margin", {"nfe_budget": 3, "on_illegal": "terminate"}),
-        ("factor", {"actions": "set", "speed": 1.0}),
-        ("remdm", {"actions": "set+remask", "remask_budget": 2, "block_length": 4}),
-    ],
-)
+RULES = [
+    ("schedule", {"actions": "set", "block_length": 4}),
+    ("softmax_margin", {"nfe_budget": 3, "on_illegal": "terminate"}),
+    ("factor", {"actions": "set", "speed": 1.0}),
+    ("remdm", {"actions": "set+remask", "remask_budget": 2, "block_length": 4}),
+]
+
+
+@pytest.mark.parametrize("temperature", sweep([0.0, 1.0], bool))
+@pytest.mark.parametrize(("name", "rules"), sweep(RULES, lambda name, rules: "nfe_budget" in rules))
 def test_every_rule(name: str, rules: dict, temperature: float) -> None:
     played = []
     for device in DEVICES:
@@ -157,7 +158,7 @@ def test_every_rule(name: str, rules: dict, temperature: float) -> None:
 TASKS = {"countdown3": "countdown", "text": "text:hide=0.25,span=4", "zebra3": "zebra:houses=3", "text-ar": "free_text"}
 
 
-@pytest.mark.parametrize("name", packaged(PACKAGED_DENOISERS))
+@pytest.mark.parametrize("name", sweep(packaged(PACKAGED_DENOISERS), {"sudoku4", "text"}.__contains__))
 def test_every_packaged_denoiser(name: str) -> None:
     """And the samples, augmentations, rewards and metrics of their tasks."""
     task = tasks.get(TASKS.get(name, name.partition("-")[0]))
@@ -177,6 +178,7 @@ def test_every_packaged_denoiser(name: str) -> None:
         alike(*(values[metric] for values in measured))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", packaged(PACKAGED_POLICIES))
 def test_every_packaged_policy(name: str) -> None:
     rows = []
@@ -209,7 +211,7 @@ def test_exact_solutions() -> None:
         alike(here, there)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "frontier", "likelihood"])
+@pytest.mark.parametrize("command", sweep(["evaluate", "frontier", "likelihood"], "likelihood".__eq__))
 def test_commands(command: str, tmp_path: Path) -> None:
     board = ["--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "4"]
     arguments = {
@@ -247,8 +249,8 @@ def test_models_of_transformers() -> None:
 
 
 # ---------------------------------------------------------------------- the interfaces
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("actions", ACTIONS)
+@pytest.mark.parametrize("temperature", sweep([0.0, 1.0], bool))
+@pytest.mark.parametrize("actions", sweep(ACTIONS, "set+remask".__eq__))
 def test_every_interface(actions: str, temperature: float) -> None:
     """With illegal actions, truncations and resets, all of which give what they give on the CPU."""
     options = {"actions": actions, "temperature": temperature, "nfe_budget": 6, "show": ("hidden",)}
@@ -304,7 +306,7 @@ def interfaces(options: dict[str, Any]) -> list[Any]:
     return shown
 
 
-@pytest.mark.parametrize("id", unmask_env.ids())
+@pytest.mark.parametrize("id", sweep(unmask_env.ids(), SMALL.__eq__))
 def test_every_environment_is_made_on_cuda(id: str) -> None:
     env = gym.make(id, device="cuda")
     assert env.unwrapped.process.device.type == "cuda"

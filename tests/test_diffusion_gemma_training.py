@@ -36,6 +36,7 @@ def test_noise_is_a_share_of_uniform_symbols(benchmark) -> None:
     )
 
 
+@pytest.mark.trains
 def test_the_folder_holds_the_trained_model(benchmark, tmp_path) -> None:
     task = Countdown(largest=20)
     benchmark.train(config(benchmark, tmp_path), task)
@@ -51,6 +52,7 @@ def test_the_folder_holds_the_trained_model(benchmark, tmp_path) -> None:
     assert all(torch.equal(before[name], after[name]) == ("vision" in name) for name in before if "proj" in name)
 
 
+@pytest.mark.trains
 def test_training_that_was_cut_off_goes_on(benchmark, tmp_path, monkeypatch) -> None:
     task, loss_of, calls = Countdown(largest=20), benchmark.loss_of, []
     benchmark.train(config(benchmark, tmp_path / "whole"), task)

@@ -59,17 +59,6 @@ def outside(hint: Any) -> list[Any]:
     return bad
 
 
-def cases() -> list[Any]:
-    out = []
-    for kind in KINDS:
-        for name, hint in get_type_hints(kind, include_extras=True).items():
-            if name in {field.name for field in dataclasses.fields(kind)}:
-                out += [
-                    pytest.param(kind, name, value, id=f"{kind.__name__} {name}={value}") for value in outside(hint)
-                ]
-    return out
-
-
 def made(kind: type, **changes: Any) -> Any:
     """With something for every field that has no default."""
     needed = {
@@ -85,14 +74,25 @@ def test_the_defaults_fit(kind: type) -> None:
     validate(made(kind))
 
 
-@pytest.mark.parametrize(("kind", "name", "value"), cases())
-def test_settings_out_of_range_are_refused_by_name_in_one_line(kind: type, name: str, value: Any) -> None:
-    with pytest.raises(UnmaskError) as caught:
+def refusal(kind: type, name: str, value: Any) -> str:
+    """What is said of this value; empty where it is taken."""
+    try:
         validate(made(kind, **{name: value}))
-    message = str(caught.value)
-    assert message.startswith(f"{name} must be ")
-    assert message.endswith(f"not {value!r}")
-    assert "\n" not in message
+    except UnmaskError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_settings_out_of_range_are_refused_by_name_in_one_line(kind: type) -> None:
+    hints, tried, wrong = get_type_hints(kind, include_extras=True), 0, []
+    for name in (field.name for field in dataclasses.fields(kind)):
+        for value in outside(hints[name]):
+            said, tried = refusal(kind, name, value), tried + 1
+            if not said.startswith(f"{name} must be ") or not said.endswith(f"not {value!r}") or "\n" in said:
+                wrong.append(f"{name}={value!r}: {said or 'taken'}")
+    assert tried or getattr(kind, "sees_answers", False)  # all they have is what they are told
+    assert not wrong, "\n".join(wrong)
 
 
 def test_messages_by_hand() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,17 @@ from unmask_env.encoding import LOG_ZERO, encode
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, SoftmaxConfidence
 from unmask_env.state import SINGLE, Denoised, History, Observation, Rollout, Rules, State
+
+
+def sweep(cases: Iterable[Any], checked: Callable[..., bool], id: Callable[[Any], str] | None = None) -> list[Any]:
+    """Parameters that ``make test`` tries all; ``make check`` those for which ``checked`` holds. Cases of several
+    parameters are tuples."""
+    out = []
+    for case in cases:
+        values = case if type(case) is tuple else (case,)
+        marks = () if checked(*values) else pytest.mark.slow
+        out.append(pytest.param(*values, id=None if id is None else id(case), marks=marks))
+    return out
 
 
 def generator(seed: int = 0) -> torch.Generator:

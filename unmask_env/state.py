@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -106,9 +106,21 @@ SINGLE = Rules()
 """One position per forward, nothing else."""
 
 
+class Rows:
+    """Base of dataclasses whose tensors have a row for each board."""
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        return join_rows([self], lambda parts: parts[0][rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[Self], how: Callable[[Sequence[Tensor]], Tensor]) -> Self:
+        """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
+        return join_rows(parts, how)
+
+
 # ---------------------------------------------------------------------- one denoiser forward
 @dataclass(frozen=True)
-class Denoised:
+class Denoised(Rows):
     """What one denoiser forward says: the K most likely symbols of every position, and the entropy.
 
     K = V for at most 128 symbols, else 16. Make it with :meth:`of`, which keeps no tensor with a larger vocabulary
@@ -291,15 +303,6 @@ class Denoised:
         index = (cumulative <= at).sum(-1).clamp(max=log_probs.shape[-1] - 1)
         return index if symbols is None else symbols.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
-    # ------------------------------------------------------------------ rows
-    def __getitem__(self, rows: Tensor | slice) -> Denoised:
-        return self.join([self], lambda parts: parts[0][rows])
-
-    @classmethod
-    def join(cls, parts: Sequence[Denoised], how: Callable[[Sequence[Tensor]], Tensor]) -> Denoised:
-        """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return join_rows(parts, how)
-
     def without_carried(self) -> Denoised:
         """The same without what a denoiser is given back with the next forward."""
         return self if self.carried is None else replace(self, carried=None)
@@ -387,7 +390,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Observation:
+class Observation(Rows):
     """All that a policy may look at: the same for references, learned policies, learners and a user's own loop. The
     answers are not here.
 
@@ -454,14 +457,6 @@ class Observation:
         """(N, A) bool: the entries that an action may contain."""
         return self.fillable if self.remaskable is None else torch.cat([self.fillable, self.remaskable], 1)
 
-    def __getitem__(self, rows: Tensor | slice) -> Observation:
-        return join_rows([self], lambda parts: parts[0][rows])
-
-    @classmethod
-    def join(cls, parts: Sequence[Observation], how: Callable[[Sequence[Tensor]], Tensor]) -> Observation:
-        """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return join_rows(parts, how)
-
 
 # ---------------------------------------------------------------------- where play stands
 @dataclass(frozen=True)
@@ -480,7 +475,7 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class State:
+class State(Rows):
     """N boards in play; rows are independent, and everything that is remembered of them is here.
 
     Attributes:
@@ -517,14 +512,6 @@ class State:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def __getitem__(self, rows: Tensor | slice) -> State:
-        return join_rows([self], lambda parts: parts[0][rows])
-
-    @classmethod
-    def join(cls, parts: Sequence[State], how: Callable[[Sequence[Tensor]], Tensor]) -> State:
-        """One of several: ``how`` (for example ``torch.cat``) of each of their tensors."""
-        return join_rows(parts, how)
 
     def put(self, rows: Tensor, other: State) -> State:
         """This state with ``other`` in the rows ``rows`` (indices); what ``other`` has no ``previous`` of keeps its

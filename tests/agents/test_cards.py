@@ -29,7 +29,7 @@ from unmask_env.reference import MaxConfidence
 
 SHAPE = PolicyConfig(copy=False, dim=16, layers=1, defer_above=2.0, num_passes=2)
 MISLED = Unmasking(Misled(), TableDenoiser(Misled().joint))
-TINY = ["--threads", "1", "--iterations", "2", "--puzzles", "4", "--group", "4", "--minibatches", "1"]
+TINY = ["--threads", "1", "--iterations", "1", "--puzzles", "2", "--group", "2", "--minibatches", "1"]
 
 
 def upo_config(out: Path, **changes: object) -> UPOConfig:
@@ -99,6 +99,7 @@ def test_the_results_are_those_of_the_policy(run: Path) -> None:
     assert f"minus the reference softmax_confidence, by instance: {mean:+.1f} ({low:+.1f} to {high:+.1f})" in card.text
 
 
+@pytest.mark.trains
 def test_from_python_nothing_is_said_that_is_not_known(tmp_path: Path) -> None:
     """The process is given by hand, so the names in the settings are not its."""
     upo.train(upo_config(tmp_path / "run"), MISLED)
@@ -114,6 +115,7 @@ def test_from_python_nothing_is_said_that_is_not_known(tmp_path: Path) -> None:
     assert result(card, "this policy")[0].startswith("100.0 ")
 
 
+@pytest.mark.trains
 def test_who_learned_from_both_says_so_and_where_it_began(tmp_path: Path) -> None:
     sizes = {"steps": 4, "batch": 8, "puzzles": 40, "policy": SHAPE, "threads": 1, "validate_every": 0}
     imitation.train(ImitationConfig(out=str(tmp_path / "taught"), **sizes), MISLED)
@@ -128,6 +130,7 @@ def test_who_learned_from_both_says_so_and_where_it_began(tmp_path: Path) -> Non
     assert len(result(card, "the start")) == 4
 
 
+@pytest.mark.trains
 def test_a_finished_run_that_is_resumed_keeps_its_results(tmp_path: Path) -> None:
     upo.train(upo_config(tmp_path / "run"), MISLED)
     before = (tmp_path / "run" / "README.md").read_text()

@@ -151,6 +151,7 @@ def test_list(unmask) -> None:
         assert f"{title}: " in done.out
 
 
+@pytest.mark.slow
 def test_as_a_program() -> None:
     """The entry point outside this process: list, and a mistake."""
     right, wrong = start("list"), start("evaluate", "--task", "sudoku5", "--denoiser", "sudoku6-tiny")
@@ -544,6 +545,7 @@ def test_evaluate_a_users_file(unmask, order: Path, tmp_path: Path, solutions: b
     assert rows[0]["solve_rate"] < rows[1]["solve_rate"]
 
 
+@pytest.mark.slow
 def test_evaluate_is_the_same_for_a_file_and_the_packaged_puzzles(unmask, tmp_path: Path) -> None:
     """And --limit cuts both."""
     file = write_puzzles(tmp_path / "mine.csv", boards(30, solutions=True))
@@ -628,6 +630,7 @@ def test_uniform_denoisers(unmask, tmp_path: Path, kind: str) -> None:
     assert "masked models" in unmask("likelihood", "--task", "sudoku4", "--denoiser", out, "--truncated").err
 
 
+@pytest.mark.slow
 def test_evaluate_by_difficulty(unmask, tmp_path: Path) -> None:
     """Puzzles that singles solve, those that need more, and both."""
     rows = {}
@@ -662,6 +665,7 @@ def test_every_order_plays_the_kind_of_action_that_it_is_made_for(unmask, tmp_pa
     assert int(played.state.remask_count.sum()) > 0
 
 
+@pytest.mark.slow
 def test_evaluate_follows_the_seed(unmask, tmp_path: Path) -> None:
     rates = []
     for seed in (1, 1, 2):
@@ -939,6 +943,7 @@ def test_learners_of_the_libraries(unmask, weak: Path, tmp_path: Path, name: str
     assert [row["order"] for row in json.loads(rows.read_text())] == [str(out)]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", ["ppo-sb3", "ppo-torchrl", "grpo-torchrl"])
 def test_learners_of_the_libraries_read_hidden_states(unmask, weak: Path, tmp_path: Path, name: str) -> None:
     sizes = ["--puzzles", "2", "--group", "2"] if name == "grpo-torchrl" else ["--num-envs", "4"]
@@ -1012,6 +1017,7 @@ def test_quotes_hold_names_with_commas(tmp_path: Path) -> None:
         tasks.get("text:a.txt,b.txt")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     words = [sys.executable, "-m", "agents.cli", "train", "upo", "--help"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -212,6 +212,7 @@ def gemma():
     return transformers.DiffusionGemmaForBlockDiffusion(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["fixed_k:k=1,score=confidence", "fixed_k:k=2,score=confidence"])
 def test_what_is_not_committed_is_noise_again(gemma, order) -> None:
     def generated(scheduler):

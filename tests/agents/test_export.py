@@ -15,7 +15,7 @@ from agents.cli import main
 from agents.export import ExportCommand, engine_files, export, run
 from agents.policy import load_policy
 from tasks import UnmaskError
-from tests.toys import generator, observation
+from tests.toys import generator, observation, sweep
 from unmask_env import make_process
 from unmask_env.reference import reference
 from unmask_env.state import Denoised
@@ -31,8 +31,8 @@ RULES = (
 )
 
 
-@pytest.mark.parametrize("vocab_size", [6, 300])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("vocab_size", sweep([6, 300], lambda size: size == 300))
+@pytest.mark.parametrize("name", sweep(RULES, {"threshold:theta=0.6", "margin"}.__contains__))
 def test_rules(name, vocab_size) -> None:
     program = export(reference(name), vocab_size, 9).module()
     for rows in (1, 20):
@@ -66,6 +66,7 @@ def exported(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [SETS, "sudoku6-tiny-rewards"])
 def test_a_trained_policy_from_its_file(name, exported, tmp_path, capsys) -> None:
     folder = exported if name == SETS else tmp_path
@@ -105,6 +106,7 @@ def rolled():
     return instances.tokens, process.denoiser.model, process.rollout(load_policy(SETS), instances).tokens
 
 
+@pytest.mark.slow
 def test_the_step_of_the_algorithm_for_sglang(exported, monkeypatch) -> None:
     class DllmAlgorithm:
         def __init__(self, config):
@@ -128,6 +130,7 @@ def test_the_step_of_the_algorithm_for_sglang(exported, monkeypatch) -> None:
     assert torch.equal(batch.input_ids.long().view(5, 36), filled)
 
 
+@pytest.mark.slow
 def test_the_step_of_the_decoder_for_dinfer(exported, monkeypatch) -> None:
     class ParallelDecoder:
         def __init__(self, temperature, remasking="low_confidence", mask_id=126336):

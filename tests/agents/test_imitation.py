@@ -232,6 +232,7 @@ def measure(policy: OrderPolicy, target: Reference) -> float:
         return imitation_loss(policy, target, observation, states.answers).item()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", ["oracle", "softmax_margin"])
 def test_a_short_run_lowers_the_loss(tmp_path: Path, name: str) -> None:
     task, denoiser = table()
@@ -245,6 +246,7 @@ def test_a_short_run_lowers_the_loss(tmp_path: Path, name: str) -> None:
     assert not saved.training
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("actions", ["single", "set+remask"])
 def test_a_run_may_start_from_a_policy(tmp_path: Path, actions: Actions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over sets that policy plays the boards, too, at thresholds of its own height."""
@@ -291,6 +293,7 @@ def test_boards_played_by_a_policy_are_those_it_meets(sudoku6: Task, tiny: Froze
     assert (holes.diff() == -1).all()
 
 
+@pytest.mark.trains
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(name) + seed)
@@ -300,6 +303,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert a != c
 
 
+@pytest.mark.trains
 def test_a_run_resumes_whether_its_share_of_easy_states_was_given_or_not(tmp_path: Path) -> None:
     given = CERTAIN_FRACTION["single"]
     for name, first, second in (("left", None, given), ("given", given, None)):
@@ -309,6 +313,7 @@ def test_a_run_resumes_whether_its_share_of_easy_states_was_given_or_not(tmp_pat
         imitation.train(small(tmp_path / "left", steps=2, certain_fraction=given / 2, resume="must"), process())
 
 
+@pytest.mark.trains
 def test_a_run_that_would_learn_its_states_by_heart_says_so(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match="has no symmetries, and each of .* states will be seen about .* take more puzzles"
@@ -341,6 +346,7 @@ def test_settings_that_do_not_fit(tmp_path: Path, changes: dict) -> None:
     assert not (tmp_path / "run").exists(), "nothing was written"
 
 
+@pytest.mark.trains
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     broken, task = tmp_path / "run", process()
     with pytest.raises(UnmaskError, match=r"policy has weights that are not finite after step [0-9]+; .* lower lr"):

@@ -85,6 +85,7 @@ def results(folder):
     return {size: evaluated(made(folder, batch_size=size), ["unmask_sums", "unmask_colours"]) for size in (1, 3)}
 
 
+@pytest.mark.slow
 def test_the_harness_runs_and_the_batch_size_does_not_matter(results) -> None:
     assert set(results[1]["results"]) == {"unmask_sums", "unmask_colours"}
     assert answers(results[1], "unmask_sums") == answers(results[3], "unmask_sums")
@@ -238,6 +239,7 @@ def test_whether_filling_gives_the_continuation(folder) -> None:
 
 
 # ---------------------------------------------------------------------- how it is found, and mistakes
+@pytest.mark.slow
 def test_the_command_and_the_entry_point(folder, tmp_path, monkeypatch, capsys) -> None:
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]["unmask"]
     module, _, name = entry.partition(":")

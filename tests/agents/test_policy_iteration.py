@@ -146,6 +146,7 @@ def exact_values(process: Unmasking, policy: Policy, tokens: Tensor, instance: I
     return torch.tensor([filled(tokens, position) for position in range(len(tokens))])
 
 
+@pytest.mark.slow
 def test_with_drawn_symbols_values_average_to_the_exact_expectation() -> None:
     process = table(Likely, temperature=1.0)
     instance = process.task.sample(1, generator(1))
@@ -253,6 +254,7 @@ def test_improvement_is_monotone_and_ends_at_the_optimum() -> None:
     assert values[-1] == pytest.approx(float((graph.weight * best.value).sum()), abs=1e-9)
 
 
+@pytest.mark.trains
 def test_a_run_reaches_the_regularised_optimum(tmp_path) -> None:
     process, beta = table(Likely), 0.1
     settings = config(
@@ -357,6 +359,7 @@ def test_values_follow_a_board_under_its_symmetries(sudoku6) -> None:
 
 
 # ---------------------------------------------------------------------- runs
+@pytest.mark.trains
 @pytest.mark.parametrize("actions", ["single", "set"])
 @pytest.mark.parametrize("labels", ["boards", "values"])
 @pytest.mark.parametrize("kind", [TableTask, Graded, Either])
@@ -372,12 +375,14 @@ def test_every_kind_of_task_label_and_action(tmp_path, kind, labels, actions) ->
     assert isinstance(loaded, OrderPolicy)
 
 
+@pytest.mark.trains
 def test_drawn_symbols_take_several_continuations(tmp_path) -> None:
     process = table(temperature=1.0)
     policy = policy_iteration.train(config(tmp_path, fill_temperature=1.0, continuations=4), process)
     assert float(policy.head.value_range[0]) < 0, "means of 0 and 1 are graded"
 
 
+@pytest.mark.trains
 def test_masking_again_is_learned_from_its_own_boards(tmp_path) -> None:
     rules = Rules("set+remask", nfe_budget=8)
     first = policy_iteration.train(config(tmp_path / "a", rules=Rules("set")), table())
@@ -386,6 +391,7 @@ def test_masking_again_is_learned_from_its_own_boards(tmp_path) -> None:
     assert again.actions == "set+remask"
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("stop_at", [10, 13])  # between two iterations, and within one
 def test_a_stopped_run_goes_on_to_the_same_policy(tmp_path, monkeypatch, stop_at) -> None:
     process, original, counted = table(), policy_iteration.descend, iter(range(99))
@@ -406,6 +412,7 @@ def test_a_stopped_run_goes_on_to_the_same_policy(tmp_path, monkeypatch, stop_at
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.trains
 def test_answers_are_not_read(tmp_path) -> None:
     """With other answers beside the same rewards a run is the same."""
 
@@ -423,6 +430,7 @@ def test_answers_are_not_read(tmp_path) -> None:
             assert torch.equal(value, blind.state_dict()[name]), name
 
 
+@pytest.mark.trains
 def test_where_nothing_can_be_learned_one_line_says_so(tmp_path, capsys) -> None:
     class Never(TableTask):
         def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
@@ -439,6 +447,7 @@ def test_where_nothing_can_be_learned_one_line_says_so(tmp_path, capsys) -> None
             assert (tmp_path / f"{actions}-{labels}" / "model.safetensors").exists()
 
 
+@pytest.mark.trains
 def test_values_are_the_labels_where_chance_plays(tmp_path) -> None:
     drawn, regularised = {"fill_temperature": 1.0}, {"sampled": True}
     for number, (changes, expected) in enumerate(
@@ -449,6 +458,7 @@ def test_values_are_the_labels_where_chance_plays(tmp_path) -> None:
         assert json.loads((out / "run.json").read_text())["labels"] == expected
 
 
+@pytest.mark.trains
 def test_a_run_goes_on_from_a_policy_with_values_of_the_same_beta(tmp_path) -> None:
     process = table()
     policy_iteration.train(config(tmp_path / "first"), process)

@@ -132,6 +132,7 @@ def test_a_remask_policy_says_what_to_mask_again_and_leaves_filling_alone(tmp_pa
     assert len(loaded.remask.read(seen)[0]) == 2 * passes
 
 
+@pytest.mark.trains
 def test_from_a_policy_only_the_remasking_half_is_trained(tmp_path) -> None:
     process = Unmasking(*board())
     small = ImitationConfig(
@@ -423,6 +424,7 @@ def test_remask_counts_follow_a_board_under_its_symmetries() -> None:
         assert sorted(times) == [[0], [1], [2], [3], [3], [3]]
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings("ignore:no board of 400")  # whatever is filled here may be right
 def test_imitation_learns_what_is_right_and_what_is_wrong(tmp_path) -> None:
     task, denoiser = board()
@@ -477,6 +479,7 @@ def test_what_does_not_go_with_sets(tmp_path) -> None:
         sb3_ppo.train(SB3PPOConfig(out=str(tmp_path / "o"), rules=SET, policy=plackett_luce), process)
 
 
+@pytest.mark.trains
 def test_a_remask_policy_learns_to_fill_where_nothing_is_masked_again(tmp_path) -> None:
     process = Unmasking(*board())
     begun = RemaskPolicy.start(policy_of("bernoulli"))

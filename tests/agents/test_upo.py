@@ -657,6 +657,7 @@ def test_a_strong_regulariser_holds_the_policy_at_the_reference(tmp_path: Path) 
         assert expected_reward(trained) == pytest.approx(math.exp(1 / beta) / (math.exp(1 / beta) + 2), abs=0.08)
 
 
+@pytest.mark.trains
 def test_cross_entropy_pulls_to_a_deterministic_reference(tmp_path: Path) -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
     settings = small(tmp_path, reference="left_to_right", beta=5.0)
@@ -667,6 +668,7 @@ def weights(policy: OrderPolicy) -> Tensor:
     return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
+@pytest.mark.trains
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     task, denoiser = BestSequence(), TableDenoiser(BestSequence.joint_table)
     torch.manual_seed(0)
@@ -779,6 +781,7 @@ def imitating(out: Path, **changes: object) -> UPOConfig:
     return small(out, reference="left_to_right", **{"imitation": 6, "iterations": 4, "puzzles": 4} | changes)
 
 
+@pytest.mark.trains
 def test_a_new_policy_imitates_a_deterministic_reference_first(tmp_path: Path) -> None:
     """Left to right never begins with position 1; a new policy does in one of three. With a learning rate of 0 in what
     follows, it is the imitation that does it."""
@@ -793,6 +796,7 @@ def test_a_new_policy_imitates_a_deterministic_reference_first(tmp_path: Path) -
     assert len(logged["reward/fresh"]) == 1
 
 
+@pytest.mark.trains
 def test_policies_over_sets_imitate_a_deterministic_rule(tmp_path: Path) -> None:
     """Entries of p >= 0.55 are filled, the soft threshold of 0.9 would fill none of them at once."""
     process = Unmasking(BestSequence(), TableDenoiser(BestSequence.joint_table))
@@ -860,6 +864,7 @@ class Stopping(BestSequence):
         return super().sample(n, generator)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("branch", [False, True])
 def test_a_run_cut_off_in_its_imitation_and_after_it_ends_with_the_same_weights(tmp_path: Path, branch: bool) -> None:
     denoiser = TableDenoiser(BestSequence.joint_table)
@@ -947,6 +952,7 @@ def test_the_trajectories_of_a_fork_share_their_prefix(tmp_path: Path) -> None:
         assert any(torch.equal(step.observation.tokens[0], first.tokens[row]) for step in greedy.steps)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("rules", [Rules(), Rules("set", nfe_budget=8), Rules("set+remask", remask_budget=2)])
 @pytest.mark.parametrize("reference", [None, "kl_stability:theta=0.6,epsilon=10.0"])
 def test_branching_goes_with_every_kind_of_action(tmp_path: Path, rules: Rules, reference: str | None) -> None:

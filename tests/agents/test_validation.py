@@ -105,6 +105,7 @@ LEARNERS = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_the_numbers_of_training_do_not_depend_on_it(tmp_path: Path, kind: type) -> None:
     for every in (0, 1):
@@ -122,6 +123,7 @@ def test_the_numbers_of_training_do_not_depend_on_it(tmp_path: Path, kind: type)
         assert 0 < max(logged[0]["groups/informative"]) <= 1
 
 
+@pytest.mark.trains
 def test_imitation_is_watched_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for every in (0, 2):
         settings = {"steps": 5, "batch": 8, "puzzles": 40, "policy": SHAPE, "threads": 1, "log_every": 3}
@@ -136,6 +138,7 @@ def test_imitation_is_watched_too(tmp_path: Path, capsys: pytest.CaptureFixture)
 
 
 # ---------------------------------------------------------------------- what it prints
+@pytest.mark.trains
 def test_one_line_for_each_iteration(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     upo.train(config(tmp_path / "run", validate_every=2), MISLED)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("upo table ") and "/4" in line]
@@ -150,6 +153,7 @@ def said(capsys: pytest.CaptureFixture, words: str) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if words in line]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("lr", "learns"), [(0.0, False), (3e-2, True)])
 def test_a_run_that_learns_nothing_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture, lr: float, learns: bool
@@ -162,6 +166,7 @@ def test_a_run_that_learns_nothing_says_so(
         assert "try " in lines[0]
 
 
+@pytest.mark.trains
 def test_a_reference_that_is_perfect_leaves_nothing_to_gain(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     upo.train(config(tmp_path / "run", reference="left_to_right"), MISLED)
     output = capsys.readouterr().out
@@ -174,11 +179,13 @@ class Unrewarded(Misled):
         return torch.zeros(len(tokens))
 
 
+@pytest.mark.trains
 def test_groups_that_are_all_rewarded_alike_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     upo.train(config(tmp_path / "run", iterations=12), Unmasking(Unrewarded(), MISLED.denoiser))
     assert len(said(capsys, "no group was rewarded unequally")) == 1
 
 
+@pytest.mark.trains
 def test_a_run_from_another_policy_is_compared_with_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It is far above the reference, and was so from the start."""
     upo.train(config(tmp_path / "good", lr=3e-2, iterations=12, puzzles=8, beta=0.0), MISLED)

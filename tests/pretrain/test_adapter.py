@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,21 @@ def task(base: Path) -> Text:
 
 
 def config(base: Path, out: Path, **settings) -> AdapterConfig:
-    return AdapterConfig("text", str(out), str(base), **{"steps": 6, "rank": 2, "log_every": 2} | settings)
+    return AdapterConfig("text", str(out), base=str(base), **{"steps": 6, "rank": 2, "log_every": 2} | settings)
+
+
+@pytest.fixture(scope="module")
+def trained_once(task: Text, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of one step."""
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    adapt(config(base, out, steps=1), task)
+    return out
+
+
+@pytest.fixture
+def adapter(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(trained_once, tmp_path / "out")
 
 
 def test_text_in_a_models_tokens(task: Text, base: Path) -> None:
@@ -66,7 +81,7 @@ def test_text_in_a_models_tokens(task: Text, base: Path) -> None:
 def test_an_untrained_adapters_loss_is_the_causal_models_under_a_mask_that_hides_nothing(
     task: Text, base: Path
 ) -> None:
-    model = new_adapter(AdapterConfig("text", "x", str(base)), task).eval()
+    model = new_adapter(AdapterConfig("text", "x", base=str(base)), task).eval()
     head = model.get_output_embeddings().weight.detach()
     clean = task.heldout_answers(4, "validation")
     with torch.no_grad():
@@ -83,6 +98,7 @@ def test_an_untrained_adapters_loss_is_the_causal_models_under_a_mask_that_hides
     assert float(found) == pytest.approx(float(each[noisy == 0].mean()), abs=1e-5)
 
 
+@pytest.mark.trains
 def test_it_learns_and_what_was_saved_is_what_was_trained(task: Text, base: Path, tmp_path: Path) -> None:
     settings = config(base, tmp_path / "run", steps=120, batch=16, lr=2e-2, rank=4, warmup=10)
     before = new_adapter(settings, task)
@@ -116,6 +132,7 @@ def test_it_learns_and_what_was_saved_is_what_was_trained(task: Text, base: Path
     assert not torch.equal(denoiser(changed).log_probs[0, 1], seen[0])  # it sees what stands to the right
 
 
+@pytest.mark.trains
 def test_a_resumed_run_is_the_same(task: Text, base: Path, tmp_path: Path) -> None:
     whole, parts = config(base, tmp_path / "whole"), config(base, tmp_path / "parts", save_every=3)
     adapt(whole, task)
@@ -191,28 +208,26 @@ def test_damaged_adapters_are_one_message(task: Text, tmp_path: Path) -> None:
         ({"trainable_token_indices": []}, "cannot read the adapter"),
     ],
 )
-def test_crafted_adapters_are_refused(base: Path, task: Text, tmp_path: Path, changes: dict, said: str) -> None:
-    adapt(config(base, tmp_path / "out", steps=1), task)
-    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(settings | changes))
+def test_crafted_adapters_are_refused(task: Text, adapter: Path, changes: dict, said: str) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
     with pytest.raises(UnmaskError) as caught:
-        load_denoiser(str(tmp_path / "out"), task)
+        load_denoiser(str(adapter), task)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapters_weights_are_safetensors_of_finite_numbers(base: Path, task: Text, tmp_path: Path) -> None:
-    adapt(config(base, tmp_path / "out", steps=1), task)
-    weights = tmp_path / "out" / "adapter_model.safetensors"
+def test_an_adapters_weights_are_safetensors_of_finite_numbers(task: Text, adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
     stored = load_file(weights)
     name = next(iter(stored))
     for value, said in ((stored[name] / 0, "no finite numbers"), (stored[name].int(), "no finite numbers")):
         save_file(stored | {name: value}, weights)
         with pytest.raises(UnmaskError, match=said):
-            load_denoiser(str(tmp_path / "out"), task)
+            load_denoiser(str(adapter), task)
     weights.write_bytes(b"\0" * 8)
     with pytest.raises(UnmaskError, match="truncated or not safetensors"):
-        load_denoiser(str(tmp_path / "out"), task)
+        load_denoiser(str(adapter), task)
     weights.rename(weights.with_name("adapter_model.bin"))
     with pytest.raises(UnmaskError, match=r"adapter_model.safetensors is missing"):
-        load_denoiser(str(tmp_path / "out"), task)
+        load_denoiser(str(adapter), task)

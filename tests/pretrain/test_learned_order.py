@@ -120,6 +120,7 @@ def over_one(order: str) -> Backbone:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", LEARNED)
 def test_the_loss_and_its_gradient_are_unbiased(order):
     """Over sequences, times and masks, as training draws them."""
@@ -401,6 +402,7 @@ def test_a_few_steps_lower_the_bound(kind, finished):
     assert heldout_bound(model) < math.log(3), "better than knowing nothing"
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_run_reloads_with_its_order(kind, finished):
     out, model = finished(kind)
@@ -417,6 +419,7 @@ def test_a_saved_run_reloads_with_its_order(kind, finished):
     assert torch.equal(*w)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["learned-schedule", "genmd4", "lomdm"])
 def test_a_few_steps_move_the_order(kind, finished):
     _, model = finished(kind)
@@ -430,6 +433,7 @@ def test_a_few_steps_move_the_order(kind, finished):
         torch.testing.assert_close(w.mean(1), torch.full((64,), 0.7))
 
 
+@pytest.mark.trains
 def test_before_its_start_the_order_is_left_alone(tmp_path):
     """The trunk learns as in masked diffusion, to the bit, and the order networks stay where they are."""
     settings = {"steps": 9, "ema": 0.0}
@@ -460,6 +464,7 @@ def test_ctrl_c_and_resume_end_with_the_same_weights(kind, at, finished, tmp_pat
         assert all(torch.equal(value, states[1]["optimizer"]["state"][slot][key]) for key, value in values.items())
 
 
+@pytest.mark.trains
 def test_an_order_of_another_form_is_not_resumed(tmp_path):
     with pytest.raises(Interrupted):
         pretrain(small("learned-schedule", tmp_path / "run"), Stopping(3))
@@ -467,6 +472,7 @@ def test_an_order_of_another_form_is_not_resumed(tmp_path):
         pretrain(small("genmd4", tmp_path / "run", resume="must"), Task())
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("changes", [{"c1": 0.8}, {"c2": 0.5}], ids=str)
 def test_the_constants_of_an_order_may_not_change(tmp_path, changes):
     with pytest.raises(Interrupted):
@@ -475,6 +481,7 @@ def test_the_constants_of_an_order_may_not_change(tmp_path, changes):
         pretrain(small("lomdm", tmp_path / "run", resume="must", **changes), Task())
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("first", "then"), [("masked", "ar"), ("ar", "masked"), ("masked", "block"), ("ar", "block")])
 def test_a_run_of_one_objective_is_not_resumed_with_another(tmp_path, first, then):
     """These have the same weights, so nothing else would notice."""
@@ -484,6 +491,7 @@ def test_a_run_of_one_objective_is_not_resumed_with_another(tmp_path, first, the
         pretrain(small(then, tmp_path / "run", resume="must"), Task())
 
 
+@pytest.mark.trains
 def test_settings_of_the_order_are_saved(finished):
     described = {kind: json.loads((finished(kind)[0] / "run.json").read_text()) for kind in ("block", "lomdm")}
     assert described["block"]["block_length"] == 2
@@ -507,6 +515,7 @@ def test_settings_that_do_not_fit(tmp_path, kind, changes, message):
     assert not (tmp_path / "run").exists(), "nothing was written"
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("changes", [{"c1": 1.0, "c2": 0.0}, {"bf16": True}, {"half": True}], ids=str)
 def test_more_ways_to_train_an_order(tmp_path, changes):
     model = pretrain(small("lomdm", tmp_path / "run", **changes, steps=3), Task())

@@ -15,6 +15,7 @@ from pretrain.samplers import Remasking, nucleus, sample
 from tasks import UnmaskError
 from tests.oracles.boards import BOARDS, SEQUENCES, Exact, L, M, V, backbone, counted, generator, index
 from tests.oracles.statistics import chi_square, plackett_luce_probability
+from tests.toys import sweep
 
 METHODS = ["event", "ancestral", "cached"]
 MODELS = {
@@ -122,7 +123,7 @@ def test_the_event_sampler_draws_from_the_sum_over_orders(name, seed):
     assert drawn.nfe == L
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", sweep([1, 2, 5], lambda steps: steps == 2))
 @pytest.mark.parametrize("name", MODELS)
 def test_the_ancestral_sampler_draws_from_the_sum_over_steps(name, steps):
     model = backbone(**MODELS[name])
@@ -130,7 +131,7 @@ def test_the_ancestral_sampler_draws_from_the_sum_over_steps(name, steps):
     chi_square(frequencies(drawn.tokens), step_law(model, steps))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, "none".__eq__))
 def test_ancestral_sampling_goes_to_the_event_law_as_steps_grow(name):
     """The difference is of the order of 1 / steps; with one position per block there is none."""
     model = backbone(**MODELS[name])
@@ -157,6 +158,7 @@ def test_cached_sampling_is_ancestral_sampling_to_the_bit(name, steps):
         assert cached.nfe <= plain.nfe
 
 
+@pytest.mark.slow
 def test_cached_sampling_has_the_exact_law_by_itself():
     """Row by row, where most steps reveal nothing and nothing is predicted anew."""
     model, n = backbone(order="context"), 1500
@@ -210,7 +212,7 @@ def test_visible_symbols_never_change(name, method):
     assert drawn.tokens.dtype == torch.int64
 
 
-@pytest.mark.parametrize("start", [[M, 1, M], [0, M, M], [M, M, 0]], ids=str)
+@pytest.mark.parametrize("start", sweep([[M, 1, M], [0, M, M], [M, M, 0]], lambda start: start[1] == 1, str))
 @pytest.mark.parametrize("name", MODELS)
 def test_prompts_are_completed_with_the_exact_law(name, start):
     model, n = backbone(**MODELS[name]), 8000
@@ -268,7 +270,7 @@ def test_how_many_forwards_steps_take():
 
 # ---------------------------------------------------------------------- temperature and nucleus
 @pytest.mark.parametrize("tuned", [{"temperature": 0.4}, {"temperature": 2.5}, {"top_p": 0.7}], ids=str)
-@pytest.mark.parametrize("name", ["none", "symbols", "context", "autoregressive"])
+@pytest.mark.parametrize("name", sweep(["none", "symbols", "context", "autoregressive"], "none".__eq__))
 def test_settings_of_the_symbols_change_the_law_as_they_say(name, tuned):
     """The order keeps its law: only symbols are drawn more or less boldly."""
     model = backbone(**MODELS[name])
@@ -402,9 +404,10 @@ def remasking_law(model: Backbone, steps: int, remasking: Remasking) -> Tensor:
     return law(transitions, EMPTY)
 
 
-@pytest.mark.parametrize(
-    "remasking", [Remasking("cap", 0.3), Remasking("rescale", 0.7), Remasking("loop", 0.4)], ids=lambda r: r.strategy
-)
+REMASKINGS = [Remasking("cap", 0.3), Remasking("rescale", 0.7), Remasking("loop", 0.4)]
+
+
+@pytest.mark.parametrize("remasking", sweep(REMASKINGS, lambda r: r.strategy == "cap", lambda r: r.strategy))
 def test_remasking_draws_from_the_sum_over_its_steps(remasking):
     model = backbone()
     exact = remasking_law(model, 20, remasking)

@@ -20,17 +20,8 @@ import tasks
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, CheckpointError, load_model, load_state, save_state, step_generator
 from pretrain.objectives.masked import masked_diffusion_loss
-from pretrain.run import Interrupted, decayed_groups
-from pretrain.train import (
-    OBJECTIVES,
-    ARConfig,
-    AUDMConfig,
-    LoMDMConfig,
-    MDMConfig,
-    PretrainConfig,
-    learning_rate,
-    pretrain,
-)
+from pretrain.run import Interrupted, decayed_groups, learning_rate
+from pretrain.train import OBJECTIVES, ARConfig, AUDMConfig, LoMDMConfig, MDMConfig, PretrainConfig, pretrain
 from tasks import Sudoku, UnknownNameError, UnmaskError
 from tests.toys import torchrun
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tasks import Instances, Task, UnmaskError
-from tests.toys import random_order
+from tests.toys import random_order, sweep
 from tests.unmask_env.test_language_models import LINES, build, save_published, tokenizer
 from unmask_env.denoiser import load_denoiser
 from unmask_env.language_models import HFDenoiser
@@ -132,7 +132,7 @@ def far(a, b):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llada", "dream"])
+@pytest.mark.parametrize("name", sweep(["llada", "dream"], "llada".__eq__))
 def test_the_approximation_is_that_of_fast_dllm_written_out(paths, name, mode):
     """Whatever blocks the rows are in, each is what it is alone; and it is an approximation."""
     task = Prompts()
@@ -211,9 +211,9 @@ def count_positions(denoiser):
     return counts
 
 
-@pytest.mark.parametrize("pad_side", ["left", None])
+@pytest.mark.parametrize("pad_side", sweep(["left", None], bool))
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", sweep(LAYOUTS, "llada".__eq__))
 def test_no_cache_of_another_board_is_ever_used(paths, name, mode, pad_side):
     """An answer is a function of the state alone: without what is carried it is the same, or with that of others, after
     rows began anew, and in turns with another rollout."""
@@ -283,6 +283,7 @@ def test_a_belief_fills_with_the_same_cache(paths):
     assert spent[0] == spent[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_cache_saves_at_least_half_of_the_flops(name, tmp_path):
     """Counted: 256 tokens of an answer in blocks of 32, two positions per forward, behind a prompt of 96."""

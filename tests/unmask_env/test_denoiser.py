@@ -125,6 +125,7 @@ def test_as_many_symbols_are_not_the_same_symbols(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- uniform noise
+@pytest.mark.trains
 def test_an_absorbing_denoiser_is_asked_what_follows_from_what_is_given(tmp_path: Path) -> None:
     """Trained on an enumerated joint, it predicts what boards hide nearly as well as the exact conditionals."""
     task = enumeration.TableTask(enumeration.random_joint(3, 3, seed=4))
@@ -385,6 +386,7 @@ def test_names_say_how_a_recurrent_denoiser_reads(tmp_path: Path) -> None:
         load_denoiser("sudoku4:passes=2", task)
 
 
+@pytest.mark.slow
 def test_the_packaged_recurrent_denoiser_beats_the_one_it_started_from() -> None:
     """200 validation puzzles by margin, with hardly more passes than forwards."""
     task = tasks.get("sudoku6")
@@ -399,6 +401,7 @@ def test_the_packaged_recurrent_denoiser_beats_the_one_it_started_from() -> None
     assert forwards < passes < 1.05 * forwards
 
 
+@pytest.mark.slow
 def test_the_packaged_recurrent_denoiser_of_4x4_fills_in_any_order_where_it_always_reads() -> None:
     """Left to right, 200 validation puzzles: one pass fails on about a quarter."""
     task = tasks.get("sudoku4")

@@ -173,6 +173,7 @@ def test_denoiser_objects_are_pickled_with_their_weights() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_name_is_loaded_anew_where_nothing_has_it() -> None:
     """In another process; a name that is a folder as its whole path."""
     denoiser = load_denoiser("sudoku4", tasks.get("sudoku4"))

@@ -148,6 +148,7 @@ def test_the_learned_order_in_a_rollout_has_the_law_of_its_exponents():
     assert (found - own / own.sum()).abs().max() < 5 * 0.5 / n**0.5
 
 
+@pytest.mark.trains
 def test_upo_trains_against_the_learned_order(tmp_path: Path):
     settings = upo.UPOConfig(
         out=str(tmp_path / "run"),

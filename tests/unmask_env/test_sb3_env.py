@@ -184,6 +184,7 @@ def test_one_forward_per_step() -> None:
 
 
 # ---------------------------------------------------------------------- learning
+@pytest.mark.trains
 def test_their_learner_takes_legal_actions_only_and_one_forward_each() -> None:
     counting = Counting(TableDenoiser(TASK.joint, TASK))
     model, keep = learner(8, 16, envs=vector(8, denoiser=counting)), Keep()
@@ -243,6 +244,7 @@ def sharpen(model: MaskablePPO) -> None:
         model.policy.action_net.weight.mul_(100)
 
 
+@pytest.mark.trains
 def test_stored_rewards_are_those_of_the_definition() -> None:
     plain, keep = Keep(), Keep()
     learner(4, 12).learn(48, callback=plain)
@@ -262,6 +264,7 @@ def test_stored_rewards_are_those_of_the_definition() -> None:
     assert (np.abs(ratio[~last]) > 1e-3).any()
 
 
+@pytest.mark.trains
 def test_stored_returns_have_the_objective_as_their_mean() -> None:
     """J = E[r] - beta * KL, known exactly by enumeration."""
     options = {"rollout_buffer_class": KLRolloutBuffer, "rollout_buffer_kwargs": {"beta": BETA}}
@@ -276,6 +279,7 @@ def test_stored_returns_have_the_objective_as_their_mean() -> None:
     agrees(ratios.ravel(), divergence, at_least=divergence)
 
 
+@pytest.mark.trains
 def test_the_ratios_are_those_since_the_last_reset() -> None:
     model = learner(4, 6, rollout_buffer_class=KLRolloutBuffer, rollout_buffer_kwargs={"beta": BETA})
     model.learn(48)
@@ -297,6 +301,7 @@ def test_a_deterministic_reference_is_refused_by_the_buffer() -> None:
 
 
 # ---------------------------------------------------------------------- sets
+@pytest.mark.trains
 @pytest.mark.parametrize("actions", ["set", "set+remask"])
 def test_maskable_ppo_learns_over_sets_with_rewards_less_the_divergence(actions: str) -> None:
     """Stored rewards are r - beta * (log pi(S|s) - log g(S|s)), with the Bernoulli law of the reference by hand."""
