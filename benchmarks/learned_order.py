@@ -9,9 +9,10 @@ other, where every conditional is one row of one table. In another order a model
 
 Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider) and for as long as LoMDM takes (mdm-longer);
 a learned schedule per position; LoMDM with its order learned from the first step, after half and after 0.8 of the
-steps; and the best order given (best-order: autoregression on the sequence written along its chain). And, on each LoMDM
-that was trained, the variance of the masking weights' gradient: this package's estimator beside two-sample RLOO of the
-whole loss (Hong et al. 2026, arXiv 2602.02112, eq. 8) at the same times.
+steps; the first of these by the paper's estimator (lomdm-0-rloo); and the best order given (best-order: autoregression
+on the sequence written along its chain). And, on each LoMDM that was trained, the variance of the masking weights'
+gradient: this package's estimator beside two-sample RLOO of the whole loss (Hong et al. 2026, arXiv 2602.02112, eq. 8)
+at the same times.
 """
 
 from __future__ import annotations
@@ -32,21 +33,11 @@ from pretrain.backbone import Backbone, parameter_count
 from pretrain.masking import PolynomialSchedule
 from pretrain.objectives.learned_order import learned_order_loss
 from pretrain.objectives.masked import cross_entropies, integrand
-from pretrain.train import OBJECTIVES
+from pretrain.train import ARConfig, LearnedScheduleConfig, LoMDMConfig, MDMConfig, PretrainConfig
 from tasks import Instances, Task
 
 LENGTH, SYMBOLS, SHARPNESS = 13, 6, 2.0
 SETTINGS = {"task": "chain", "batch": 64, "lr": 3e-3, "heads": 4, "layers": 2, "ema": 0.998}
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mdm": ("mdm", {}),
-    "mdm-wider": ("mdm", {"dim": 64}),
-    "mdm-longer": ("mdm", {}),
-    "learned-schedule": ("learned-schedule", {}),
-    "lomdm-0": ("lomdm", {"order_start": 0.0}),
-    "lomdm-0.5": ("lomdm", {"order_start": 0.5}),
-    "lomdm-0.8": ("lomdm", {"order_start": 0.8}),
-    "best-order": ("ar", {}),
-}
 LONGER = 1.8  # times the steps of mdm: what LoMDM's order takes from the first step
 
 
@@ -92,9 +83,9 @@ class Chain(Task):
 
 
 # ---------------------------------------------------------------------- the variance of the order's gradient
-def rloo(model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:
-    """The paper's surrogate: (l_1 + l_2) / 2 + (log q(z_1) - log q(z_2)) stopgrad(l_1 - l_2) / 2, at this package's
-    times (:func:`pretrain.objectives.learned_order.learned_order_loss`)."""
+def rloo(model: Backbone, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The paper's surrogate, (l_1 + l_2) / 2 + (log q(z_1) - log q(z_2)) stopgrad(l_1 - l_2) / 2, at this package's
+    times, and the estimate of the bound; as :func:`pretrain.objectives.learned_order.learned_order_loss`."""
     share = masking.low_discrepancy_times(len(clean), generator)
     with torch.no_grad():
         hidden = model.trunk(clean)
@@ -111,19 +102,29 @@ def rloo(model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:
         losses.append(integrand(cross_entropies(log_probs.float(), clean), *velocities, masked))
         chances.append(schedule.log_probability(masked, log_t))
     score = (chances[0] - chances[1]) * (losses[0] - losses[1]).detach() / 2
-    return ((losses[0] + losses[1]) / 2 + score).mean() / clean.shape[1]
+    mean = (losses[0] + losses[1]) / 2
+    return (mean + score).mean() / clean.shape[1], mean.detach().mean() / clean.shape[1]
+
+
+class RLOOConfig(LoMDMConfig):
+    """LoMDM by the paper's estimator."""
+
+    def objective(
+        self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
+    ) -> tuple[Tensor, Tensor]:
+        return rloo(model, clean, generator)
 
 
 def gradient_noise(model: Backbone, task: Chain, repeats: int) -> dict[str, float]:
     """Per estimator: total variance of the masking network's gradient over its squared mean (of both estimators)."""
     generator = torch.Generator().manual_seed(2)
     weights = list(model.order.masking.parameters())
-    estimators = {"rloo": rloo, "ours": lambda *a: learned_order_loss(*a)[0]}
+    estimators = {"rloo": rloo, "ours": learned_order_loss}
     drawn: dict[str, list[Tensor]] = {name: [] for name in estimators}
     for _ in range(repeats):
         clean = task.clean(SETTINGS["batch"], generator)
         for name, estimator in estimators.items():
-            parts = torch.autograd.grad(estimator(model, clean, generator), weights)
+            parts = torch.autograd.grad(estimator(model, clean, generator)[0], weights)
             drawn[name].append(torch.cat([part.flatten() for part in parts]))
     stacked = {name: torch.stack(each) for name, each in drawn.items()}
     mean = torch.cat(list(stacked.values())).mean(0).square().sum()
@@ -131,6 +132,19 @@ def gradient_noise(model: Backbone, task: Chain, repeats: int) -> dict[str, floa
 
 
 # ---------------------------------------------------------------------- runs
+ROWS: dict[str, tuple[type[PretrainConfig], dict[str, Any]]] = {
+    "mdm": (MDMConfig, {}),
+    "mdm-wider": (MDMConfig, {"dim": 64}),
+    "mdm-longer": (MDMConfig, {}),
+    "learned-schedule": (LearnedScheduleConfig, {}),
+    "lomdm-0": (LoMDMConfig, {"order_start": 0.0}),
+    "lomdm-0-rloo": (RLOOConfig, {"order_start": 0.0}),
+    "lomdm-0.5": (LoMDMConfig, {"order_start": 0.5}),
+    "lomdm-0.8": (LoMDMConfig, {"order_start": 0.8}),
+    "best-order": (ARConfig, {}),
+}
+
+
 @dataclass(frozen=True)
 class Job:
     row: str
@@ -145,7 +159,7 @@ class Job:
 def run(job: Job) -> dict[str, Any]:
     kind, options = ROWS[job.row]
     task = Chain(seed=0, along=job.row == "best-order")
-    config = OBJECTIVES[kind](**SETTINGS | {"dim": job.dim} | options, steps=job.steps, seed=job.seed, out=job.out)
+    config = kind(**SETTINGS | {"dim": job.dim} | options, steps=job.steps, seed=job.seed, out=job.out)
 
     def measure(model: Backbone) -> dict[str, Any]:
         clean = task.clean(job.sequences, torch.Generator().manual_seed(1))
@@ -155,7 +169,7 @@ def run(job: Job) -> dict[str, Any]:
         result["entropy"] = round(float(exact.mean()), 4)
         for name, values in (("excess", found.path), ("excess in order", found.order)):
             result[name], result[f"{name}, error"] = (round(x, 4) for x in likelihood.mean_and_error(values - exact))
-        if kind == "lomdm":
+        if issubclass(kind, LoMDMConfig):
             result["gradient noise"] = gradient_noise(model, task, job.repeats)
         return result
 
