@@ -27,7 +27,7 @@ from tasks.errors import optional
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
 from unmask_env import exact
 from unmask_env.denoiser import Denoiser, load_denoiser
-from unmask_env.process import Unmasking
+from unmask_env.process import Unmasking, checked_metrics
 from unmask_env.reference import (
     REFERENCES,
     Learned,
@@ -364,7 +364,7 @@ def play(
                     continue
                 spent = (played.nfe, played.denoiser_passes, played.policy_passes)
                 counts = dict(zip(SPENT, (count.float() for count in spent), strict=True))
-                columns = task.metrics(played.tokens, part[mine]) | counts
+                columns = checked_metrics(task, played.tokens, part[mine]) | counts
                 parts.append((rows[mine.cpu()], {column: values.cpu() for column, values in columns.items()}))
             columns = processes.in_order(parts)
             spent = [columns.pop(count) for count in SPENT]

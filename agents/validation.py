@@ -25,7 +25,7 @@ from pretrain import processes
 from pretrain.run import Run
 from tasks import Instances, UnmaskError
 from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
-from unmask_env.process import Unmasking
+from unmask_env.process import Unmasking, checked_metrics
 from unmask_env.reference import Policy, Reference
 from unmask_env.state import Observation
 
@@ -202,7 +202,8 @@ class Validation:
                 instances = self.instances[some.to(process.device)]
                 mine, played = play_share(process, policy, instances, [ties, fills])
                 if len(mine):
-                    self._metric, score = next(iter(process.task.metrics(played.tokens, instances[mine]).items()))
+                    metrics = checked_metrics(process.task, played.tokens, instances[mine])
+                    self._metric, score = next(iter(metrics.items()))
                     columns = {"score": score, "reward": played.reward, "nfe": played.nfe}
                     columns |= {"passes": played.denoiser_passes + played.policy_passes}
                     parts.append((some[mine.cpu()], {name: column.cpu().double() for name, column in columns.items()}))

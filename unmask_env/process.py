@@ -26,7 +26,7 @@ from torch import Tensor
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, validate
 from unmask_env.canvas import after_end, begin, check_canvas, followed
-from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised
+from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised, check_protocol
 from unmask_env.reference import Policy
 from unmask_env.state import (
     SINGLE,
@@ -45,15 +45,35 @@ from unmask_env.state import (
 
 
 def checked_reward(task: Task, tokens: Tensor, instances: Instances) -> Tensor:
-    """(N,) the task's reward. Raises :class:`tasks.UnmaskError` for one of another shape, NaN or infinite."""
-    reward = task.reward(tokens, instances)
-    shape = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-    if shape != (len(tokens),):
-        raise UnmaskError(f"the reward of task {task.name} must be a tensor of shape ({len(tokens)},), not {shape}")
-    if not bool(reward.isfinite().all()):
-        row = int((~reward.isfinite()).nonzero()[0])
-        raise UnmaskError(f"the reward of task {task.name} must be finite; at row {row} it is {float(reward[row])}")
-    return reward
+    """(N,) float32 the task's reward. Raises :class:`tasks.UnmaskError` for one that is no tensor of that shape, or
+    whose numbers are not real and finite."""
+    return _checked(task.reward(tokens, instances), f"the reward of task {task.name}", tokens)
+
+
+def checked_metrics(task: Task, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+    """(N,) float32 each, the task's metrics. Raises :class:`tasks.UnmaskError` as :func:`checked_reward`, and where
+    there are none."""
+    metrics = task.metrics(tokens, instances)
+    if not isinstance(metrics, dict) or not metrics:
+        raise UnmaskError(f"the metrics of task {task.name} must be a dictionary with one at least, not {metrics!r}")
+    return {
+        name: _checked(value, f"the metric {name!r} of task {task.name}", tokens) for name, value in metrics.items()
+    }
+
+
+def _checked(value: object, what: str, tokens: Tensor) -> Tensor:
+    form = f"{what} must be a tensor of shape ({len(tokens)},)"
+    if not isinstance(value, Tensor):
+        raise UnmaskError(f"{form}, not {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+        raise UnmaskError(f"{form} of plain real numbers, not {value.dtype}, {value.layout}, on {value.device}")
+    if value.shape != (len(tokens),):
+        raise UnmaskError(f"{form}, not {tuple(value.shape)}")
+    value = value.detach().to(tokens.device, torch.float32)
+    if not bool(value.isfinite().all()):
+        row = int((~value.isfinite()).nonzero()[0])
+        raise UnmaskError(f"{what} must be finite in float32; at row {row} it is {float(value[row])}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,7 @@ class Unmasking:
 
     def __post_init__(self) -> None:
         validate(self)
+        check_protocol(self.denoiser)
         check_canvas(self.task, self.denoiser, self.rules, self.temperature)
 
     @property
@@ -341,7 +362,7 @@ class Unmasking:
         reward = torch.zeros(len(state), device=self.device)
         if not bool(complete.any()):
             return reward
-        reward = torch.where(complete, checked_reward(self.task, state.tokens, state.instances).float(), reward)
+        reward = torch.where(complete, checked_reward(self.task, state.tokens, state.instances), reward)
         if self.rules.speed > 0:
             holes = (state.instances.tokens == self.task.mask_id).sum(1)
             reward = torch.where(complete, self.rules.shaped(reward, state.steps, holes), reward)

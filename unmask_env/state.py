@@ -141,8 +141,8 @@ class Denoised:
     @classmethod
     def of(cls, log_probs: Tensor, hidden: Tensor | None = None, order_weights: Tensor | None = None) -> Denoised:
         """From the log-probabilities (N, L, V) of a whole forward."""
-        vocab_size = log_probs.shape[-1]
-        if vocab_size <= WHOLE:
+        vocab_size = ([0, *getattr(log_probs, "shape", ())])[-1]
+        if vocab_size <= WHOLE or not isinstance(log_probs, Tensor):  # what is none is for check_denoised to name
             return cls(vocab_size, log_probs, hidden, order_weights)
         values, symbols = log_probs.topk(SHOWN, -1)
         probabilities = log_probs.exp()
