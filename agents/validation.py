@@ -24,6 +24,7 @@ from agents.shares import play_share
 from pretrain import processes
 from pretrain.run import Run
 from tasks import Instances, UnmaskError
+from tasks.task import check_instances
 from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
 from unmask_env.process import Unmasking, checked_metrics
 from unmask_env.reference import Policy, Reference
@@ -156,6 +157,7 @@ class Validation:
                 instances = task.heldout(None, "validation")[:count]
             except UnmaskError:
                 return None
+        check_instances(task, instances)
         return instances.to(self.process.device) if len(instances) else None
 
     # ------------------------------------------------------------------ scores

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from tasks.errors import UnknownNameError, UnmaskError, first_line
 from tasks.settings import alternatives
-from tasks.task import Task
+from tasks.task import Task, check_task
 
 _TASKS: dict[str, Callable[..., Task]] = {}
+_OWN: set[str] = set()  # modules that tasks of one's own were loaded from
 WORDS: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 UNQUOTED_COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 
@@ -57,7 +59,15 @@ def get(name: str, **options) -> Task:
         raise UnmaskError(f"task {name!r}: {base} made a {type(task).__name__}; it must make a tasks.Task")
     if ":" in name:
         task.name = name
+    check_task(task)
     return task
+
+
+def own_place(error: BaseException) -> str | None:
+    """The file and line of a task of one's own that ``error`` came through last; None: it came through none."""
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [(frame.f_code.co_filename, line) for frame, line in frames if frame.f_globals.get("__name__") in _OWN]
+    return "{}, line {}".format(*places[-1]) if places else None
 
 
 def known(name: str) -> bool:
@@ -93,6 +103,7 @@ def _factory(name: str) -> tuple[str, Callable[..., Task], str | None]:
         raise _unknown(base)
     load = partial(_file, Path(module)) if module.endswith(".py") else partial(importlib.import_module, module)
     loaded = _guarded(f"cannot load {module}", load)
+    _OWN.add(loaded.__name__)
     factory = getattr(loaded, attribute, None)
     if not callable(factory):
         makers = [key for key, value in vars(loaded).items() if isinstance(value, type) and issubclass(value, Task)]

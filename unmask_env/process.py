@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, validate
+from tasks.task import check_instances
 from unmask_env.canvas import after_end, begin, check_canvas, followed
 from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised, check_protocol
 from unmask_env.reference import Policy
@@ -158,10 +159,21 @@ class Unmasking:
         """Not empty once the values of a denoiser's answer were checked: once is enough."""
         return []
 
+    @cached_property
+    def _begun(self) -> list[bool]:
+        """Not empty once instances were checked: once is enough."""
+        return []
+
+    def _of_task(self, instances: Instances) -> Instances:
+        if not self._begun:
+            check_instances(self.task, instances)
+            self._begun.append(True)
+        return instances
+
     # ------------------------------------------------------------------ the three parts of a step
     def reset(self, instances: Instances) -> State:
         """The first state of each instance: its masks are to be filled."""
-        instances = instances.to(self.device)
+        instances = self._of_task(instances).to(self.device)
         masked = instances.tokens == self.task.mask_id
         n, device = len(instances), self.device
         zeros, no = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
@@ -415,7 +427,7 @@ class Unmasking:
                 if self._accepts
                 else "sampled filling needs both a temperature above 0 and a fill_generator"
             )
-        policy = policy.for_instances(self.task, instances.to(self.device))
+        policy = policy.for_instances(self.task, self._of_task(instances).to(self.device))
         state, steps = self.reset(instances) if start is None else start, []
         reward = torch.zeros(len(state), device=self.device)
         denoiser_passes, policy_passes = torch.zeros_like(state.steps), torch.zeros_like(state.steps)

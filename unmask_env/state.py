@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tasks import Instances, UnmaskError
-from tasks.settings import AtLeast0, AtLeast1, Positive, Range, validate
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, validate
 
 Actions = Literal["single", "set", "set+remask", "accept"]
 WHOLE = 128  # vocabularies up to this many symbols are shown whole: K = V
@@ -70,7 +70,7 @@ class Rules:
     nfe_budget: AtLeast1 | None = None
     block_length: AtLeast1 | None = None
     remask_budget: AtLeast0 | None = None
-    speed: Annotated[float, Range(least=0)] = 0.0
+    speed: NotNegative = 0.0
     speed_bonus: bool = False
     canvas_steps: AtLeast1 = 48
     stop_entropy: Positive | None = 0.005

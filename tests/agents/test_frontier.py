@@ -192,7 +192,7 @@ def test_a_page_of_a_frontier_that_is_played(tmp_path, monkeypatch, capsys) -> N
     for *words, message in (
         ("--read", "f.json", "--read draws a page; say where with --html FILE"),
         ("--read", "rows.json", "--html", "x.html", "rows.json holds no points of a frontier"),
-        ("--read", "f.html", "--html", "x.html", "cannot read f.html: "),
+        ("--read", "f.html", "--html", "x.html", "f.html is not JSON"),
         ("--html", "x.html", "give --task, or --read with a frontier that was played before"),
         ("--read", "f.json", "--html", ".", "--html . is a folder"),
     ):
