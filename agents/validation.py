@@ -245,6 +245,8 @@ class Validation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the best score and the last results that the state holds."""
         self._best, self._told = float(state["best"]), state.get("results")
+        if not (self._told is None or _are_results(self._told)):
+            raise ValueError("the results of the last validation are damaged")
 
     def results(self) -> dict[str, Any] | None:
         """What cards tell of the last validation, plain values: its ``step``, the number ``n`` of instances and the
@@ -306,6 +308,25 @@ class Validation:
 
 
 # ---------------------------------------------------------------------- small parts
+def _are_results(told: Any) -> bool:
+    """Whether ``told`` has the form of :meth:`Validation.results`."""
+
+    def numbers(values: Any, count: int) -> bool:
+        return type(values) is list and len(values) == count and all(type(value) in (int, float) for value in values)
+
+    if not isinstance(told, dict) or not isinstance(rows := told.get("rows"), dict) or "this policy" not in rows:
+        return False
+    texts = all(isinstance(told.get(name), str) for name in ("metric", "over"))
+    return (
+        texts
+        and numbers([told.get("step"), told.get("n")], 2)
+        and numbers(told.get("difference"), 3)
+        and all(isinstance(row, dict) for row in rows.values())
+        and all(numbers(row.get(name), 3) for row in rows.values() for name in ("score", "reward"))
+        and all(numbers([row.get("forwards"), row.get("passes")], 2) for row in rows.values())
+    )
+
+
 def percent(values: Tensor) -> str:
     """The mean of ``values`` in percent, with one decimal."""
     return f"{100 * float(values.mean()):.1f}"

@@ -171,12 +171,12 @@ def command_line(words: list[str], folder: Path) -> None:
             cli.main(words)
     except SystemExit as stop:
         if stop.code not in (0, None):
-            raise Refused(re.sub(r"^unmask[\w -]*: ", "", said.getvalue().removesuffix("\n"))) from None
+            raise RefusedError(re.sub(r"^unmask[\w -]*: ", "", said.getvalue().removesuffix("\n"))) from None
     finally:
         shutil.rmtree(folder / "out", ignore_errors=True)
 
 
-class Refused(UnmaskError):
+class RefusedError(UnmaskError):
     """What a command said, whole."""
 
     def __init__(self, said: str) -> None:
@@ -389,6 +389,10 @@ class Mine(Sudoku):
 
 def own_tasks(folder: Path, draws: random.Random) -> Iterator[Case]:
     """Tasks of one's own with one method that gives something odd, or one odd attribute, played and trained on."""
+    command_line(
+        ["evaluate", "--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "2"], folder
+    )  # loads what it needs
+    command_line(["train", "--out", str(folder / "out"), "--lr", "-1"], folder)
     for number in range(10**9):
         wrong, lines = draws.choice(WRONG), OWN
         if draws.random() < 0.25:
@@ -398,7 +402,8 @@ def own_tasks(folder: Path, draws: random.Random) -> Iterator[Case]:
             lines += f"\n    def {method}(self, *args, **more):\n        x = super().{method}(*args, **more)\n"
             if method in ("sample", "heldout", "augment", "select") and draws.random() < 0.7:
                 part = draws.choice(("x.tokens", "x.answers"))
-                lines += f"        given, x = x, {part}\n        made = {wrong}\n        pair = [given.tokens, given.answers]\n"
+                lines += f"        given, x = x, {part}\n        made = {wrong}\n"
+                lines += "        pair = [given.tokens, given.answers]\n"
                 lines += f"        pair[{int(part == 'x.answers')}] = made\n        return Instances(*pair)\n"
             else:
                 lines += f"        return {wrong}\n"
@@ -465,36 +470,53 @@ def frontiers(folder: Path, draws: random.Random) -> Iterator[Case]:
         yield repr(data[:200]), run
 
 
+def state_of(good: Any, draws: random.Random) -> Any:
+    """``good``, a training state, with a value or a tensor somewhere in it replaced, or a key left out."""
+    if isinstance(good, dict) and good and draws.random() < 0.97:
+        key = draws.choice(list(good))
+        if draws.random() < 0.03:
+            return {name: item for name, item in good.items() if name != key}
+        return good | {key: state_of(good[key], draws)}
+    if isinstance(good, list) and good and draws.random() < 0.9:
+        at = draws.randrange(len(good))
+        return [*good[:at], state_of(good[at], draws), *good[at + 1 :]]
+    if isinstance(good, torch.Tensor) and draws.random() < 0.8:
+        odd = (
+            good * float("nan"),
+            good[:0] if good.ndim else good[None],
+            good.long(),
+            good.double(),
+            good.flatten()[:1],
+        )
+        return draws.choice((*odd, good[None], good.bool(), good / 0, good.float() - 10**6, torch.zeros(2, 3)))
+    return draws.choice(JUNK)
+
+
 def resumed(folder: Path, draws: random.Random) -> Iterator[Case]:
     """Damaged states that runs of several learners go on from."""
     words = {
-        "upo": "train upo --env Unmask/Sudoku4x4-v0 --imitation 0 --iterations 1 --puzzles 2 --group 2",
-        "imitation": "train imitation --env Unmask/Sudoku4x4-v0 --puzzles 20 --steps 1 --batch 2 --validate-every 1",
-        "policy-iteration": "train policy-iteration --env Unmask/Sudoku4x4-v0 --puzzles 2 --steps 1 --iterations 1 --batch 2",
+        "upo": "train upo --imitation 0 --iterations 1 --puzzles 2 --group 2",
+        "imitation": "train imitation --puzzles 20 --steps 1 --batch 2 --validate-every 1",
+        "policy-iteration": "train policy-iteration --puzzles 2 --steps 1 --iterations 1 --batch 2",
         "mdm": "pretrain mdm --task sudoku4 --steps 1 --batch 2 --dim 8 --layers 1 --heads 1",
     }
-    small = " --dim 8 --layers 1 --heads 1 --validation-puzzles 2"
+    small = " --env Unmask/Sudoku4x4-v0 --dim 8 --layers 1 --heads 1 --validation-puzzles 2"
     words = {name: (line + small * ("train" in line[:5])).split() for name, line in words.items()}
     begun = {}
     for name, line in words.items():
         out = folder / f"begun-{name}"
         command_line([*line, "--out", str(out)], folder)
-        begun[name] = (out / "state.safetensors").read_bytes()
+        begun[name] = out / "state.safetensors"
     while True:
         name = draws.choice(sorted(words))
         good, line = begun[name], words[name]
-        size = int.from_bytes(good[:8], "little")
-        header = json.loads(good[8 : 8 + size])
-        if draws.random() < 0.3:
-            data = bytes_of(good, draws)
+        if draws.random() < 0.2:
+            data = bytes_of(good.read_bytes(), draws)
         else:
-            inner = damaged_json(json.loads(header["__metadata__"]["unmask_state"]), draws).decode("utf-8", "replace")
-            text = json.dumps(header | {"__metadata__": {"unmask_state": inner}}).encode()
-            data = len(text).to_bytes(8, "little") + text + good[8 + size :]
-        longer = [
-            word if before not in ("--steps", "--iterations") else "2"
-            for before, word in zip(["", *line], line, strict=False)
-        ]
+            save_state(folder / "damaged", state_of(load_state(good), draws))
+            data = (folder / "damaged").read_bytes()
+        length = "--iterations" if "--iterations" in line else "--steps"
+        longer = ["2" if before == length else word for before, word in zip(["", *line], line, strict=False)]
 
         def run(name: str = name, longer: list[str] = longer, data: bytes = data) -> None:
             out = folder / "out"

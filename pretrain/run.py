@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -161,6 +162,8 @@ class Run:
     def _load(self, state: dict[str, Any], file: Path) -> None:
         try:
             for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    _check_optimizer(part, state["parts"][name])
                 part.load_state_dict(state["parts"][name])
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{file} does not belong to this run ({first_line(error)})") from None
@@ -313,7 +316,7 @@ def _state_to_resume(settings: Any, steps: int, described: dict[str, Any]) -> di
         return None
     state = load_state(state_file)
     kinds = {"settings": dict, "parts": dict, "step": int}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kinds[key]) for key in kinds):
+    if not isinstance(state, dict) or not all(type(state.get(key)) is kinds[key] for key in kinds):
         raise CheckpointError(f"{state_file} is not the state of a run")
     length = "iterations" if "iterations" in described else "steps"
     differing = [
@@ -356,6 +359,31 @@ def _check_place(settings: Any) -> None:
             raise UnmaskError(f"{out} holds a model that no run here made ({models[0]}); name another --out")
     except (OSError, RuntimeError) as error:  # too long a name; links in a circle
         raise UnmaskError(f"cannot write in {out}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Raises :class:`ValueError` where ``state`` is not of the optimizer's form; torch would find out as it steps."""
+    for own, group in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
+        for name, value in own.items():
+            alike = (
+                isinstance(group[name], list | tuple) if isinstance(value, list | tuple) else _alike(group[name], value)
+            )
+            if not alike:
+                raise ValueError(f"{name} of the optimizer is {group[name]!r:.40}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, kept in state["state"].items():
+        for name, value in kept.items():
+            if not isinstance(value, Tensor) or (value.ndim and value.shape != parameters[number].shape):
+                raise ValueError(f"{name} of the optimizer has another form")
+            if not value.is_floating_point():
+                raise ValueError(f"{name} of the optimizer holds no floating numbers")
+
+
+def _alike(stored: Any, own: Any) -> bool:
+    """Whether both are of a kind: numbers, and finite, or of the same type."""
+    if isinstance(own, int | float) and not isinstance(own, bool):
+        return type(stored) in (int, float) and abs(stored) <= sys.float_info.max
+    return type(stored) is type(own)
 
 
 def _trained(part: Any) -> list[Tensor]:

@@ -63,11 +63,16 @@ def get(name: str, **options) -> Task:
     return task
 
 
-def own_place(error: BaseException) -> str | None:
-    """The file and line of a task of one's own that ``error`` came through last; None: it came through none."""
-    frames = traceback.walk_tb(error.__traceback__)
-    places = [(frame.f_code.co_filename, line) for frame, line in frames if frame.f_globals.get("__name__") in _OWN]
-    return "{}, line {}".format(*places[-1]) if places else None
+def told_of_own(error: BaseException) -> str | None:
+    """One line on an error that a task of one's own may have caused: with the last place in its own file that it came
+    through, or where play failed over what it had returned. None: no such task was loaded."""
+    if not _OWN:
+        return None
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(frame, line) for frame, line in frames if frame.f_globals.get("__name__") in _OWN]
+    frame, line = (own or frames)[-1]
+    more = "" if own else "; does your own task return what tasks.Task says?"
+    return f"{frame.f_code.co_filename}, line {line}: {type(error).__name__}: {first_line(error)}{more}"
 
 
 def known(name: str) -> bool:
