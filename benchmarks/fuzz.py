@@ -2,11 +2,13 @@
 
     python benchmarks/fuzz.py --out benchmarks/results/fuzz.json
 
-Kinds: command lines (one wrong flag, or words at random), configurations and weights of models, training states, puzzle
-files, tables, lines, problems and texts, and answers to word problems and to Countdown. Each input starts from a good
-one and is damaged: bytes changed, cut or repeated, values replaced by others. It runs in a process of its own, which is
-killed when nothing has come for ``--deadline`` seconds. A message of more than one line or of more than 300 characters
-counts as a fault, and so does any error that is not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
+Kinds: command lines (one wrong flag, or words at random), files for ``--config``, configurations and weights of models,
+adapters, folders of transformers' models and tokenizers, training states alone and resumed, puzzle files, tables,
+lines, problems and texts, tasks of one's own with a method or attribute that is odd, frontiers read back, and answers
+to word problems and to Countdown. Each input starts from a good one and is damaged: bytes changed, cut or repeated,
+values replaced by others. It runs in a process of its own, which is killed when nothing has come for ``--deadline``
+seconds. A message of more than one line or of more than 300 characters counts as a fault, and so does any error that is
+not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
 """
 
 from __future__ import annotations
@@ -598,18 +600,18 @@ def play_once(name: str, task: Any) -> None:
 
 
 KINDS: dict[str, tuple[Callable[[Path, random.Random], Iterator[Case]], int]] = {
-    "command line": (command_lines, 600),
-    "models": (models, 1500),
-    "states": (states, 1500),
-    **{kind: (files(kind), 1200) for kind in FILES},
-    "answers": (answers, 900),
+    "command line": (command_lines, 400),
+    "models": (models, 1000),
+    "states": (states, 1000),
+    **{kind: (files(kind), 700) for kind in FILES},
+    "answers": (answers, 700),
     "countdown": (countdown, 1000),
-    "own tasks": (own_tasks, 500),
-    "configs": (configs, 800),
+    "own tasks": (own_tasks, 300),
+    "configs": (configs, 900),
     "frontiers": (frontiers, 800),
-    "resumed": (resumed, 400),
-    "adapters": (adapters, 300),
-    "hub folders": (hub_folders, 300),
+    "resumed": (resumed, 300),
+    "adapters": (adapters, 250),
+    "hub folders": (hub_folders, 250),
 }
 
 
