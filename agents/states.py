@@ -56,7 +56,8 @@ def same_columns(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[st
     same form but for S, which is the same in all that have rows."""
     columns = {name: given[name] for name in own}
     for name, column in columns.items():
-        if not isinstance(column, Tensor) or column.dtype != own[name].dtype or column.shape[1:] != own[name].shape[1:]:
+        alike = isinstance(column, Tensor) and column.dtype == own[name].dtype
+        if not alike or (len(column) and column.shape[1:] != own[name].shape[1:]):
             raise ValueError(f"{name} is another kind of column")
     if len({len(column) for column in columns.values()} - {0}) > 1:
         raise ValueError("columns of different lengths")

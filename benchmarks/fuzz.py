@@ -7,8 +7,8 @@ adapters, folders of transformers' models and tokenizers, training states alone 
 lines, problems and texts, tasks of one's own with a method or attribute that is odd, frontiers read back, and answers
 to word problems and to Countdown. Each input starts from a good one and is damaged: bytes changed, cut or repeated,
 values replaced by others. It runs in a process of its own, which is killed when it has taken ``--deadline`` seconds of
-processor time, or six times as many by the clock. A message of more than one line or of more than 300 characters counts as a fault, and so does any error that is
-not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
+processor time, or six times as many by the clock. A message of more than one line or of more than 300 characters counts
+as a fault, and so does any error that is not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class Run:
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{file} does not belong to this run ({first_line(error)})") from None
         if (name := self._not_finite()) is not None:
-            raise CheckpointError(f"{file} is damaged: the {name} has numbers that are not finite")
+            raise CheckpointError(f"{file} is damaged: the {name} has weights that are not finite")
         self.step = state["step"]
 
     def __enter__(self) -> Run:
@@ -240,7 +240,7 @@ class Run:
     def _require_finite(self) -> None:
         if (name := self._not_finite()) is not None:
             raise UnmaskError(
-                f"the {name} has numbers that are not finite after step {self.step}; {self.out} keeps the state of "
+                f"the {name} has weights that are not finite after step {self.step}; {self.out} keeps the state of "
                 "the save before. Try a lower lr in another --out"
             )
 

@@ -60,6 +60,8 @@ def get(name: str, **options) -> Task:
     if ":" in name:
         task.name = name
     check_task(task)
+    if _own(name):
+        _OWN.add(getattr(factory, "__module__", ""))
     return task
 
 
@@ -108,7 +110,6 @@ def _factory(name: str) -> tuple[str, Callable[..., Task], str | None]:
         raise _unknown(base)
     load = partial(_file, Path(module)) if module.endswith(".py") else partial(importlib.import_module, module)
     loaded = _guarded(f"cannot load {module}", load)
-    _OWN.add(loaded.__name__)
     factory = getattr(loaded, attribute, None)
     if not callable(factory):
         makers = [key for key, value in vars(loaded).items() if isinstance(value, type) and issubclass(value, Task)]

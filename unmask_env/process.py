@@ -73,7 +73,7 @@ def _checked(value: object, what: str, tokens: Tensor) -> Tensor:
     value = value.detach().to(tokens.device, torch.float32)
     if not bool(value.isfinite().all()):
         row = int((~value.isfinite()).nonzero()[0])
-        raise UnmaskError(f"{what} must be finite in float32; at row {row} it is {float(value[row])}")
+        raise UnmaskError(f"{what} must be finite; at row {row} it is {float(value[row])}")
     return value
 
 
