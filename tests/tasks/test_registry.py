@@ -203,7 +203,7 @@ class Raises(Sudoku):
 
 
 class Odd(Raises):
-    def heldout(self, n=None, split="test"):
+    def heldout(self, *args, **more):
         return Instances(torch.zeros(2, 16), torch.zeros(2, 16))
 
 
