@@ -239,7 +239,10 @@ def main(args: Sequence[str] | None = None) -> None:
                 fail(str(hidden))
         from pretrain.run import Interrupted
         from tasks import UnmaskError
+        from tasks.registry import told_of_own
 
+        if not isinstance(error, UnmaskError | OSError | Interrupted) and (told := told_of_own(error)) is not None:
+            fail(str(UnmaskError(told)), command=name)
         if isinstance(error, UnmaskError | OSError):  # a user's mistake, or a place that cannot be read or written
             fail(str(UnmaskError(str(error))), command=name)
         if isinstance(error, Interrupted):

@@ -25,9 +25,10 @@ from pretrain.run import Bar, resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.errors import optional
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
+from tasks.task import check_instances
 from unmask_env import exact
 from unmask_env.denoiser import Denoiser, load_denoiser
-from unmask_env.process import Unmasking
+from unmask_env.process import Unmasking, checked_metrics
 from unmask_env.reference import (
     REFERENCES,
     Learned,
@@ -339,6 +340,7 @@ def compare(
     process = task if isinstance(task, Unmasking) else make_process(task, denoiser, **options)
     policies = read_orders(orders, process)
     instances = process.task.select(limit, split=split) if instances is None else instances
+    check_instances(process.task, instances)
     results = play(process, policies, instances, seed, batch, progress)
     return Comparison(tuple(results), title_of(process, instances))
 
@@ -364,7 +366,7 @@ def play(
                     continue
                 spent = (played.nfe, played.denoiser_passes, played.policy_passes)
                 counts = dict(zip(SPENT, (count.float() for count in spent), strict=True))
-                columns = task.metrics(played.tokens, part[mine]) | counts
+                columns = checked_metrics(task, played.tokens, part[mine]) | counts
                 parts.append((rows[mine.cpu()], {column: values.cpu() for column, values in columns.items()}))
             columns = processes.in_order(parts)
             spent = [columns.pop(count) for count in SPENT]
@@ -539,6 +541,7 @@ def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instance
         command.task, command.denoiser, **({} if command.blanks is None else {"blanks": command.blanks})
     )
     instances = task.select(command.limit, command.puzzles, command.difficulty, command.split)
+    check_instances(task, instances)
     denoiser = load_denoiser(source, task, device)
     process = Unmasking(task, denoiser, command.rules(default), command.temperature)
     return process, instances, title_of(process, instances)

@@ -7,7 +7,7 @@ greedy but for the stochastic references.
 from __future__ import annotations
 
 import itertools
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,9 @@ from agents.evaluate import (
 )
 from agents.page import fill_page
 from agents.policy import load_policy
-from pretrain.checkpoint import check_writable, write_atomically, write_json
+from pretrain.checkpoint import check_writable, read_json, write_atomically, write_json
 from tasks import Instances, UnknownNameError, UnmaskError
-from tasks.errors import first_line, optional
+from tasks.errors import optional
 from tasks.settings import AtLeast1
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, sweeps
@@ -206,8 +206,7 @@ def page_data(rows: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
         rows: those of :meth:`Point.row`, also as read from JSON; of results that are older, too.
     """
     curves: dict[str, dict[str, Any]] = {}
-    keys = list(rows[0])
-    metric = keys[keys.index("order") + 1]
+    metric = _metric(rows[0])
     for row in rows:
         setting = row.get("setting", row.get("knob", {}))
         passes = row["passes"] + row["policy_passes"] if "passes" in row else None
@@ -228,15 +227,34 @@ def write_page(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The points of a JSON file, of :func:`write` or of ``benchmarks/frontier.py``. Raises :class:`tasks.UnmaskError`
     where it has none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnmaskError(f"cannot read {path}: {first_line(error)}") from None
+    content = read_json(path)
     rows = content.get("points") if isinstance(content, dict) else content
-    needed = {"method", "order", "learned", "nfe", "n", "ci95"}
-    if not rows or not isinstance(rows, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in rows):
+    if not rows or not isinstance(rows, list) or not all(_is_point(row, _metric(rows[0])) for row in rows):
         raise UnmaskError(f"{path} holds no points of a frontier; give what unmask frontier wrote beside its picture")
     return rows
+
+
+def _metric(row: Any) -> str:
+    """The first metric of a row: what follows its order; empty where there is none."""
+    keys = list(row) if isinstance(row, dict) else []
+    behind = keys[keys.index("order") + 1 :] if "order" in keys else []
+    return behind[0] if behind else ""
+
+
+def _is_point(row: Any, metric: str) -> bool:
+    """Whether a page can show ``row``, a point as :meth:`Point.row` has it, or as older versions had it."""
+    if not isinstance(row, dict) or not {"method", "order", "learned", "nfe", "n", "ci95", metric} <= row.keys():
+        return False
+    spent = [row.get(name, 0) for name in ("passes", "policy_passes")] + [row.get("seconds") or 0]
+    if ("passes" in row and "policy_passes" not in row) or not isinstance(row["ci95"], list) or len(row["ci95"]) != 2:
+        return False
+    numbers = all(_finite(value) for value in (row["nfe"], row["n"], row[metric], *spent, *row["ci95"]))
+    named = isinstance(row["method"], str) and isinstance(row.get("setting", row.get("knob", {})), dict)
+    return numbers and named and isinstance(row["learned"], bool) and row["n"] > 0
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def write(points: Sequence[Point], title: str, path: Path) -> None:
@@ -270,6 +288,8 @@ def run(command: FrontierCommand) -> None:
     if command.read is not None:
         if command.html is None:
             raise UnmaskError("--read draws a page; say where with --html FILE")
+        if command.read.exists() and command.html.exists() and command.read.samefile(command.html):
+            raise UnmaskError(f"--read and --html both name {command.html}; name two files")
         write_page(read_rows(command.read), command.read.stem, command.html)
         return
     if command.task is None:
@@ -277,6 +297,7 @@ def run(command: FrontierCommand) -> None:
     if command.out.suffix != ".png":
         raise UnmaskError(f"--out is a picture; {command.out} must end in .png")
     check_writable(command.out, "--out")
+    check_writable(command.out.with_suffix(".json"), "the numbers beside --out,")
     matplotlib()  # before the work
     process, instances, title = prepare(command, "set")
     chosen = methods(command.orders or ("heuristics",), process)

@@ -22,7 +22,7 @@ from pretrain.backbone import Backbone, Reader
 from pretrain.card import HubModel
 from pretrain.checkpoint import CheckpointError, load_model
 from tasks import Task, UnmaskError
-from tasks.settings import Depth, Width, validate
+from tasks.settings import Depth, NotNegative, Width, validate
 from unmask_env.denoiser import Denoiser
 from unmask_env.distributions import Bernoulli, Categorical, Distribution, PlackettLuce, log_complement, log_odds
 from unmask_env.reference import MaxConfidence, Policy, Reference, SoftThreshold, TopK, reference
@@ -53,7 +53,7 @@ class PolicyConfig:
     heads: Depth = 4
     num_passes: Depth = 2
     """how often the policy reads the board, each time with its last belief in place of the masks; weights are shared"""
-    defer_above: float = 0.97
+    defer_above: NotNegative = 0.97
     """confidence of a fillable position from which on the base decides, and nothing is read; above 1: never (policies
     over sets always read)"""
     read_tokens: bool = True

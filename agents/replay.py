@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.states import same_columns
 from pretrain import processes
 from tasks import Instances, Task
 
@@ -50,4 +51,5 @@ class Replay:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        self.tokens, self.answers = state["tokens"], state["answers"]
+        own = same_columns(self.state_dict(), state)
+        self.tokens, self.answers = own["tokens"], own["answers"]

@@ -18,6 +18,7 @@ from agents.page import fill_page
 from pretrain.checkpoint import check_writable
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import InnerShare, NotNegative, validate
+from tasks.task import check_instances
 from unmask_env import render
 from unmask_env.denoiser import Denoiser, load_denoiser
 from unmask_env.distributions import Distribution
@@ -300,7 +301,7 @@ def run(command: ShowCommand) -> None:
     if command.gif is not None and command.gif == command.html:
         raise UnmaskError(f"--gif and --html both name {command.gif}; name two files")
     task, source = resolve(command.task, command.denoiser)
-    heldout = task.heldout()
+    heldout = check_instances(task, task.heldout())
     if not 0 <= command.index < len(heldout):
         raise UnmaskError(f"index must be between 0 and {len(heldout) - 1}, not {command.index}")
     instance = heldout[command.index : command.index + 1]

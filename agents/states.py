@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -51,6 +51,19 @@ class Sample(NamedTuple):
         return replace(process.observe(state), history=None)
 
 
+def same_columns(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The columns (S, ...) of ``given`` that ``own`` has, too. Raises :class:`ValueError` where one is no tensor of the
+    same form but for S, which is the same in all that have rows."""
+    columns = {name: given[name] for name in own}
+    for name, column in columns.items():
+        alike = isinstance(column, Tensor) and column.dtype == own[name].dtype
+        if not alike or (len(column) and column.shape[1:] != own[name].shape[1:]):
+            raise ValueError(f"{name} is another kind of column")
+    if len({len(column) for column in columns.values()} - {0}) > 1:
+        raise ValueError("columns of different lengths")
+    return columns
+
+
 class States:
     """Boards in mid-play, (S, L) each: ``tokens``; ``answers``; ``given``, what they began with; ``remask_count``; and
     which of them are ``uncertain`` (S,) bool: of single positions no position is confident, of remasking some symbol is
@@ -72,8 +85,8 @@ class States:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        for name in vars(self):
-            setattr(self, name, state[name])
+        for name, column in same_columns(vars(self), state).items():
+            setattr(self, name, column)
 
     # ------------------------------------------------------------------ collecting
     @torch.no_grad()

@@ -32,7 +32,7 @@ from tasks import Instances, UnmaskError
 from tasks.settings import AtLeast0, AtLeast1, AtLeast2, Positive, ShareBelow1, validate
 from unmask_env import exact
 from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
-from unmask_env.process import Unmasking
+from unmask_env.process import Unmasking, checked_reward
 from unmask_env.reference import Policy, Reference, default_reference
 from unmask_env.reference import reference as named_reference
 from unmask_env.state import Observation, Rollout
@@ -418,7 +418,7 @@ def collect(
     reward = played.reward.view(config.puzzles, config.group).cpu()
     solved = reward
     if config.rules.speed > 0:  # what the task gives, without the count of forwards
-        solved = process.task.reward(played.tokens, played.state.instances).view_as(reward).cpu()
+        solved = checked_reward(process.task, played.tokens, played.state.instances).view_as(reward).cpu()
     replay.add(instances, solved.mean(1) < 1)
     batch = flatten(played, group_advantage(played.reward, config.group, config.normalise), reference.looks_back)
     batch = regularised(ready, behaviour, batch, regulariser)

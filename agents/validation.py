@@ -24,8 +24,9 @@ from agents.shares import play_share
 from pretrain import processes
 from pretrain.run import Run
 from tasks import Instances, UnmaskError
+from tasks.task import check_instances
 from unmask_env.distributions import Categorical, Distribution, NoClosedFormError
-from unmask_env.process import Unmasking
+from unmask_env.process import Unmasking, checked_metrics
 from unmask_env.reference import Policy, Reference
 from unmask_env.state import Observation
 
@@ -156,6 +157,7 @@ class Validation:
                 instances = task.heldout(None, "validation")[:count]
             except UnmaskError:
                 return None
+        check_instances(task, instances)
         return instances.to(self.process.device) if len(instances) else None
 
     # ------------------------------------------------------------------ scores
@@ -202,7 +204,8 @@ class Validation:
                 instances = self.instances[some.to(process.device)]
                 mine, played = play_share(process, policy, instances, [ties, fills])
                 if len(mine):
-                    self._metric, score = next(iter(process.task.metrics(played.tokens, instances[mine]).items()))
+                    metrics = checked_metrics(process.task, played.tokens, instances[mine])
+                    self._metric, score = next(iter(metrics.items()))
                     columns = {"score": score, "reward": played.reward, "nfe": played.nfe}
                     columns |= {"passes": played.denoiser_passes + played.policy_passes}
                     parts.append((some[mine.cpu()], {name: column.cpu().double() for name, column in columns.items()}))
@@ -242,6 +245,8 @@ class Validation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the best score and the last results that the state holds."""
         self._best, self._told = float(state["best"]), state.get("results")
+        if not (self._told is None or _are_results(self._told)):
+            raise ValueError("the results of the last validation are damaged")
 
     def results(self) -> dict[str, Any] | None:
         """What cards tell of the last validation, plain values: its ``step``, the number ``n`` of instances and the
@@ -305,6 +310,25 @@ class Validation:
 
 
 # ---------------------------------------------------------------------- small parts
+def _are_results(told: Any) -> bool:
+    """Whether ``told`` has the form of :meth:`Validation.results`."""
+
+    def numbers(values: Any, count: int) -> bool:
+        return type(values) is list and len(values) == count and all(type(value) in (int, float) for value in values)
+
+    if not isinstance(told, dict) or not isinstance(rows := told.get("rows"), dict) or "this policy" not in rows:
+        return False
+    texts = all(isinstance(told.get(name), str) for name in ("metric", "over"))
+    return (
+        texts
+        and numbers([told.get("step"), told.get("n")], 2)
+        and numbers(told.get("difference"), 3)
+        and all(isinstance(row, dict) for row in rows.values())
+        and all(numbers(row.get(name), 3) for row in rows.values() for name in ("score", "reward"))
+        and all(numbers([row.get("forwards"), row.get("passes")], 2) for row in rows.values())
+    )
+
+
 def percent(values: Tensor) -> str:
     """The mean of ``values`` in percent, with one decimal."""
     return f"{100 * float(values.mean()):.1f}"

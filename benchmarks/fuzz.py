@@ -2,11 +2,13 @@
 
     python benchmarks/fuzz.py --out benchmarks/results/fuzz.json
 
-Kinds: command lines (one wrong flag, or words at random), configurations and weights of models, training states, puzzle
-files, tables, lines, problems and texts, and answers to word problems and to Countdown. Each input starts from a good
-one and is damaged: bytes changed, cut or repeated, values replaced by others. It runs in a process of its own, which is
-killed when nothing has come for ``--deadline`` seconds. A message of more than one line or of more than 300 characters
-counts as a fault, and so does any error that is not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
+Kinds: command lines (one wrong flag, or words at random), files for ``--config``, configurations and weights of models,
+adapters, folders of transformers' models and tokenizers, training states alone and resumed, puzzle files, tables,
+lines, problems and texts, tasks of one's own with a method or attribute that is odd, frontiers read back, and answers
+to word problems and to Countdown. Each input starts from a good one and is damaged: bytes changed, cut or repeated,
+values replaced by others. It runs in a process of its own, which is killed when it has taken ``--deadline`` seconds of
+processor time, or six times as many by the clock. A message of more than one line or of more than 300 characters counts
+as a fault, and so does any error that is not a :class:`tasks.UnmaskError`. The inputs depend on the seed alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -159,18 +163,27 @@ def command_lines(folder: Path, draws: random.Random) -> Iterator[Case]:
         if not words:
             continue
 
-        def run(words: list[str] = words) -> None:
-            said = io.StringIO()
-            try:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-                    cli.main(words)
-            except SystemExit as stop:
-                if stop.code not in (0, None):
-                    raise UnmaskError(said.getvalue().removesuffix("\n").removeprefix("unmask: ")) from None
-            finally:
-                shutil.rmtree(folder / "out", ignore_errors=True)
+        yield " ".join(words), lambda words=words: command_line(words, folder)
 
-        yield " ".join(words), run
+
+def command_line(words: list[str], folder: Path) -> None:
+    """``unmask WORDS``; its message as an :class:`UnmaskError` with nothing left out."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            cli.main(words)
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise RefusedError(re.sub(r"^unmask[\w -]*: ", "", said.getvalue().removesuffix("\n"))) from None
+    finally:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+
+
+class RefusedError(UnmaskError):
+    """What a command said, whole."""
+
+    def __init__(self, said: str) -> None:
+        ValueError.__init__(self, said)
 
 
 def models(folder: Path, draws: random.Random) -> Iterator[Case]:
@@ -350,13 +363,257 @@ def countdown(folder: Path, draws: random.Random) -> Iterator[Case]:
         yield str(tokens.tolist()), lambda tokens=tokens: task.reward(tokens, instances)
 
 
+WRONG = (
+    *("None", "0", "'x'", "[]", "{}", "x[:0]", "x[:1]", "x[0]", "(x, x)", "[x]", "x.float()", "x.double()", "x.bool()"),
+    *("x.numpy()", "x.tolist()", "x.to('meta')", "x * float('nan')", "x / 0", "x.unsqueeze(1)", "x.sum()", "x - 9"),
+    *(
+        "x + 9",
+        "x.expand(2, -1)",
+        "1 / 0",
+        "exec('raise OSError(\"no\\\\nfile\")')",
+        "{}['a']",
+        "x.nothing",
+        "object()",
+    ),
+    *("x.to_sparse()", "x * 1j", "x.T", "x.half()", "(y for y in x)", "lambda: x", "NotImplemented", "x.short()", "x"),
+    *("{'a': x}", "{'a': None}", "{'a': x.bool()}", "{1: x}", "x.requires_grad_()", "type(x)", "x.repeat(2, 1)", "-x"),
+)
+METHODS = ("sample", "heldout", "reward", "metrics", "augment", "all_answers", "settled", "clean", "draw", "select")
+FIELDS = ("name", "symbols", "shape", "box", "vocabularies", "prompt_length", "one_answer", "length", "coordinates")
+OWN = """from tasks import Instances
+from tasks.sudoku import Sudoku
+
+
+class Mine(Sudoku):
+    def __init__(self):
+        super().__init__(2, 2)
+"""
+
+
+def own_tasks(folder: Path, draws: random.Random) -> Iterator[Case]:
+    """Tasks of one's own with one method that gives something odd, or one odd attribute, played and trained on."""
+    command_line(
+        ["evaluate", "--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "2"], folder
+    )  # loads what it needs
+    with contextlib.suppress(UnmaskError):
+        command_line(["train", "--out", str(folder / "out"), "--lr", "-1"], folder)
+    for number in range(10**9):
+        wrong, lines = draws.choice(WRONG), OWN
+        if draws.random() < 0.25:
+            lines += f"        x = self.shape\n        self.{draws.choice(FIELDS)} = {wrong}\n"
+        else:
+            method = draws.choice(METHODS)
+            lines += f"\n    def {method}(self, *args, **more):\n        x = super().{method}(*args, **more)\n"
+            if method in ("sample", "heldout", "augment", "select") and draws.random() < 0.7:
+                part = draws.choice(("x.tokens", "x.answers"))
+                lines += f"        given, x = x, {part}\n        made = {wrong}\n"
+                lines += "        pair = [given.tokens, given.answers]\n"
+                lines += f"        pair[{int(part == 'x.answers')}] = made\n        return Instances(*pair)\n"
+            else:
+                lines += f"        return {wrong}\n"
+        path = folder / f"mine{number}.py"
+        needed = {"--task": f"{path}:Mine", "--denoiser": "sudoku4", "--out": str(folder / "out")}
+        needed |= {f"--{flag}": str(value) for flag, value in SMALL.items()}
+        kept = {
+            "evaluate": ("task", "denoiser", "limit"),
+            "show": ("task", "denoiser"),
+            "train upo": ("task", "denoiser", "out", "puzzles", "iterations", "group", "validation-puzzles", "dim"),
+            "train imitation": ("task", "denoiser", "out", "puzzles", "steps", "batch", "validation-puzzles", "dim"),
+            "pretrain mdm": ("task", "out", "steps", "batch", "dim", "layers"),
+        }
+        name = draws.choice(sorted(kept))
+        words = [*name.split(), *(word for flag in kept[name] for word in (f"--{flag}", needed[f"--{flag}"]))]
+        words += ["--heads", "1"] * (name == "pretrain mdm") + ["--layers", "1"] * name.startswith("train")
+
+        def run(words: list[str] = words, path: Path = path, lines: str = lines) -> None:
+            path.write_text(lines)
+            command_line(words, folder)
+
+        yield lines[lines.index("(2, 2)") + 7 :] + " ".join(words[:2]), run
+
+
+def configs(folder: Path, draws: random.Random) -> Iterator[Case]:
+    """Damaged ``run.json`` files after ``--config``."""
+    import dataclasses
+
+    from tasks.settings import validate
+
+    classes = {name: cli.settings_class(name) for name in sorted(cli.COMMANDS) if cli.COMMANDS[name].settings}
+    path = folder / "run.json"
+    while True:
+        name = draws.choice(sorted(classes))
+        fields = [field for field in dataclasses.fields(classes[name]) if field.default is dataclasses.MISSING]
+        given = {field.name: "x" for field in fields if field.default_factory is dataclasses.MISSING}
+        good = json.loads(json.dumps(dataclasses.asdict(classes[name](**given)), default=str))
+        data = damaged_json(good | {"kind": classes[name].__name__}, draws)
+
+        def run(name: str = name, data: bytes = data) -> None:
+            path.write_bytes(data)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    validate(cli.parse(name, ["--config", str(path)]))
+            except SystemExit as stop:
+                raise RuntimeError(f"the parser ended the program with {stop.code}") from None
+
+        yield f"{name} {data[:150]!r}", run
+
+
+def frontiers(folder: Path, draws: random.Random) -> Iterator[Case]:
+    """Damaged JSON of a frontier, read back for a page."""
+    row = {"method": "threshold", "setting": {"theta": 0.6}, "learned": False, "order": "threshold", "solve_rate": 0.5}
+    row |= {"nfe": 3.5, "passes": 3.5, "policy_passes": 0.0, "trained": "", "n": 2, "ci95": [0.1, 0.9], "seconds": 1.5}
+    good = [row, row | {"learned": True, "method": "runs/a", "setting": {"threshold": 0.35}}]
+    path = folder / "frontier.json"
+    while True:
+        data = damaged_json(draws.choice((good, {"points": good})), draws)
+
+        def run(data: bytes = data) -> None:
+            path.write_bytes(data)
+            command_line(["frontier", "--read", str(path), "--html", str(folder / "page.html")], folder)
+
+        yield repr(data[:200]), run
+
+
+def state_of(good: Any, draws: random.Random) -> Any:
+    """``good``, a training state, with a value or a tensor somewhere in it replaced, or a key left out."""
+    if isinstance(good, dict) and good and draws.random() < 0.97:
+        key = draws.choice(list(good))
+        if draws.random() < 0.03:
+            return {name: item for name, item in good.items() if name != key}
+        return good | {key: state_of(good[key], draws)}
+    if isinstance(good, list) and good and draws.random() < 0.9:
+        at = draws.randrange(len(good))
+        return [*good[:at], state_of(good[at], draws), *good[at + 1 :]]
+    if isinstance(good, torch.Tensor) and draws.random() < 0.8:
+        odd = (
+            good * float("nan"),
+            good[:0] if good.ndim else good[None],
+            good.long(),
+            good.double(),
+            good.flatten()[:1],
+        )
+        return draws.choice((*odd, good[None], good.bool(), good / 0, good.float() - 10**6, torch.zeros(2, 3)))
+    return draws.choice(JUNK)
+
+
+def resumed(folder: Path, draws: random.Random) -> Iterator[Case]:
+    """Damaged states that runs of several learners go on from."""
+    words = {
+        "upo": "train upo --imitation 0 --iterations 1 --puzzles 2 --group 2",
+        "imitation": "train imitation --puzzles 20 --steps 1 --batch 2 --validate-every 1",
+        "policy-iteration": "train policy-iteration --puzzles 2 --steps 1 --iterations 1 --batch 2",
+        "mdm": "pretrain mdm --task sudoku4 --steps 1 --batch 2 --dim 8 --layers 1 --heads 1",
+    }
+    small = " --env Unmask/Sudoku4x4-v0 --dim 8 --layers 1 --heads 1 --validation-puzzles 2"
+    words = {name: (line + small * ("train" in line[:5])).split() for name, line in words.items()}
+    begun = {}
+    for name, line in words.items():
+        out = folder / f"begun-{name}"
+        command_line([*line, "--out", str(out)], folder)
+        begun[name] = out / "state.safetensors"
+    while True:
+        name = draws.choice(sorted(words))
+        good, line = begun[name], words[name]
+        if draws.random() < 0.2:
+            data = bytes_of(good.read_bytes(), draws)
+        else:
+            save_state(folder / "damaged", state_of(load_state(good), draws))
+            data = (folder / "damaged").read_bytes()
+        length = "--iterations" if "--iterations" in line else "--steps"
+        longer = ["2" if before == length else word for before, word in zip(["", *line], line, strict=False)]
+
+        def run(name: str = name, longer: list[str] = longer, data: bytes = data) -> None:
+            out = folder / "out"
+            shutil.copytree(folder / f"begun-{name}", out, dirs_exist_ok=True)
+            (out / "state.safetensors").write_bytes(data)
+            command_line([*longer, "--out", str(out), "--resume", "must"], folder)
+
+        yield f"{name} {data[:150]!r}", run
+
+
+LINES = "the cat sat on the mat . the dog ran on the mat . " * 30
+
+
+def causal_model(folder: Path) -> Path:
+    """A causal model of random weights and a tokenizer of words."""
+    import tokenizers
+    import transformers
+
+    words = ["<mask>", *dict.fromkeys(LINES.split())]
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="."))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, mask_token="<mask>").save_pretrained(folder)
+    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=16)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def damaged_folder(good: Path, at: Path, draws: random.Random) -> str:
+    """A copy of ``good`` at ``at`` with one file damaged; which."""
+    shutil.rmtree(at, ignore_errors=True)
+    shutil.copytree(good, at)
+    path = draws.choice(sorted(file for file in at.iterdir() if file.is_file()))
+    data = path.read_bytes()
+    path.write_bytes(damaged_json(json.loads(data), draws) if path.suffix == ".json" else bytes_of(data, draws))
+    return f"{path.name} {path.read_bytes()[:150]!r}"
+
+
+def adapters(folder: Path, draws: random.Random) -> Iterator[Case]:
+    from pretrain.adapter import AdapterConfig, adapt
+    from tasks.text import Corpus, Text
+
+    base = causal_model(folder / "base")
+    task = Text(Corpus((LINES,), (LINES,), (LINES,)), tokenizer=str(base), length=7, packed=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        adapt(AdapterConfig("text", str(folder / "run"), str(base), steps=1, batch=2, rank=2), task)
+    good = folder / "good"
+    good.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        shutil.copy(folder / "run" / name, good / name)
+    while True:
+        shown = damaged_folder(good, folder / "at", draws)
+        yield shown, lambda: play_once(str(folder / "at"), task)
+
+
+def hub_folders(folder: Path, draws: random.Random) -> Iterator[Case]:
+    """Folders of transformers' masked models and tokenizers."""
+    import transformers
+
+    import tasks
+
+    good, text = tokenizer_at(folder / "good"), folder / "lines.txt"
+    text.write_text("a b c d e\nb c\na a\tb c\n" * 10)
+    sizes = {"vocab_size": 19, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes |= {"intermediate_size": 8, "max_position_embeddings": 16}
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(good)
+    while True:
+        at = folder / "at"
+        shown = damaged_folder(good, at, draws)
+        yield shown, lambda at=at: play_once(f"hf:{at}", tasks.get(f"lines:{text},tokenizer={at}"))
+
+
+def play_once(name: str, task: Any) -> None:
+    """One board by the denoiser ``name``."""
+    from unmask_env import reference
+    from unmask_env.process import Unmasking
+
+    Unmasking(task, load_denoiser(name, task)).rollout(reference("margin"), task.heldout(1))
+
+
 KINDS: dict[str, tuple[Callable[[Path, random.Random], Iterator[Case]], int]] = {
-    "command line": (command_lines, 600),
-    "models": (models, 1500),
-    "states": (states, 1500),
-    **{kind: (files(kind), 1200) for kind in FILES},
-    "answers": (answers, 900),
+    "models": (models, 1000),
+    "states": (states, 1000),
+    **{kind: (files(kind), 700) for kind in FILES},
     "countdown": (countdown, 1000),
+    "frontiers": (frontiers, 800),
+    "configs": (configs, 900),
+    "hub folders": (hub_folders, 250),
+    "adapters": (adapters, 250),
+    "answers": (answers, 700),
+    "command line": (command_lines, 400),
+    "resumed": (resumed, 300),
+    "own tasks": (own_tasks, 300),
 }
 
 
@@ -386,6 +643,24 @@ def work(kind: str, seed: int, start: int, count: int, pipe: Connection) -> None
                 pipe.send((number, what, judge(run)))
 
 
+def heard(pipe: Connection, worker: Any, seconds: float) -> bool:
+    """Whether something comes before ``worker`` has taken so many seconds of processor time, or six times as many by
+    the clock: a busy machine is no hang."""
+
+    def taken() -> float:
+        try:
+            fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # no Linux, or it has ended
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    began, before = time.monotonic(), taken()
+    while time.monotonic() - began < 6 * seconds and taken() - before < seconds:
+        if pipe.poll(min(1.0, seconds)):
+            return True
+    return pipe.poll(0)
+
+
 def fuzz(kind: str, seed: int, count: int, deadline: float) -> tuple[Counter[str], list[dict[str, str]]]:
     """How often what happened, and the faults."""
     context, counts, faults, done = multiprocessing.get_context("spawn"), Counter(), [], 0
@@ -399,7 +674,7 @@ def fuzz(kind: str, seed: int, count: int, deadline: float) -> tuple[Counter[str
             wait = deadline if began else 120.0  # until it has started, and made what it needs
             try:
                 number, what, judged = (
-                    ours.recv() if ours.poll(wait) else (done, what, ("hang", f"over {deadline:g} s"))
+                    ours.recv() if heard(ours, worker, wait) else (done, what, ("hang", f"over {deadline:g} s"))
                 )
             except EOFError:
                 number, judged = done, ("fault", "the process died")

@@ -5,13 +5,16 @@
 Packaged denoisers play held-out boards greedily; *order* is the sequence of positions that are filled,
 and what they are filled with. A random model in the layout of each family of language models sees rows of all lengths,
 padded on either side. Rows that differ are counted, with the largest difference of a log-probability at one forward of
-the same boards (of padding: at masked positions); 0 is equality to the bit.
+the same boards (of padding: at masked positions); 0 is equality to the bit. *ties* has, of each row that differs, how
+far apart the two choices were in log-probability, at most, on the last board that both plays share: below the
+differences between forwards it was a tie.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,15 +36,38 @@ PLAYED = {"sudoku4": "sudoku4", "countdown3": "countdown", "sudoku6-tiny": "sudo
 LETTERS = 12  # of the random models; then the padding, and the mask
 
 
-def orders(process: Unmasking, instances: Instances, rule: str, batch: int) -> list[list[list[int]]]:
-    """Of every row, the tokens after each step, by a greedy rule, in batches."""
+Play = list[tuple[list[int], Tensor]]
+"""Of one row its boards in turn, each with the log-probabilities (L, V) that were seen of it."""
+
+
+def orders(process: Unmasking, instances: Instances, rule: str, batch: int) -> list[Play]:
+    """Of every row, the boards of each step, by a greedy rule, in batches."""
     rows = []
     for start in range(0, len(instances), batch):
         played = process.rollout(reference(rule), instances[start : start + batch], record=True)
         boards = torch.stack([step.observation.tokens for step in played.steps] + [played.tokens], 1)  # (b, T, L)
-        for each in boards.tolist():  # rows that end earlier idle
-            rows.append([board for board, after in zip(each, [*each[1:], None], strict=True) if board != after])
+        seen = torch.stack([step.observation.denoised.log_probs for step in played.steps], 1)  # (b, T, L, V)
+        for each, said in zip(boards.tolist(), seen, strict=True):  # rows that end earlier idle
+            changed = [t for t in range(len(each)) if t + 1 == len(each) or each[t] != each[t + 1]]
+            rows.append([(each[t], said[min(t, len(said) - 1)]) for t in changed])
     return rows
+
+
+def ties(one: Sequence[Play], other: Sequence[Play]) -> list[float]:
+    """Of each row that was played otherwise, how far apart what was chosen was in log-probability, at most."""
+    found = []
+    for a, b in zip(one, other, strict=True):
+        boards, again = ([board for board, _ in play] for play in (a, b))
+        if boards == again:
+            continue
+        at = next(t for t in range(len(boards)) if boards[t] != again[t])
+        before = boards[at - 1]
+        choices = []
+        for after in (boards[at], again[at]):
+            position = next(i for i in range(len(before)) if before[i] != after[i])
+            choices.append((position, after[position]))
+        found.append(max(abs(float(play[at - 1][1][choices[0]] - play[at - 1][1][choices[1]])) for play in (a, b)))
+    return found
 
 
 def log_probs(denoiser: Any, tokens: Tensor, batch: int) -> Tensor:
@@ -67,7 +93,8 @@ def of_batch_and_threads(name: str, task_name: str, boards: int, rule: str, thre
     row: dict[str, Any] = {"denoiser": name, "task": task_name, "rows": boards}
     few, many = threads
     for what, one, other in (("batch", (few, 1), (few, 16)), ("threads", (few, 16), (many, 16))):
-        row[f"{what}_rows_that_differ"] = sum(a != b for a, b in zip(found[one], found[other], strict=True))
+        row[f"{what}_ties"] = ties(found[one], found[other])
+        row[f"{what}_rows_that_differ"] = len(row[f"{what}_ties"])
         row[f"{what}_difference"] = difference(likely[one], likely[other])
     return row
 
@@ -119,11 +146,12 @@ def of_padding(layout: str, rows: int, rule: str) -> dict[str, Any]:
                 process = Unmasking(task, denoiser)
                 played = orders(process, Instances(tokens, torch.zeros_like(tokens)), rule, len(batch))
                 for line, boards, p in zip(batch, played, log_probs(denoiser, tokens, len(batch)), strict=True):
-                    found[side].append([board[task.place(line)] for board in boards])
+                    found[side].append([(board[task.place(line)], said[task.place(line)]) for board, said in boards])
                     likely[side].append(p[task.place(line)][line == LETTERS + 1])
     row: dict[str, Any] = {"layout": layout, "rows": rows}
     for what, one, other in (("batch", "alone", "left"), ("side", "left", "right")):
-        row[f"{what}_rows_that_differ"] = sum(a != b for a, b in zip(found[one], found[other], strict=True))
+        row[f"{what}_ties"] = ties(found[one], found[other])
+        row[f"{what}_rows_that_differ"] = len(row[f"{what}_ties"])
         row[f"{what}_difference"] = max(
             difference(a, b) for a, b in zip(likely[one], likely[other], strict=True) if a.numel()
         )

@@ -214,6 +214,8 @@ class _Learned:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():
+            if state[name].shape != p.shape:
+                raise ValueError(f"{name} has another shape")
             p.copy_(state[name])
 
 

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +80,7 @@ STDOUT = Path("-")
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Before long work: a file can be written at ``path``, if any; folders that are missing are made.
+    """Before long work: a file can be written at ``path``, if any, its folder made where it is missing; nothing stays.
 
     Raises:
         UnmaskError: it cannot; ``option`` is what the message calls it.
@@ -90,6 +90,7 @@ def check_writable(path: Path | None, option: str) -> None:
     if "\0" in str(path):
         raise UnmaskError(f"{option} cannot have a name with a null")
     _check_place(path, f"{option} {path}")
+    made = absent(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _temporary(path).touch()
@@ -98,6 +99,20 @@ def check_writable(path: Path | None, option: str) -> None:
             os.close(os.open(path, os.O_WRONLY))  # a file that is there may be written over
     except OSError as error:
         raise UnmaskError(f"cannot write {option} {path}: {error.strerror}; name another file") from None
+    finally:
+        remove_empty(made)  # what is asked for may yet be refused
+
+
+def absent(folder: Path) -> list[Path]:
+    """``folder`` and those around it that do not exist, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Those of ``folders`` that hold nothing, in their order."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def report_json(path: Path | None, value: Any) -> None:

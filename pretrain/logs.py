@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import write_json
+from pretrain.checkpoint import read_json, write_json
 from tasks import UnmaskError
 from tasks.errors import MissingLibraryError, first_line, optional
 
@@ -88,10 +89,10 @@ def _wandb(out: Path, settings: Mapping[str, Any], project: str) -> Any:
     """The run of Weights & Biases; ``wandb.json`` keeps its id."""
     with optional("logs at Weights & Biases", "unmask[wandb]"):
         import wandb
-    file = out / "wandb.json"
+    file, had = out / "wandb.json", (out / "wandb").exists()
     try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
+        known = read_json(file)
+    except UnmaskError:
         known = {}
     same = isinstance(known, dict) and known.get("project") == project
     identity = str(known["id"]) if same and "id" in known else secrets.token_hex(4)
@@ -99,6 +100,8 @@ def _wandb(out: Path, settings: Mapping[str, Any], project: str) -> Any:
     try:
         run = wandb.init(project=project, config=dict(settings), **options)
     except Exception as error:  # of many types: no account, no network, a name that it does not take
+        if not had:
+            shutil.rmtree(out / "wandb", ignore_errors=True)
         raise UnmaskError(f"Weights & Biases takes no logs for the project {project!r}: {first_line(error)}") from None
     run.define_metric("*", step_metric="step")  # a step may be logged again after a crash; its own counter only rises
     write_json(file, {"project": project, "id": identity})

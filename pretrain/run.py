@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,16 +23,25 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain import processes
-from pretrain.checkpoint import CheckpointError, checked_device, load_state, save_state, write_json
+from pretrain.checkpoint import (
+    CheckpointError,
+    absent,
+    checked_device,
+    load_state,
+    remove_empty,
+    save_state,
+    write_json,
+)
 from pretrain.logs import Logs
 from tasks import UnmaskError
 from tasks.errors import first_line
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, check
 
 MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads", "wandb"}  # they do not change what is learned
+MODELS = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STOPPING = "stopping after this step and saving; once more stops without saving"
 MEASURED = 3.0  # seconds of steps from which the duration is estimated
@@ -167,21 +178,24 @@ class Run:
                 processes.same_weights(part)
         self._described = described
         lock = processes.from_first(lambda: _lock(self.out))
-        self._lock = lock if self.main else None
+        self._lock, made = lock if self.main else (None, [])
         if self.main:
             try:
                 self.logs = Logs(self.out, described, self.step, getattr(settings, "wandb", None))
-            except UnmaskError:
+                write_json(self.out / "run.json", described)
+            except (UnmaskError, OSError):
                 self._unlock()
+                remove_empty(made)
                 raise
-            write_json(self.out / "run.json", described)
             self.progress = Bar()
 
     def _load(self, state: dict[str, Any], file: Path) -> None:
         try:
             for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    _check_optimizer(part, state["parts"][name])
                 part.load_state_dict(state["parts"][name])
-        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{file} does not belong to this run ({first_line(error)})") from None
         if (name := self._not_finite()) is not None:
             raise CheckpointError(f"{file} is damaged: the {name} has weights that are not finite")
@@ -255,9 +269,9 @@ class Run:
                 )
 
     def _not_finite(self) -> str | None:
-        """The part that has weights that are not finite."""
+        """The model or optimizer that holds numbers that are not finite."""
         for name, part in self.parts.items():
-            if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
+            if not all(bool(number.isfinite().all()) for number in _trained(part)):
                 return name
         return None
 
@@ -340,40 +354,94 @@ def _state_to_resume(settings: Any, steps: int, described: dict[str, Any]) -> di
         return None
     state = load_state(state_file)
     kinds = {"settings": dict, "parts": dict, "step": int}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kinds[key]) for key in kinds):
+    if not isinstance(state, dict) or not all(type(state.get(key)) is kinds[key] for key in kinds):
         raise CheckpointError(f"{state_file} is not the state of a run")
-    if not 0 <= state["step"] <= steps:
-        raise CheckpointError(f"{state_file} is at step {state['step']} of a run of {steps}: it is damaged")
     length = "iterations" if "iterations" in described else "steps"
     differing = [
-        f"{key} was {json.dumps(value)}, is {json.dumps(described.get(key))}"
+        f"{key} was {json.dumps(value, default=str)}, is {json.dumps(described.get(key))}"
         for key, value in state["settings"].items()
-        if key not in MAY_CHANGE and described.get(key) != value
-        if not (key == length and described[key] > value)
+        if key not in MAY_CHANGE and not _same(described.get(key), value)
+        if not (key == length and type(value) is int and described[key] > value)
     ]
     if differing:
         raise UnmaskError(
             f"cannot resume {out} with other settings: {'; '.join(differing)}; name another --out, or delete the folder"
         )
+    if not 0 <= state["step"] <= steps:
+        raise CheckpointError(f"{state_file} is at step {state['step']} of a run of {steps}: it is damaged")
     return state
+
+
+def _same(setting: Any, stored: Any) -> bool:
+    """Whether both are equal, of JSON; nothing equals a tensor."""
+    return type(setting) is type(stored) and setting == stored
 
 
 def _check_place(settings: Any) -> None:
     """Raises :class:`tasks.UnmaskError` where ``out`` is no place for a run: a file, or a model that none made."""
     out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise UnmaskError(f"{out} is a file; name a folder with --out")
-    for name in ("denoiser", "init"):
-        source = getattr(settings, name, None)
-        if isinstance(source, str) and out.exists() and out.resolve() == Path(source.partition(":")[0]).resolve():
-            raise UnmaskError(f"--{name} and --out are the same folder, {out}; name another --out")
-    models = [file for file in ("config.json", "model.safetensors") if (out / file).exists()]
-    if models and not (out / "state.safetensors").exists():
-        raise UnmaskError(f"{out} holds a model that no run here made ({models[0]}); name another --out")
+    if not str(settings.out).strip() or "\0" in str(out):
+        raise UnmaskError(f"--out must name a folder, not {str(settings.out)!r}")
+    try:
+        if out.exists() and not out.is_dir():
+            raise UnmaskError(f"{out} is a file; name a folder with --out")
+        written = [place.resolve() for place in (out, out / "best") if place.exists()]
+        for name in ("denoiser", "init", "base"):
+            source = getattr(settings, name, None)
+            if isinstance(source, str) and _folder(source).resolve() in written:
+                raise UnmaskError(f"--{name} and --out are the same folder, {_folder(source)}; name another --out")
+        models = [
+            file for place in ("", "best") for name in MODELS if (out / (file := os.path.join(place, name))).exists()
+        ]
+        if models and not (out / "state.safetensors").exists():
+            raise UnmaskError(f"{out} holds a model that no run here made ({models[0]}); name another --out")
+    except (OSError, RuntimeError) as error:  # too long a name; links in a circle
+        raise UnmaskError(f"cannot write in {out}: {getattr(error, 'strerror', None) or first_line(error)}") from None
 
 
-def _lock(out: Path) -> int | None:
-    """A lock of the folder that dies with its process; None where the system has none.
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Raises :class:`ValueError` where ``state`` is not of the optimizer's form; torch would find out as it steps."""
+    for own, group in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
+        for name, value in own.items():
+            alike = (
+                isinstance(group[name], list | tuple) if isinstance(value, list | tuple) else _alike(group[name], value)
+            )
+            if not alike:
+                raise ValueError(f"{name} of the optimizer is {group[name]!r:.40}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, kept in state["state"].items():
+        for name, value in kept.items():
+            if not isinstance(value, Tensor) or (value.ndim and value.shape != parameters[number].shape):
+                raise ValueError(f"{name} of the optimizer has another form")
+            if not value.is_floating_point():
+                raise ValueError(f"{name} of the optimizer holds no floating numbers")
+
+
+def _alike(stored: Any, own: Any) -> bool:
+    """Whether both are of a kind: numbers, and finite, or of the same type."""
+    if isinstance(own, int | float) and not isinstance(own, bool):
+        return type(stored) in (int, float) and abs(stored) <= sys.float_info.max
+    return type(stored) is type(own)
+
+
+def _trained(part: Any) -> list[Tensor]:
+    """The numbers of a model, an optimizer or anything else with parameters."""
+    if isinstance(part, nn.Module):
+        return list(part.state_dict().values())
+    if isinstance(part, torch.optim.Optimizer):
+        return [value for kept in part.state.values() for value in kept.values() if isinstance(value, Tensor)]
+    return list(getattr(part, "parameters", {}).values())
+
+
+def _folder(source: str) -> Path:
+    """The folder that a model's name with its options may mean."""
+    source = source.removeprefix("hf:").removeprefix("source=")
+    return Path(source if Path(source).exists() else re.split("[:,]", source.strip('"'))[0])
+
+
+def _lock(out: Path) -> tuple[int | None, list[Path]]:
+    """A lock of the folder that dies with its process, None where the system has none; and the folders made for it, the
+    innermost first.
 
     Raises:
         UnmaskError: another process holds it, or nothing can be written there.
@@ -381,18 +449,22 @@ def _lock(out: Path) -> int | None:
     try:
         import fcntl
     except ImportError:  # Windows
-        return None
+        return None, []
+    made = absent(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".run.tmp").touch()
+        (out / ".run.tmp").unlink()
         file = os.open(out, os.O_RDONLY)
     except OSError as error:
+        remove_empty(made)
         raise UnmaskError(f"cannot write in {out}: {error.strerror}; name another --out") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(file)
         raise UnmaskError(f"another run is going on in {out}; wait for it, or name another --out") from None
-    return file
+    return file, made
 
 
 def learning_rate(config: FitConfig, step: int) -> float:

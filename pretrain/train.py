@@ -175,9 +175,9 @@ class LoMDMConfig(LearnedOrderConfig):
     order_start: Share = 0.5
     """share of the steps that train plain masked diffusion, at its cost, before the order begins to learn: while
     nothing depends on the context yet, there is nothing to learn about it"""
-    c1: float = 0.7
+    c1: NotNegative = 0.7
     """mean weight (the paper's best)"""
-    c2: float = 0.65
+    c2: NotNegative = 0.65
     """how far weights may spread around c1, below it (the paper's best); 0 is a fixed schedule"""
 
     def architecture(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tasks.errors import UnmaskError
 from tasks.files import read_lines
 from tasks.settings import AtLeast1, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling, Instances, random_rows, random_subset
-from tasks.tokenizers import all_tokens, load_tokenizer
+from tasks.tokenizers import all_tokens, load_tokenizer, reading
 
 ANSWER = "\t"  # divides a line into what is given and what is asked for, in turn
 
@@ -59,7 +59,8 @@ class Lines(Infilling):
         self.tokenizer = load_tokenizer(tokenizer, trust_remote_code, pads=True)
         self.pad_id: int = self.tokenizer.pad_token_id
         self.pad_side, self.symbols = side, all_tokens(self.tokenizer)
-        encoded = {number: self._encode(number, line) for number, line in lines.items()}
+        with reading("lines with the tokenizer", str(tokenizer)[:80]):
+            encoded = {number: self._encode(number, line) for number, line in lines.items()}
         longest = max(encoded, key=lambda number: len(encoded[number][0]))
         most = len(encoded[longest][0])
         length = most if length is None else length

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from tasks.errors import UnknownNameError, UnmaskError, first_line
 from tasks.settings import alternatives
-from tasks.task import Task
+from tasks.task import Task, check_task
 
 _TASKS: dict[str, Callable[..., Task]] = {}
+_OWN: set[str] = set()  # modules that tasks of one's own were loaded from
 WORDS: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 UNQUOTED_COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 
@@ -57,7 +59,22 @@ def get(name: str, **options) -> Task:
         raise UnmaskError(f"task {name!r}: {base} made a {type(task).__name__}; it must make a tasks.Task")
     if ":" in name:
         task.name = name
+    check_task(task)
+    if _own(name):
+        _OWN.add(getattr(factory, "__module__", ""))
     return task
+
+
+def told_of_own(error: BaseException) -> str | None:
+    """One line on an error that a task of one's own may have caused: with the last place in its own file that it came
+    through, or where play failed over what it had returned. None: no such task was loaded."""
+    if not _OWN:
+        return None
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(frame, line) for frame, line in frames if frame.f_globals.get("__name__") in _OWN]
+    frame, line = (own or frames)[-1]
+    more = "" if own else "; does your own task return what tasks.Task says?"
+    return f"{frame.f_code.co_filename}, line {line}: {type(error).__name__}: {first_line(error)}{more}"
 
 
 def known(name: str) -> bool:

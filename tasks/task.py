@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,6 +220,40 @@ class Task(ABC):
             groups = [" ".join(cells[c : c + width]) for c in range(0, columns, width)]
             lines.append(" | ".join(groups))
         return "\n".join(lines)
+
+
+def check_task(task: Task) -> None:
+    """Hold a task's attributes to their types. Raises :class:`UnmaskError`, naming the one that is wrong."""
+    symbols, shape, what = getattr(task, "symbols", None), getattr(task, "shape", None), f"task {type(task).__name__}"
+    if not isinstance(getattr(task, "name", None), str):
+        raise UnmaskError(f"{what} needs a name, which is text")
+    if not isinstance(symbols, tuple | list) or not symbols or not all(isinstance(symbol, str) for symbol in symbols):
+        raise UnmaskError(f"{what} needs symbols, a tuple of strings, one at least")
+    sides = [type(side) is int and side > 0 for side in shape] if isinstance(shape, tuple | list) else []
+    if sides != [True, True]:
+        raise UnmaskError(f"{what} needs a shape, (rows, columns), whole numbers of at least 1, not {shape!r:.60}")
+    if type(task.prompt_length) is not int or not 0 <= task.prompt_length < task.length:
+        raise UnmaskError(f"{what} needs a prompt_length from 0 to {task.length - 1}, not {task.prompt_length!r:.60}")
+
+
+def check_instances(task: Task, given: Any, n: int | None = None, what: str | None = None) -> Instances:
+    """``given``, if it is instances of ``task``, ``n`` of them where that is said.
+
+    Args:
+        what: what it is called in the message.
+
+    Raises:
+        UnmaskError: it is none, or of another shape or type, or holds tokens that the task has not.
+    """
+    what = what or f"what task {task.name} draws"
+    parts = [given.tokens, given.answers] if isinstance(given, Instances) else [None]
+    count = len(parts[0]) if n is None and isinstance(parts[0], Tensor) and parts[0].ndim else n
+    if not all(isinstance(part, Tensor) and part.shape == (count, task.length) for part in parts):
+        number = "" if n is None else f"{n} "
+        raise UnmaskError(f"{what} must hold {number}instances of length {task.length}, as tasks.Instances")
+    if any(part.dtype != torch.int64 or bool(((part < 0) | (part > task.mask_id)).any()) for part in parts):
+        raise UnmaskError(f"{what} must hold int64 tokens from 0 to {task.mask_id}, which is a mask")
+    return given
 
 
 class Infilling(Task):

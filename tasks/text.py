@@ -19,7 +19,7 @@ from tasks.errors import UnmaskError, first_line, optional
 from tasks.files import read_text
 from tasks.settings import AtLeast0, AtLeast1, Range, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
-from tasks.tokenizers import load_tokenizer
+from tasks.tokenizers import load_tokenizer, reading
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for characters too rare to have a symbol
 VALIDATION_FROM, TEST_FROM = 1996, 2008  # years of the State of the Union addresses
@@ -204,7 +204,8 @@ def _tokens(tokenizer: Any) -> tuple[tuple[str, ...], Encode]:
 
     def encode(documents: Sequence[str]) -> list[np.ndarray]:
         # verbose: windows are cut from what is longer than the model's context
-        encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        with reading("text with the tokenizer", str(getattr(tokenizer, "name_or_path", ""))[:80]):
+            encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
     return symbols, encode

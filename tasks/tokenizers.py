@@ -67,6 +67,9 @@ def load_tokenizer(source: str | Any, trust_remote_code: bool = False, pads: boo
             if source not in INSTALLED and (Path(source) / "config.json").is_file():  # it may be read, too
                 check_published(source, weights=False)
             source = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            source.batch_decode(
+                [[token] for token in source(["a b"])["input_ids"][0]]
+            )  # settings of wrong types show here
     if pads and source.pad_token_id is None:
         raise UnmaskError("the tokenizer has no padding token; set its pad_token")
     return source

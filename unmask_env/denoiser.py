@@ -106,13 +106,29 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
         )
     parts = {"hidden states": denoised.hidden, "order weights": denoised.order_weights, "passes": denoised.passes}
     for (what, part), ndim in zip(parts.items(), (3, 2, 1), strict=True):
-        if part is not None and (part.ndim != ndim or part.shape[:2] != tokens.shape[:ndim]):
+        if part is None:
+            continue
+        if not isinstance(part, Tensor) or part.ndim != ndim or part.shape[:2] != tokens.shape[:ndim]:
+            shown = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
             raise IncompatibleDenoiserError(
-                f"{name} returned {what} of shape {tuple(part.shape)} for {n} boards of {length} positions"
+                f"{name} returned {what} of shape {shown} for {n} boards of {length} positions"
+            )
+        if part.is_floating_point() == (what == "passes"):
+            raise IncompatibleDenoiserError(
+                f"{name} returned {what} of type {part.dtype}; passes are whole, all else is not"
             )
     if where is None:
         return
-    totals = (denoised.log_probs if whole else denoised.top_log_probs)[where].exp().sum(-1)  # NaN where one is
+    shown = denoised.log_probs if whole else denoised.top_log_probs
+    if shown.device != tokens.device or shown.layout != torch.strided:
+        raise IncompatibleDenoiserError(
+            f"{name} returned log-probabilities on {shown.device}, {shown.layout}; the boards are on {tokens.device}"
+        )
+    if denoised.order_weights is not None and not bool(denoised.order_weights[where].isfinite().all()):
+        raise IncompatibleDenoiserError(f"{name} returned order weights that are not finite")
+    totals = shown[where].exp().sum(-1)  # NaN where one is
+    if not bool(totals.any()):
+        raise IncompatibleDenoiserError(f"{name} returned log-probabilities of -inf alone; take log_softmax of logits")
     fine = (totals < 1 + TOLERANCE) & ((totals > 1 - TOLERANCE) | (totals == 0) | (not whole))  # 0: no such board
     if not bool(fine.all()):
         row, position = where.nonzero()[(~fine).nonzero()[0, 0]].tolist()
@@ -120,6 +136,16 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
         raise IncompatibleDenoiserError(
             f"{name} returned log-probabilities that sum to {total:.4g}, not 1, at row {row}, position {position}; "
             "normalise them, as log_softmax does"
+        )
+
+
+def check_protocol(denoiser: object) -> None:
+    """Raises :class:`IncompatibleDenoiserError` for what has not the parts of a :class:`Denoiser`."""
+    fine = callable(denoiser) and isinstance(getattr(denoiser, "device", None), torch.device)
+    if not fine or not hasattr(denoiser, "hidden_dim"):
+        raise IncompatibleDenoiserError(
+            f"a denoiser is called with tokens and has device, a torch.device, hidden_dim and calls; {denoiser!r:.60} "
+            "does not; see unmask_env.denoiser.Denoiser"
         )
 
 

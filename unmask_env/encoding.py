@@ -8,6 +8,7 @@ action. Shapes: N rows, L positions, K shown symbols, D hidden channels; A = L e
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Number
 from typing import Any, Literal
 
 import numpy as np
@@ -146,8 +147,8 @@ def read_actions(given: Any, process: Unmasking, n: int) -> Tensor:
     expected = f"{n} integers" if single else f"sets of shape {shape}"
     if not isinstance(given, Tensor):
         try:
-            given = np.asarray(given)
-        except (TypeError, ValueError) as reason:  # ragged lists, tensors of another device
+            given = np.asarray(_numbers(given))
+        except Exception as reason:  # ragged lists, tensors of another device, what others' arrays raise
             raise InvalidActionError(f"actions must be {expected}: {first_line(reason)}") from None
         if given.dtype.kind in "iu":
             given = torch.from_numpy(given.astype(np.int64))
@@ -157,6 +158,16 @@ def read_actions(given: Any, process: Unmasking, n: int) -> Tensor:
     if not whole or given.shape != shape or (single and given.dtype == torch.bool):
         raise InvalidActionError(f"actions must be {expected}, not {given.dtype} of shape {tuple(given.shape)}")
     return given.to(process.device, torch.int64, copy=True)
+
+
+def _numbers(given: Any) -> Any:
+    """``given``, which is made of what numpy reads as it is. Raises :class:`TypeError` for all else: there are objects
+    that numpy would take the entries of for ever."""
+    if isinstance(given, list | tuple | range):
+        return [_numbers(each) for each in given]
+    if not (isinstance(given, Number | np.generic) or hasattr(type(given), "__array__")):
+        raise TypeError(f"a {type(given).__name__} is none")
+    return np.asarray(given)
 
 
 def to_action(encoded: Tensor, process: Unmasking) -> Tensor:

@@ -21,6 +21,7 @@ from unmask_env.encoding import (
     to_action,
     to_numpy,
 )
+from unmask_env.process import checked_metrics
 from unmask_env.streams import Streams, read_options, read_seeds
 
 
@@ -121,7 +122,7 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
         observation = self._observation(arrays)
         info = self._info(observation) | {"illegal": bool(state.illegal)}
         if bool(state.done):
-            metrics = self.task.metrics(state.tokens, state.instances)
+            metrics = checked_metrics(self.task, state.tokens, state.instances)
             info |= {name: float(value) for name, value in metrics.items()}
         return observation, float(reward), terminated, bool(state.truncated), info
 

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, validate
+from tasks.task import check_instances
 from unmask_env.canvas import after_end, begin, check_canvas, followed
-from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised
+from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised, check_protocol
 from unmask_env.reference import Policy
 from unmask_env.state import (
     SINGLE,
@@ -45,15 +46,35 @@ from unmask_env.state import (
 
 
 def checked_reward(task: Task, tokens: Tensor, instances: Instances) -> Tensor:
-    """(N,) the task's reward. Raises :class:`tasks.UnmaskError` for one of another shape, NaN or infinite."""
-    reward = task.reward(tokens, instances)
-    shape = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-    if shape != (len(tokens),):
-        raise UnmaskError(f"the reward of task {task.name} must be a tensor of shape ({len(tokens)},), not {shape}")
-    if not bool(reward.isfinite().all()):
-        row = int((~reward.isfinite()).nonzero()[0])
-        raise UnmaskError(f"the reward of task {task.name} must be finite; at row {row} it is {float(reward[row])}")
-    return reward
+    """(N,) float32 the task's reward. Raises :class:`tasks.UnmaskError` for one that is no tensor of that shape, or
+    whose numbers are not real and finite."""
+    return _checked(task.reward(tokens, instances), f"the reward of task {task.name}", tokens)
+
+
+def checked_metrics(task: Task, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+    """(N,) float32 each, the task's metrics. Raises :class:`tasks.UnmaskError` as :func:`checked_reward`, and where
+    there are none."""
+    metrics = task.metrics(tokens, instances)
+    if not isinstance(metrics, dict) or not metrics:
+        raise UnmaskError(f"the metrics of task {task.name} must be a dictionary with one at least, not {metrics!r}")
+    return {
+        name: _checked(value, f"the metric {name!r} of task {task.name}", tokens) for name, value in metrics.items()
+    }
+
+
+def _checked(value: object, what: str, tokens: Tensor) -> Tensor:
+    form = f"{what} must be a tensor of shape ({len(tokens)},)"
+    if not isinstance(value, Tensor):
+        raise UnmaskError(f"{form}, not {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+        raise UnmaskError(f"{form} of plain real numbers, not {value.dtype}, {value.layout}, on {value.device}")
+    if value.shape != (len(tokens),):
+        raise UnmaskError(f"{form}, not {tuple(value.shape)}")
+    value = value.detach().to(tokens.device, torch.float32)
+    if not bool(value.isfinite().all()):
+        row = int((~value.isfinite()).nonzero()[0])
+        raise UnmaskError(f"{what} must be finite; at row {row} it is {float(value[row])}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,7 @@ class Unmasking:
 
     def __post_init__(self) -> None:
         validate(self)
+        check_protocol(self.denoiser)
         check_canvas(self.task, self.denoiser, self.rules, self.temperature)
 
     @property
@@ -137,10 +159,21 @@ class Unmasking:
         """Not empty once the values of a denoiser's answer were checked: once is enough."""
         return []
 
+    @cached_property
+    def _begun(self) -> list[bool]:
+        """Not empty once instances were checked: once is enough."""
+        return []
+
+    def _of_task(self, instances: Instances) -> Instances:
+        if not self._begun:
+            check_instances(self.task, instances)
+            self._begun.append(True)
+        return instances
+
     # ------------------------------------------------------------------ the three parts of a step
     def reset(self, instances: Instances) -> State:
         """The first state of each instance: its masks are to be filled."""
-        instances = instances.to(self.device)
+        instances = self._of_task(instances).to(self.device)
         masked = instances.tokens == self.task.mask_id
         n, device = len(instances), self.device
         zeros, no = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
@@ -341,7 +374,7 @@ class Unmasking:
         reward = torch.zeros(len(state), device=self.device)
         if not bool(complete.any()):
             return reward
-        reward = torch.where(complete, checked_reward(self.task, state.tokens, state.instances).float(), reward)
+        reward = torch.where(complete, checked_reward(self.task, state.tokens, state.instances), reward)
         if self.rules.speed > 0:
             holes = (state.instances.tokens == self.task.mask_id).sum(1)
             reward = torch.where(complete, self.rules.shaped(reward, state.steps, holes), reward)
@@ -394,7 +427,7 @@ class Unmasking:
                 if self._accepts
                 else "sampled filling needs both a temperature above 0 and a fill_generator"
             )
-        policy = policy.for_instances(self.task, instances.to(self.device))
+        policy = policy.for_instances(self.task, self._of_task(instances).to(self.device))
         state, steps = self.reset(instances) if start is None else start, []
         reward = torch.zeros(len(state), device=self.device)
         denoiser_passes, policy_passes = torch.zeros_like(state.steps), torch.zeros_like(state.steps)

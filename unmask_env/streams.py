@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain.checkpoint import checked_device
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, Seed, check
-from tasks.task import random_rows
+from tasks.task import check_instances, random_rows
 from unmask_env.encoding import Arrays, Extra, encode, encode_unseen
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, default_reference
@@ -197,11 +197,11 @@ class Streams:
             raise UnmaskError(
                 "options['index'] chooses a held-out instance; make the environment with split='test' or 'validation'"
             )
-        return self.task.heldout(split=self.split)
+        return check_instances(self.task, self.task.heldout(split=self.split))
 
     def _draw(self, generator: torch.Generator) -> Instances:
         if self.split == "train":
-            return self.task.sample(_AHEAD, generator)
+            return check_instances(self.task, self.task.sample(_AHEAD, generator))
         return self.heldout[random_rows(len(self.heldout), _AHEAD, generator)]
 
     def chosen(self, options: Mapping[str, Any], n: int) -> Instances | None:
@@ -242,19 +242,10 @@ class Streams:
             drawn = [self._next_instance(row) for row in rows]
             instances = Instances(torch.cat([d.tokens for d in drawn]), torch.cat([d.answers for d in drawn]))
         else:
-            self._check_instances(instances, len(rows))
+            check_instances(self.task, instances, len(rows), "options['instances']")
         if not bool((instances.tokens == self.task.mask_id).any(1).all()):
             raise UnmaskError("every instance needs at least one mask; an episode without one would never end")
         return state.put(torch.as_tensor(rows, device=self.device), self.process.reset(instances))
-
-    def _check_instances(self, given: Any, n: int) -> None:
-        """Raises :class:`tasks.UnmaskError` unless they are ``n`` instances of the task."""
-        length, mask_id = self.task.length, self.task.mask_id
-        parts = [given.tokens, given.answers] if isinstance(given, Instances) else [None]
-        if not all(isinstance(part, Tensor) and part.shape == (n, length) for part in parts):
-            raise UnmaskError(f"options['instances'] must hold {n} instances of length {length}, as tasks.Instances")
-        if any(part.dtype != torch.int64 or bool(((part < 0) | (part > mask_id)).any()) for part in parts):
-            raise UnmaskError(f"options['instances'] must hold int64 tokens from 0 to {mask_id}, which is a mask")
 
     def action_mask(self, state: State) -> Tensor:
         """(N, A) bool: the entries that an action may contain; all of them on boards that are done."""

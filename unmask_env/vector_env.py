@@ -27,6 +27,7 @@ from unmask_env.encoding import (
     to_action,
     to_numpy,
 )
+from unmask_env.process import checked_metrics
 from unmask_env.reference import require_full_support
 from unmask_env.state import State
 from unmask_env.streams import Seen, Streams, read_options, read_seeds, whole
@@ -165,7 +166,8 @@ class UnmaskVectorEnv(VectorEnv):
 
     def _ended(self, state: State, done: np.ndarray) -> dict[str, Any]:
         """The task's metrics of finished rows, in Gymnasium's vector layout (value and ``_`` mask)."""
-        metrics = {k: to_numpy(v) for k, v in self.task.metrics(state.tokens, state.instances).items()}
+        shown = checked_metrics(self.task, state.tokens, state.instances)
+        metrics = {name: to_numpy(value) for name, value in shown.items()}
         metrics |= {"nfe": to_numpy(state.steps), "illegal": to_numpy(state.illegal)}
         out: dict[str, Any] = {}
         for name, value in metrics.items():

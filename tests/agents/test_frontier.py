@@ -1,6 +1,7 @@
 """The frontier: what is swept, which points count, what is written; and the demonstration that shows it."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def test_a_page_of_a_frontier_that_is_played(tmp_path, monkeypatch, capsys) -> N
     for *words, message in (
         ("--read", "f.json", "--read draws a page; say where with --html FILE"),
         ("--read", "rows.json", "--html", "x.html", "rows.json holds no points of a frontier"),
-        ("--read", "f.html", "--html", "x.html", "cannot read f.html: "),
+        ("--read", "f.html", "--html", "x.html", "f.html is not JSON"),
         ("--html", "x.html", "give --task, or --read with a frontier that was played before"),
         ("--read", "f.json", "--html", ".", "--html . is a folder"),
     ):
@@ -245,3 +246,39 @@ def test_the_demonstration_leaves_what_it_says(actions: str, tmp_path) -> None:
     assert len(json.loads((tmp_path / "table.json").read_text())) == len(results)
     pictures = {"curve.png", "replay.gif", "model.safetensors"} | ({"frontier.png"} if actions == "set" else set())
     assert pictures <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ci95": "ab"},
+        {"ci95": [0.1]},
+        {"nfe": "3"},
+        {"n": 0},
+        {"learned": 1},
+        {"setting": []},
+        {"solve_rate": None},
+        {"passes": {}},
+        {"method": None},
+        {"seconds": "x"},
+        {"nfe": float("nan")},
+    ],
+)
+def test_rows_that_a_page_cannot_show_are_told(change: dict, tmp_path: Path) -> None:
+    row = {"method": "threshold", "setting": {"theta": 0.6}, "learned": False, "order": "threshold", "solve_rate": 0.5}
+    row |= {"nfe": 3.5, "passes": 3.5, "policy_passes": 0.0, "n": 2, "ci95": [0.1, 0.9], "seconds": 1.5}
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([row]))
+    assert frontier.read_rows(file) == [row]
+    file.write_text(json.dumps([row, row | change]))
+    with pytest.raises(UnmaskError, match="holds no points of a frontier"):
+        frontier.read_rows(file)
+
+
+def test_a_frontier_is_read_from_regular_files_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnmaskError, match="is no regular file"):
+        frontier.read_rows(tmp_path / "pipe")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(UnmaskError, match="is not JSON"):
+        frontier.read_rows(tmp_path / "deep")

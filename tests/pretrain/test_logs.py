@@ -102,6 +102,9 @@ def test_a_project_without_wandb_is_one_line_and_leaves_no_lock(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UnmaskError, match=r"logs at Weights & Biases: .*; run: pip install 'unmask\[wandb\]'"):
         Run(Settings(str(tmp_path), "toys"), 1, {}, "fit toy")
+    with pytest.raises(UnmaskError, match="Weights & Biases"):
+        Run(Settings(str(tmp_path / "new" / "run"), "toys"), 1, {}, "fit toy")
+    assert not [*tmp_path.iterdir()], "neither folders nor files"
     with Run(Settings(str(tmp_path)), 1, {}, "fit toy") as run:
         assert [*run.loop()] == [0]
 

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from pretrain import run as module
+from pretrain.checkpoint import load_state, save_state
 from pretrain.run import Bar, Run, duration
 from pretrain.train import OBJECTIVES, pretrain
+from tasks import UnmaskError
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,81 @@ def test_pretraining_logs_a_line_per_interval(tmp_path: Path, capsys: pytest.Cap
     first, *lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"pretrain sudoku4: [\d,]+ parameters, 5 steps", first)
     assert [line.rpartition(" loss ")[0] for line in lines] == [f"pretrain sudoku4 {k}/5" for k in (2, 4, 5)]
+
+
+# ---------------------------------------------------------------------- places, and states that are damaged
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "--out must name a folder, not ''"),
+        ("a\0b", "--out must name a folder"),
+        ("x" * 300, "File name too long"),
+        ("made", r"holds a model that no run here made \(adapter_config.json\)"),
+        ("best", r"holds a model that no run here made \(best/config.json\)"),
+    ],
+)
+def test_places_that_are_no_folder_of_a_run(
+    out: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("made/adapter_config.json", "best/best/config.json"):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UnmaskError, match=message) as told:
+        Run(Settings(out), 1, {}, "fit toy")
+    assert len(str(told.value)) <= 300
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("source", ["{}/best", "hf:{},dtype=float32", "{}:passes=2"])
+def test_a_run_does_not_write_where_its_models_lie(source: str, tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Named(Settings):
+        denoiser: str = ""
+
+    (tmp_path / "best").mkdir()
+    with pytest.raises(UnmaskError, match="--denoiser and --out are the same folder"):
+        Run(Named(str(tmp_path), denoiser=source.format(tmp_path)), 1, {}, "fit toy")
+
+
+def test_a_shorter_run_is_told_that_it_is_shorter(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Long(Settings):
+        steps: int = 3
+
+    with Run(Long(str(tmp_path)), 3, {}, "fit toy") as run:
+        assert [*run.loop()] == [0, 1, 2]
+    with pytest.raises(UnmaskError, match="with other settings: steps was 3, is 2"):
+        Run(Long(str(tmp_path), "must", steps=2), 2, {}, "fit toy")
+
+
+def steps_of(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state["state"][0].update(exp_avg=torch.zeros(3)), "exp_avg of the optimizer has another form"),
+        (lambda state: state["state"][0].update(exp_avg_sq=torch.tensor([1, 2])), "holds no floating numbers"),
+        (lambda state: state["state"][0].update(step=1), "step of the optimizer has another form"),
+        (lambda state: state["param_groups"][0].update(lr="x"), "lr of the optimizer is 'x'"),
+        (lambda state: state["param_groups"][0].update(eps=10**400), "eps of the optimizer is 1000"),
+        (lambda state: state["param_groups"][0].update(betas=None), "betas of the optimizer is None"),
+        (lambda state: state["state"][0]["exp_avg"].fill_(torch.nan), "the optimizer has weights that are not finite"),
+    ],
+)
+def test_a_damaged_optimizer_is_told_before_it_steps(damage, message: str, tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = steps_of(torch.optim.AdamW([parameter]), parameter)
+    with Run(Settings(str(tmp_path)), 1, {"optimizer": optimizer}, "fit toy") as run:
+        assert [*run.loop()] == [0]
+    Run(Settings(str(tmp_path), "must"), 1, {"optimizer": torch.optim.AdamW([parameter])}, "fit toy")._unlock()
+    state = load_state(tmp_path / "state.safetensors")
+    damage(state["parts"]["optimizer"])
+    save_state(tmp_path / "state.safetensors", state)
+    with pytest.raises(UnmaskError, match=message):
+        Run(Settings(str(tmp_path), "must"), 1, {"optimizer": torch.optim.AdamW([parameter])}, "fit toy")

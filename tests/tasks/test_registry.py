@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 import tasks
+from agents import cli
 from tasks import UnmaskError
 from tasks.registry import read_options
 from tasks.settings import AtLeast1, Range, Share, alternatives, checked
@@ -185,3 +186,53 @@ def test_tasks_of_ones_own_that_cannot_be_made(
         tasks.get(name)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LATE = """
+import torch
+from tasks import Instances
+from tasks.sudoku import Sudoku
+
+
+class Raises(Sudoku):
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def reward(self, tokens, instances):
+        raise KeyError("a\\nb")
+
+
+class Odd(Raises):
+    def heldout(self, *args, **more):
+        return Instances(torch.zeros(2, 16), torch.zeros(2, 16))
+
+
+class Nameless(Raises):
+    def __init__(self):
+        super().__init__()
+        self.symbols = 4
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Raises", "late.py, line 12: KeyError: 'a"),
+        ("Odd", "what task late.py:Odd draws must hold int64 tokens from 0 to 4"),
+        ("Nameless", "needs symbols, a tuple of strings, one at least"),
+    ],
+)
+def test_what_a_task_of_ones_own_gets_wrong_later_is_one_line(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tasks.registry._OWN", set())
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            ["evaluate", "--task", f"late.py:{name}", "--denoiser", "sudoku4", "--orders", "margin", "--limit", "2"]
+        )
+    told = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said in told
+    assert told.count("\n") == 1

@@ -691,6 +691,25 @@ def test_illegal_noops_truncate_after_two_lengths_with_features_in_the_final_obs
     assert infos["final_info"]["reward"].tolist() == [0, 0]
 
 
+class Endless:
+    """A sequence as Python once had them, which never ends: numpy would read it until the memory is full."""
+
+    def __getitem__(self, index: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    "odd", [Endless(), object(), {0: 1}, iter([0]), torch.ones((), requires_grad=True), np.ma.masked, 2**64]
+)
+def test_what_numpy_would_stumble_over_is_no_action(odd) -> None:
+    env, envs = single(), vector(2)
+    for made in (env, envs):
+        made.reset(seed=0)
+    for call in (lambda: env.step(odd), lambda: envs.step(odd), lambda: envs.step([odd, odd])):
+        with pytest.raises(InvalidActionError):
+            call()
+
+
 def test_illegal_actions_terminate_or_raise_as_told() -> None:
     env = single(on_illegal="terminate")
     env.reset(seed=0)

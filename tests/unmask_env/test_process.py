@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tasks
-from tasks import Instances, UnmaskError
+from tasks import IncompatibleDenoiserError, Instances, UnmaskError
 from tests.oracles import enumeration
 from tests.toys import FavouriteDenoiser, one_of, rollout, stepped
 from unmask_env.denoiser import TableDenoiser
-from unmask_env.process import Unmasking
+from unmask_env.process import Unmasking, checked_metrics
 from unmask_env.reference import (
     Entropy,
     LeftToRight,
@@ -513,6 +514,10 @@ def test_a_remask_budget_is_a_sum_over_positions() -> None:
         (None, r"shape \(2,\), not NoneType"),
         (torch.tensor([1.0, torch.nan]), "the reward of task line must be finite; at row 1 it is nan"),
         (torch.tensor([-torch.inf, 0.0]), "must be finite; at row 0 it is -inf"),
+        (torch.tensor([1.0, 1e300], dtype=torch.float64), "must be finite; at row 1 it is inf"),
+        (torch.ones(2, dtype=torch.complex64), "of plain real numbers, not torch.complex64"),
+        (torch.ones(2, device="meta"), "of plain real numbers, not torch.float32, torch.strided, on meta"),
+        (torch.ones(2).to_sparse(), "of plain real numbers, not torch.float32, torch.sparse_coo"),
     ],
 )
 def test_rewards_of_another_form_are_refused(given, message: str) -> None:
@@ -536,6 +541,49 @@ def test_rewards_of_every_number_type_are_float32(dtype: torch.dtype) -> None:
     assert reward.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "the metrics of task line must be a dictionary with one at least, not None"),
+        ({}, "with one at least"),
+        ({"a": torch.ones(2, 1)}, r"the metric 'a' of task line must be a tensor of shape \(2,\), not \(2, 1\)"),
+        ({"a": torch.tensor([0.0, torch.nan])}, "the metric 'a' of task line must be finite; at row 1 it is nan"),
+    ],
+)
+def test_metrics_of_another_form_are_refused(given, message: str) -> None:
+    class Odd(Line):
+        def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+            return given
+
+    with pytest.raises(tasks.UnmaskError, match=message):
+        checked_metrics(Odd(), INSTANCES.answers, INSTANCES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
+def test_metrics_of_every_number_type_are_float32_without_a_gradient(dtype: torch.dtype) -> None:
+    class Odd(Line):
+        def metrics(self, tokens: Tensor, instances: Instances) -> dict[str, Tensor]:
+            return {"a": torch.tensor([1, 0], dtype=dtype), "b": torch.ones(2, requires_grad=True)}
+
+    shown = checked_metrics(Odd(), INSTANCES.answers, INSTANCES)
+    assert [(value.dtype, value.requires_grad) for value in shown.values()] == [(torch.float32, False)] * 2
+    assert shown["a"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "parts"),
+    [(None, ()), ("sudoku4", ()), (lambda tokens: tokens, ()), (DENOISER, ("device",))],
+)
+def test_what_is_no_denoiser_is_told(denoiser, parts) -> None:
+    class Bare:
+        device, hidden_dim = "cpu", None  # no torch.device
+
+        def __call__(self, tokens: Tensor) -> None: ...
+
+    with pytest.raises(IncompatibleDenoiserError, match="a denoiser is called with tokens and has device"):
+        Unmasking(Line(), Bare() if parts else denoiser)
+
+
 EVEN = torch.full((2, 3, 4), 0.25).log()
 
 
@@ -549,6 +597,13 @@ EVEN = torch.full((2, 3, 4), 0.25).log()
         (Denoised.of(EVEN[:, :2]), r"of shape \(2, 2, 4\)"),
         (Denoised.of(EVEN[..., :3]), r"of shape \(2, 3, 3\) .* over 3 symbols"),
         (Denoised.of(EVEN[0]), r"of shape \(3, 4\)"),
+        (Denoised.of(EVEN.sum()), r"of shape \(.*\) .* over 0 symbols"),
+        (Denoised.of([[0.0]]), r"of shape \(\) and type list over 0 symbols"),
+        (Denoised.of(EVEN.to("meta")), "log-probabilities on meta, torch.strided; the boards are on cpu"),
+        (Denoised.of(torch.full_like(EVEN, -torch.inf)), "log-probabilities of -inf alone"),
+        (Denoised.of(EVEN, order_weights=torch.full((2, 3), torch.nan)), "order weights that are not finite"),
+        (Denoised.of(EVEN, order_weights=[1.0]), "order weights of shape list"),
+        (replace(Denoised.of(EVEN), passes=torch.ones(2)), "passes of type torch.float32"),
         (Denoised.of(EVEN.double()), "type torch.float64"),
         (Denoised.of(EVEN.half()), "type torch.float16"),
         (
