@@ -108,7 +108,7 @@ def split(args: Sequence[str]) -> tuple[str, list[str]]:
         fail(f"name what to {group or 'do'}; known: {', '.join(begun)}", command=group)
     near = difflib.get_close_matches(rest[0], begun, n=1, cutoff=0.65)  # tasks.errors would bring torch
     meant = f"; did you mean {near[0]}?" if near else ";"
-    fail(f"unknown command {rest[0]!r}{meant} known: {', '.join(begun)}", command=group)
+    fail(f"unknown command {rest[0][:80]!r}{meant} known: {', '.join(begun)}", command=group)
 
 
 def _one_word(args: Sequence[str], settings: type) -> list[str]:

@@ -403,10 +403,10 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raises :class:`ValueError` where ``state`` is not of the optimizer's form; torch would find out as it steps."""
     for own, group in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
         for name, value in own.items():
-            alike = (
-                isinstance(group[name], list | tuple) if isinstance(value, list | tuple) else _alike(group[name], value)
-            )
-            if not alike:
+            pairs = [(group[name], value)]
+            if isinstance(value, list | tuple):
+                pairs = zip(group[name], value, strict=True)
+            if not all(_alike(stored, each) for stored, each in pairs):
                 raise ValueError(f"{name} of the optimizer is {group[name]!r:.40}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, kept in state["state"].items():

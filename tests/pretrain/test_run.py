@@ -159,7 +159,7 @@ def steps_of(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) ->
         (lambda state: state["state"][0].update(step=1), "step of the optimizer has another form"),
         (lambda state: state["param_groups"][0].update(lr="x"), "lr of the optimizer is 'x'"),
         (lambda state: state["param_groups"][0].update(eps=10**400), "eps of the optimizer is 1000"),
-        (lambda state: state["param_groups"][0].update(betas=None), "betas of the optimizer is None"),
+        (lambda state: state["param_groups"][0].update(betas=[0.9, []]), "is not iterable|betas of the optimizer"),
         (lambda state: state["state"][0]["exp_avg"].fill_(torch.nan), "the optimizer has weights that are not finite"),
     ],
 )
