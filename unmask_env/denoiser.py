@@ -128,7 +128,10 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
         raise IncompatibleDenoiserError(f"{name} returned order weights that are not finite")
     totals = shown[where].exp().sum(-1)  # NaN where one is
     if not bool(totals.any()):
-        raise IncompatibleDenoiserError(f"{name} returned log-probabilities of -inf alone; take log_softmax of logits")
+        raise IncompatibleDenoiserError(
+            f"{name} returned log-probabilities of -inf alone (every symbol has probability 0); take log_softmax of "
+            "logits, and instances that it allows"
+        )
     fine = (totals < 1 + TOLERANCE) & ((totals > 1 - TOLERANCE) | (totals == 0) | (not whole))  # 0: no such board
     if not bool(fine.all()):
         row, position = where.nonzero()[(~fine).nonzero()[0, 0]].tolist()

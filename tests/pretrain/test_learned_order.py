@@ -504,7 +504,7 @@ def test_settings_of_the_order_are_saved(finished):
         ("block", {"block_length": 5}, "block_length must be between 1 and 4, not 5"),
         ("lomdm", {"c1": 0.5, "c2": 0.5}, "0 <= c2 < c1, not c1 = 0.5, c2 = 0.5"),
         ("lomdm", {"c2": 0.9}, "0 <= c2 < c1, not c1 = 0.7, c2 = 0.9"),
-        ("lomdm", {"c2": -0.1}, "0 <= c2 < c1"),
+        ("lomdm", {"c2": -0.1}, "c2 must be a number of at least 0, not -0.1"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, kind, changes, message):
