@@ -7,7 +7,7 @@ chain. So the best order is known, and depends on the context: the first positio
 other, where every conditional is one row of one table. In another order a model has to learn powers of that table.
 -log p(x) is exact, so *excess* is how far a model's bound is above it, in nats per sequence, on test sequences.
 
-Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider) and for as long as LoMDM takes (mdm-longer);
+Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider) and for more steps (mdm-longer, mdm-longest);
 a learned schedule per position; LoMDM with its order learned from the first step, after half and after 0.8 of the
 steps; the first of these by the paper's estimator (lomdm-0-rloo); and the best order given (best-order: autoregression
 on the sequence written along its chain). And, on each LoMDM that was trained, the variance of the masking weights'
@@ -38,7 +38,7 @@ from tasks import Instances, Task
 
 LENGTH, SYMBOLS, SHARPNESS = 13, 6, 2.0
 SETTINGS = {"task": "chain", "batch": 64, "lr": 3e-3, "heads": 4, "layers": 2, "ema": 0.998}
-LONGER = 1.8  # times the steps of mdm: what LoMDM's order takes from the first step
+LONGER = {"mdm-longer": 1.8, "mdm-longest": 3.1}  # times the steps: the latter for the seconds of lomdm-0-rloo
 
 
 class Chain(Task):
@@ -136,6 +136,7 @@ ROWS: dict[str, tuple[type[PretrainConfig], dict[str, Any]]] = {
     "mdm": (MDMConfig, {}),
     "mdm-wider": (MDMConfig, {"dim": 64}),
     "mdm-longer": (MDMConfig, {}),
+    "mdm-longest": (MDMConfig, {}),
     "learned-schedule": (LearnedScheduleConfig, {}),
     "lomdm-0": (LoMDMConfig, {"order_start": 0.0}),
     "lomdm-0-rloo": (RLOOConfig, {"order_start": 0.0}),
@@ -187,7 +188,7 @@ def main(
     runs: Path = Path("runs/learned-order"),
 ) -> None:
     """Args: sequences: of the test. repeats: gradients of each estimator. jobs: runs at a time."""
-    lasts = {row: round(LONGER * steps) if row == "mdm-longer" else steps for row in ROWS}
+    lasts = {row: round(LONGER.get(row, 1) * steps) for row in ROWS}
     measured = (dim, sequences, repeats)
     every = [Job(row, seed, lasts[row], *measured, f"{runs}/{row}-{seed}") for seed in seeds for row in ROWS]
     results = in_parallel(run, every, jobs)
