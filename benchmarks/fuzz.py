@@ -566,7 +566,7 @@ def adapters(folder: Path, draws: random.Random) -> Iterator[Case]:
     base = causal_model(folder / "base")
     task = Text(Corpus((LINES,), (LINES,), (LINES,)), tokenizer=str(base), length=7, packed=False)
     with contextlib.redirect_stdout(io.StringIO()):
-        adapt(AdapterConfig("text", str(folder / "run"), str(base), steps=1, batch=2, rank=2), task)
+        adapt(AdapterConfig("text", str(folder / "run"), base=str(base), steps=1, batch=2, rank=2), task)
     good = folder / "good"
     good.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
