@@ -347,7 +347,7 @@ class RunningMean:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
         self.total, self.count = state["total"].to(self.total.device), int(state["count"])
-        self.taken = state.get("taken", [])
+        self.taken = [float(value) for value in state.get("taken", [])]
 
 
 def _places(model: Backbone) -> str | None:
