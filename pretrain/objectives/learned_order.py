@@ -34,9 +34,9 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
 
     Its expected gradient is the bound's, as that of the two-sample estimator of Hong et al. 2026 (arXiv 2602.02112,
     eq. 8) and GenMD4, whose baseline is the whole loss of z_2: the last term adds what c takes from the first two,
-    exactly (a linear control variate; Gu et al. 2016, arXiv 1511.05176). It is far less noisy, since how many positions
-    are masked cancels, and a step is one forward and backward of z_1 and one forward each of z_2 and, where the order
-    reads it, of x.
+    exactly (a linear control variate; Gu et al. 2016, arXiv 1511.05176). How many positions are masked cancels, and a
+    step is one forward and backward of z_1 and one forward each of z_2 and, where the order reads it, of x. It is
+    cheaper than the two-sample estimator and not always less noisy (docs/results/lomdm.md).
 
     Args:
         clean: (N, L) int64 complete sequences.
