@@ -17,6 +17,8 @@ at the same times.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pretrain import likelihood, masking
+from pretrain import likelihood
 from pretrain.backbone import Backbone, parameter_count
-from pretrain.masking import PolynomialSchedule
-from pretrain.objectives.learned_order import learned_order_loss
-from pretrain.objectives.masked import cross_entropies, integrand
+from pretrain.objectives.learned_order import at_even_shares, learned_order_loss
+from pretrain.objectives.masked import integrand
 from pretrain.train import ARConfig, LearnedScheduleConfig, LoMDMConfig, MDMConfig, PretrainConfig
 from tasks import Instances, Task
 
@@ -86,21 +87,11 @@ class Chain(Task):
 def rloo(model: Backbone, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The paper's surrogate, (l_1 + l_2) / 2 + (log q(z_1) - log q(z_2)) stopgrad(l_1 - l_2) / 2, at this package's
     times, and the estimate of the bound; as :func:`pretrain.objectives.learned_order.learned_order_loss`."""
-    share = masking.low_discrepancy_times(len(clean), generator)
-    with torch.no_grad():
-        hidden = model.trunk(clean)
-    schedule = PolynomialSchedule(model.order.order_weights(clean, hidden))
-    log_t = schedule.log_time(share)
-    probability = (schedule.order_weights * log_t.unsqueeze(1)).exp()
-    weight = 1 / (schedule.order_weights * probability).detach().mean(1, keepdim=True)
-    losses, chances = [], []
+    at, losses, chances = at_even_shares(model, clean, generator), [], []
     for _ in range(2):
-        noisy = masking.mask(clean, probability.detach(), model.mask_id, generator)
-        log_probs, weights = model.order.reverse(*model(noisy))
-        masked = noisy == model.mask_id
-        velocities = ((own * weight).float() for own in (schedule.order_weights, weights))
-        losses.append(integrand(cross_entropies(log_probs.float(), clean), *velocities, masked))
-        chances.append(schedule.log_probability(masked, log_t))
+        masked, cross_entropy, reverse = at.draw()
+        losses.append(integrand(cross_entropy, at.velocity, reverse, masked))
+        chances.append(at.schedule.log_probability(masked, at.log_t))
     score = (chances[0] - chances[1]) * (losses[0] - losses[1]).detach() / 2
     mean = (losses[0] + losses[1]) / 2
     return (mean + score).mean() / clean.shape[1], mean.detach().mean() / clean.shape[1]
@@ -144,6 +135,19 @@ ROWS: dict[str, tuple[type[PretrainConfig], dict[str, Any]]] = {
     "lomdm-0.8": (LoMDMConfig, {"order_start": 0.8}),
     "best-order": (ARConfig, {}),
 }
+
+
+PAIRS = [
+    ("lomdm-0", "mdm-longer"),
+    ("lomdm-0-rloo", "mdm-longest"),
+    ("lomdm-0-rloo", "mdm-longer"),
+    ("lomdm-0-rloo", "lomdm-0"),
+    ("lomdm-0-rloo", "learned-schedule"),
+    ("lomdm-0", "learned-schedule"),
+    ("lomdm-0", "mdm-wider"),
+    ("lomdm-0.5", "mdm-longer"),
+    ("lomdm-0", "lomdm-0.5"),
+]
 
 
 @dataclass(frozen=True)
@@ -192,18 +196,32 @@ def main(
     measured = (dim, sequences, repeats)
     every = [Job(row, seed, lasts[row], *measured, f"{runs}/{row}-{seed}") for seed in seeds for row in ROWS]
     results = in_parallel(run, every, jobs)
-    by_row = {row: [r for r in results if r["row"] == row] for row in ROWS}
-    rows: list[dict[str, Any]] = []
+    shown = summary(results)
     table = Table("", "parameters", "CPU s", "excess", "minus mdm", title="nats per sequence above -log p(x)")
-    for row, own in by_row.items():
-        excess = over_seeds([r["excess"] for r in own])
-        gain = over_seeds([r["excess"] - base["excess"] for r, base in zip(own, by_row["mdm"], strict=True)])
-        seconds = [r["cpu_seconds"] for r in own if r["cpu_seconds"] is not None]
-        rows.append({"row": row, "parameters": own[0]["parameters"], "excess": excess, "minus mdm": gain})
-        shown = [f"{v['mean']:+.3f} ± {v['half_interval'] or 0:.3f}" for v in (excess, gain)]
-        table.add_row(row, f"{own[0]['parameters']:,}", f"{sum(seconds) / max(1, len(seconds)):.0f}", *shown)
+    for row in shown["rows"]:
+        numbers = [f"{v['mean']:+.3f} ± {v['half_interval'] or 0:.3f}" for v in (row["excess"], row["minus mdm"])]
+        table.add_row(row["row"], f"{row['parameters']:,}", f"{row['seconds'] or 0:.0f}", *numbers)
     Console().print(table)
-    report(out, settings=SETTINGS | {"dim": dim}, steps=steps, rows=rows, runs=without_settings(results))
+    report(out, settings=SETTINGS | {"dim": dim}, steps=steps, **shown, runs=without_settings(results))
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per row the excess over seeds; differences in pairs of the same seed; and the noise of this package's gradient
+    over RLOO's, per model."""
+    runs = {row: [result for result in results if result["row"] == row] for row in ROWS}
+
+    def minus(row: str, other: str) -> dict[str, Any]:
+        return over_seeds([a["excess"] - b["excess"] for a, b in zip(runs[row], runs[other], strict=True)])
+
+    rows = []
+    for row, own in runs.items():
+        seconds = [run["cpu_seconds"] for run in own if run["cpu_seconds"] is not None]
+        rows.append({"row": row, "parameters": own[0]["parameters"], "excess": over_seeds([r["excess"] for r in own])})
+        rows[-1] |= {"minus mdm": minus(row, "mdm"), "seconds": statistics.fmean(seconds) if seconds else None}
+    noise = {row: [run.get("gradient noise") for run in own] for row, own in runs.items()}
+    ratios = {row: [n["ours"] / n["rloo"] for n in each] for row, each in noise.items() if None not in each}
+    pairs = {f"{row} minus {other}": minus(row, other) for row, other in PAIRS}
+    return {"rows": rows, "differences": pairs, "noise of ours over rloo": ratios}
 
 
 if __name__ == "__main__":

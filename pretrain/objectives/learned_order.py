@@ -5,6 +5,9 @@ Shapes: N sequences, L positions, V symbols.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,39 @@ from pretrain import masking
 from pretrain.backbone import Backbone
 from pretrain.masking import PolynomialSchedule
 from pretrain.objectives.masked import cross_entropies, integrand
+
+
+class AtTimes(NamedTuple):
+    """Each sequence at a time of its own: ``schedule``, ``log_t`` (N,) float64, how likely each position is masked,
+    ``probability`` (N, L) float64, and its ``velocity`` (N, L); and ``draw()``, (N, L) each: a mask, and under it the
+    cross-entropies and the velocity of revealing."""
+
+    schedule: PolynomialSchedule
+    log_t: Tensor
+    probability: Tensor
+    velocity: Tensor
+    draw: Callable[[], tuple[Tensor, Tensor, Tensor]]
+
+
+def at_even_shares(model: Backbone, clean: Tensor, generator: torch.Generator) -> AtTimes:
+    """``clean`` (N, L) int64 at times at which the share of positions that is masked on average is spread evenly over
+    (0, 1], see :func:`learned_order_loss`; velocities are per unit of that share."""
+    share = masking.low_discrepancy_times(clean.shape[0], generator)
+    hidden = None
+    if model.order.reads_clean:
+        with torch.no_grad():
+            hidden = model.trunk(clean)
+    schedule = PolynomialSchedule(model.order.order_weights(clean, hidden))
+    log_t = schedule.log_time(share)
+    probability = (schedule.order_weights * log_t.unsqueeze(1)).exp()  # (N, L) float64, t^w
+    weight = 1 / (schedule.order_weights * probability).detach().mean(1, keepdim=True)  # d tau / d share
+
+    def draw() -> tuple[Tensor, Tensor, Tensor]:
+        noisy = masking.mask(clean, probability.detach(), model.mask_id, generator)
+        log_probs, order_weights = model.order.reverse(*model(noisy))
+        return noisy == model.mask_id, cross_entropies(log_probs.float(), clean), (order_weights * weight).float()
+
+    return AtTimes(schedule, log_t, probability, (schedule.order_weights * weight).float(), draw)
 
 
 def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -41,32 +77,16 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
     Args:
         clean: (N, L) int64 complete sequences.
     """
-    share = masking.low_discrepancy_times(clean.shape[0], generator)
-    hidden = None
-    if model.order.reads_clean:
-        with torch.no_grad():
-            hidden = model.trunk(clean)
-    schedule = PolynomialSchedule(model.order.order_weights(clean, hidden))
-    log_t = schedule.log_time(share)
-    probability = (schedule.order_weights * log_t.unsqueeze(1)).exp()  # (N, L) float64, t^w
-    weight = 1 / (schedule.order_weights * probability).detach().mean(1, keepdim=True)  # d tau / d share
-    velocity = (schedule.order_weights * weight).float()
-
-    def draw() -> tuple[Tensor, Tensor, Tensor]:
-        """(N, L) each: a mask, and under it the cross-entropies and the velocity of revealing."""
-        noisy = masking.mask(clean, probability.detach(), model.mask_id, generator)
-        log_probs, order_weights = model.order.reverse(*model(noisy))
-        return noisy == model.mask_id, cross_entropies(log_probs.float(), clean), (order_weights * weight).float()
-
-    masked, cross_entropy, reverse = draw()
+    at = at_even_shares(model, clean, generator)
+    masked, cross_entropy, reverse = at.draw()
     with torch.no_grad():
-        bound = integrand(cross_entropy, velocity, reverse, masked).mean() / clean.shape[1]
-        others, costs, _ = draw()
+        bound = integrand(cross_entropy, at.velocity, reverse, masked).mean() / clean.shape[1]
+        others, costs, _ = at.draw()
         mean = (costs * others).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp(min=1)
         expected = torch.where(others, costs, mean)  # (N, L) c
-    surprise = integrand(cross_entropy - expected, velocity, reverse, masked)
-    score = schedule.log_probability(masked, log_t) * surprise.detach()
-    surrogate = surprise + score + (probability.float() * velocity * expected).sum(1)
+    surprise = integrand(cross_entropy - expected, at.velocity, reverse, masked)
+    score = at.schedule.log_probability(masked, at.log_t) * surprise.detach()
+    surrogate = surprise + score + (at.probability.float() * at.velocity * expected).sum(1)
     return surrogate.mean() / clean.shape[1], bound
 
 
