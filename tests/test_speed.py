@@ -23,6 +23,7 @@ SMALL = {"vocab_size": 300, "embedding_size": 300, "mask_token_id": 299, "d_mode
 SMALL = memory.PUBLISHED | SMALL | {"n_kv_heads": 4, "mlp_hidden_size": 48}
 
 
+@pytest.mark.slow
 def test_every_rule_with_every_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = {"vocab_size": 300, "prompt": 8, "answer": 8, "block": 4, "width": 32, "layers": 1, "repeats": 1}
     found = speed.main(**sizes, out=tmp_path / "speed.json")

@@ -61,6 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.trains
 def test_the_card_of_a_policy_from_the_command_line(run: Path) -> None:
     card = ModelCard.load(run / "README.md")
     assert (card.data.license, card.data.library_name) == ("mit", "unmask")
@@ -81,6 +82,7 @@ def test_the_card_of_a_policy_from_the_command_line(run: Path) -> None:
     assert "pushed" not in card.text
 
 
+@pytest.mark.trains
 def test_the_results_are_those_of_the_policy(run: Path) -> None:
     card, policy = ModelCard.load(run / "README.md"), load_policy(run)
     process = make_process("sudoku6", denoiser="sudoku6-tiny")
@@ -156,6 +158,7 @@ def test_the_card_of_a_denoiser(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- saved again, and pushed
+@pytest.mark.trains
 def test_a_model_that_is_saved_as_it_was_loaded_keeps_its_card(run: Path, tmp_path: Path) -> None:
     policy = load_policy(run)
     policy.save_pretrained(tmp_path / "same")
@@ -180,6 +183,7 @@ def test_packaged_models_have_cards_of_the_hubs_form(tmp_path: Path) -> None:
         assert "it fails on 24, the best heuristic (entropy) on 75" in card.text
 
 
+@pytest.mark.trains
 def test_a_card_that_a_person_wrote_stays(run: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Mine\n")
     policy = load_policy(run)
@@ -194,6 +198,7 @@ def test_a_card_that_a_person_wrote_stays(run: Path, tmp_path: Path) -> None:
     assert "# Mine" not in (tmp_path / "copy" / "README.md").read_text()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("text", ["---\nlicense: [\n---\n# Mine\n", "---\nodd"])
 def test_front_matter_that_cannot_be_read_is_not_carried_on(run: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
@@ -236,11 +241,13 @@ def test_what_is_pushed(load: Callable, uploaded: dict[str, bytes], tmp_path: Pa
         assert torch.equal(mine, own)
 
 
+@pytest.mark.trains
 def test_a_run_is_pushed_with_its_card(run: Path, uploaded: dict[str, bytes]) -> None:
     load_policy(run).push_to_hub("me/rule")
     assert uploaded["me/rule/README.md"] == (run / "README.md").read_bytes()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", [OrderPolicy, RemaskPolicy, Backbone])
 def test_pickles_and_missing_weights_are_refused(kind: type, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UnmaskError, match=r"model\.safetensors is missing"):

@@ -73,6 +73,7 @@ def test_the_interval_at_equal_forwards_counts_the_forwards_too() -> None:
     assert float(halves.mean()) == pytest.approx(1.96 * float(means.std()), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_sweep_plays_what_it_says(tmp_path) -> None:
     task = tasks.get("sudoku4")
     denoiser, instances = load_denoiser("sudoku4", task), task.heldout(40)

@@ -175,6 +175,7 @@ def log_probs(folder, lm, tokens, masked):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_scores_by_hand(folder) -> None:
     context, continuation = "Question: 5 + 5?\nAnswer:", " 10"
     lm = made(folder)

@@ -17,6 +17,7 @@ from tasks import UnmaskError, grading
 from tasks.grading_worker import _arithmetic_alone
 
 math_verify = pytest.importorskip("math_verify")
+pytestmark = pytest.mark.slow  # each test starts processes, or waits for a deadline
 
 WAYS = {
     "marked": "48 / 2 = 24 and so on.\n#### {}",
@@ -145,7 +146,6 @@ BOMBS = [
 ODD = ["\x00", "\ud800", "\\frac{" * 50, "((((", "5" * 5000, "$" * 3000, "\\boxed{" * 2000, "1e999999999", "\u0665"]
 
 
-@pytest.mark.slow
 def test_what_would_hang_is_wrong_at_the_deadline_and_others_are_graded_beside_it() -> None:
     asked = [(text, "387420489") for text in BOMBS + ODD]
     started = time.monotonic()
@@ -177,7 +177,6 @@ def test_only_numerals_reach_the_parser_that_evaluates() -> None:
             parse(text)
 
 
-@pytest.mark.slow
 def test_verdicts_do_not_depend_on_the_number_of_processes() -> None:
     answers = golds(2)[::6]
     requests = [json.dumps([[f"${b}$"], a, 2.0]) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
@@ -316,7 +315,6 @@ def ordinary(seed: int) -> list[tuple[str, str]]:
     return asked
 
 
-@pytest.mark.slow
 def test_grading_takes_little_longer_than_the_library_alone() -> None:
     def alone(asked: list[tuple[str, str]]) -> list[bool]:
         none = {"parsing_timeout": None}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.toys import sweep
 from unmask_env.names import ROOT
 
 COMMAND = "import sys\nfrom unmask_env.names import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
@@ -36,10 +37,10 @@ def write(file: Path, text: str = "import what_nobody_has\n") -> None:
     file.write_text(text)
 
 
-@pytest.mark.parametrize(
-    "hiding",
-    ["agents/__init__.py", "tasks/__init__.py", "pretrain/__init__.py", "agents.py", "tasks.py", "pretrain.py"],
-)
+HIDING = ["agents/__init__.py", "tasks/__init__.py", "pretrain/__init__.py", "agents.py", "tasks.py", "pretrain.py"]
+
+
+@pytest.mark.parametrize("hiding", sweep(HIDING, "tasks/__init__.py".__eq__))
 def test_what_hides_a_package_is_named(place: Path, hiding: str) -> None:
     write(place / hiding)
     name = hiding.removesuffix(".py").removesuffix("/__init__")
@@ -90,6 +91,7 @@ def test_the_message_is_one_short_line_wherever_it_is(place: Path) -> None:
     assert len(last) <= 300
 
 
+@pytest.mark.slow
 def test_folders_that_hide_nothing_are_nothing_to_complain_of(place: Path) -> None:
     (place / "tasks").mkdir()  # without __init__.py ours comes first
     write(place / "pretraining.py")
