@@ -6,6 +6,7 @@ The setting of Garg et al. 2025 (arXiv 2511.19152): small models, every column b
 columns (mdm) or a learned one for each (learned-schedule), the same hyperparameters. *Places* tell the order that a
 learned schedule means: how many columns are unmasked before each one, on average. Losses are path bounds in nats per
 row; Shape and Trend are of as many generated rows as there are test rows, column by column in the model's own order.
+Beside the JSON a PNG shows the places, each seed a point.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common import in_parallel, once, over_seeds, report, without_settings
 from rich.console import Console
 from rich.table import Table
 
+from agents import frontier
 from pretrain import likelihood, samplers
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.orders import PositionOrder
@@ -64,6 +66,21 @@ def run(job: Job) -> dict[str, Any]:
     return once(config, measure)
 
 
+def draw(results: list[dict[str, Any]], sources: tuple[str, ...], file: Path) -> None:
+    """The place of every column in the orders that learned schedules mean, one panel per table, one point per seed."""
+    figure = frontier.matplotlib().figure.Figure(figsize=(3.2 * len(sources), 4), layout="constrained")
+    for axes, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
+        places = [result["places"] for result in results if result["source"] == source and "places" in result]
+        mean = {name: sum(seed[name] for seed in places) / len(places) for name in places[0]}
+        names = sorted(mean, key=mean.__getitem__, reverse=True)
+        for seed in places:
+            axes.plot([seed[name] for name in names], names, ".", color="C0", alpha=0.5)
+        axes.plot([mean[name] for name in names], names, "|", color="black")
+        axes.axvline((len(names) - 1) / 2, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=source, xlabel="columns unmasked before it, expected")
+    figure.savefig(file, dpi=120)
+
+
 def main(
     out: Path,
     sources: tuple[str, ...] = ("magic", "letter", "adult"),
@@ -92,6 +109,7 @@ def main(
             paired = [round(b[name] - a[name], 4) for a, b in zip(*own.values(), strict=True)]
             rows.append({"source": source, "learned minus fixed": name, **over_seeds(paired)})
     Console().print(table)
+    draw(list(results.values()), sources, out.with_suffix(".png"))
     report(out, settings=SETTINGS, rows=rows, runs=without_settings(list(results.values())))
 
 
