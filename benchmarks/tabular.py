@@ -68,7 +68,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def draw(results: list[dict[str, Any]], sources: tuple[str, ...], file: Path) -> None:
     """The place of every column in the orders that learned schedules mean, one panel per table, one point per seed."""
-    figure = frontier.matplotlib().figure.Figure(figsize=(3.2 * len(sources), 4), layout="constrained")
+    figure = frontier.matplotlib().figure.Figure(figsize=(3.6 * len(sources), 4), layout="constrained")
     for axes, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
         places = [result["places"] for result in results if result["source"] == source and "places" in result]
         mean = {name: sum(seed[name] for seed in places) / len(places) for name in places[0]}
@@ -77,7 +77,7 @@ def draw(results: list[dict[str, Any]], sources: tuple[str, ...], file: Path) ->
             axes.plot([seed[name] for name in names], names, ".", color="C0", alpha=0.5)
         axes.plot([mean[name] for name in names], names, "|", color="black")
         axes.axvline((len(names) - 1) / 2, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title=source, xlabel="columns unmasked before it, expected")
+        axes.set(title=source, xlabel="columns unmasked before")
     figure.savefig(file, dpi=120)
 
 
