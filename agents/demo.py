@@ -21,10 +21,10 @@ from agents.policy import OrderPolicy, PolicyConfig
 from agents.policy_iteration import PolicyIterationConfig
 from agents.remask_policy import RemaskPolicy
 from agents.show import boards_of
-from pretrain.checkpoint import write_atomically, write_json
 from pretrain.run import resolve_device
 from tasks import Instances
 from tasks.errors import optional
+from tasks.files import write_atomically, write_json
 from tasks.settings import AtLeast1, Seed, Threads, validate
 from unmask_env import make_process, render
 from unmask_env.process import Unmasking

@@ -20,10 +20,11 @@ from agents.belief import BeliefFills
 from agents.policy import PACKAGED_POLICIES, OrderPolicy, load_policy
 from agents.shares import play_share
 from pretrain import processes
-from pretrain.checkpoint import STDOUT, check_writable, packaged, report_json, write_atomically, write_json
+from pretrain.checkpoint import packaged
 from pretrain.run import Bar, resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.errors import optional
+from tasks.files import STDOUT, check_writable, report_json, write_atomically, write_json
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
 from tasks.task import check_instances
 from unmask_env import exact

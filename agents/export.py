@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from agents.decoding import Thresholds, most_likely_set
 from agents.policy import OrderPolicy, PositionHead, load_policy
-from pretrain.checkpoint import check_writable, write_atomically, write_json
 from tasks import UnmaskError
+from tasks.files import check_writable, write_atomically, write_json
 from tasks.settings import AtLeast1, AtLeast2, validate
 from unmask_env.distributions import Categorical
 from unmask_env.reference import REFERENCES, Policy, reference

@@ -29,9 +29,10 @@ from agents.evaluate import (
 )
 from agents.page import fill_page
 from agents.policy import load_policy
-from pretrain.checkpoint import check_writable, read_json, write_atomically, write_json
+from pretrain.checkpoint import read_json
 from tasks import Instances, UnknownNameError, UnmaskError
 from tasks.errors import optional
+from tasks.files import check_writable, write_atomically, write_json
 from tasks.settings import AtLeast1
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, sweeps

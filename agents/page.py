@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import write_atomically
+from tasks.files import write_atomically
 
 
 def fill_page(template: Path, data: dict[str, Any], path: Path) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from agents.evaluate import BoardCommand, generators, load_order, played_by, require_suited
 from agents.page import fill_page
-from pretrain.checkpoint import check_writable
 from tasks import Instances, Task, UnmaskError
+from tasks.files import check_writable
 from tasks.settings import InnerShare, NotNegative, validate
 from tasks.task import check_instances
 from unmask_env import render

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from agents.evaluate import paired_difference
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import write_json
 from pretrain.train import PretrainConfig, pretrain
 from tasks import Task, UnmaskError
+from tasks.files import write_json
 
 
 def report(out: Path | None, **content: Any) -> None:

@@ -23,18 +23,11 @@ from torch import Tensor, nn
 
 import tasks
 from pretrain import card, masking
-from pretrain.checkpoint import (
-    PACKAGED_DENOISERS,
-    CheckpointError,
-    check_weights,
-    read_json,
-    step_generator,
-    write_atomically,
-    write_json,
-)
+from pretrain.checkpoint import PACKAGED_DENOISERS, CheckpointError, check_weights, read_json, step_generator
 from pretrain.run import FitConfig, Run, learning_rate, resolve_device, set_learning_rate
 from pretrain.train import RunningMean
 from tasks.errors import optional
+from tasks.files import write_atomically, write_json
 from tasks.settings import AtLeast1, NotNegative, validate
 from tasks.tokenizers import INSTALLED, check_finite, check_published, gguf, reading
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tasks import UnmaskError
+from tasks.files import write_atomically
 
 CARD = "README.md"
 LICENSE = "mit"  # of this package, of the models in it, and of those in which there is nothing else
@@ -162,8 +163,6 @@ def write(folder: Path, text: str) -> None:
     Raises:
         UnmaskError: it cannot be written.
     """
-    from pretrain.checkpoint import write_atomically
-
     if not is_ours(folder):
         return
     write_atomically(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,17 +1,15 @@
-"""Files: atomic writes, models by name, folder or hub id, and training states that resume exactly.
+"""Models by name, folder or hub id, and training states that resume exactly.
 
 Only safetensors and JSON are ever read: no pickle is loaded from a file that a user names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from pretrain import card
 from tasks import UnknownNameError, UnmaskError
 from tasks.errors import first_line
-from tasks.files import read_text
+from tasks.files import read_text, write_atomically
 
 PACKAGED_DENOISERS = Path(__file__).parent / "models"
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,97 +33,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 class CheckpointError(UnmaskError):
     """A checkpoint that is missing, truncated, or not what it was taken for."""
-
-
-# ---------------------------------------------------------------------- atomic writes
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` fills a temporary file beside ``path``; it is flushed to disk, then renamed over ``path``.
-
-    Raises:
-        UnmaskError: the file cannot be written, for example on a full disk, or is a device or the like.
-    """
-    _check_place(path, str(path))
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UnmaskError(f"cannot write {path}: {error.strerror or first_line(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _check_place(path: Path, what: str) -> None:
-    """Raises :class:`UnmaskError` where something else than a file is: to rename over a device, or over the system's
-    links to one, would take it away from the whole machine."""
-    try:
-        if path.is_dir():
-            raise UnmaskError(f"{what} is a folder; name a file")
-        if (path.exists() and not path.is_file()) or (path.is_symlink() and path.parent.resolve() == Path("/dev")):
-            raise UnmaskError(f"{what} is no regular file; name another")
-    except (OSError, RuntimeError) as error:  # too long a name; links in a circle
-        raise UnmaskError(f"cannot write {what}: {getattr(error, 'strerror', None) or first_line(error)}") from None
-
-
-STDOUT = Path("-")
-"""What ``--json -`` means."""
-
-
-def check_writable(path: Path | None, option: str) -> None:
-    """Before long work: a file can be written at ``path``, if any, its folder made where it is missing; nothing stays.
-
-    Raises:
-        UnmaskError: it cannot; ``option`` is what the message calls it.
-    """
-    if path is None or path == STDOUT:
-        return
-    if "\0" in str(path):
-        raise UnmaskError(f"{option} cannot have a name with a null")
-    _check_place(path, f"{option} {path}")
-    made = absent(path.parent)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _temporary(path).touch()
-        _temporary(path).unlink()
-        with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(path, os.O_WRONLY))  # a file that is there may be written over
-    except OSError as error:
-        raise UnmaskError(f"cannot write {option} {path}: {error.strerror}; name another file") from None
-    finally:
-        remove_empty(made)  # what is asked for may yet be refused
-
-
-def absent(folder: Path) -> list[Path]:
-    """``folder`` and those around it that do not exist, the innermost first."""
-    return [each for each in (folder, *folder.parents) if not each.exists()]
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Those of ``folders`` that hold nothing, in their order."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def report_json(path: Path | None, value: Any) -> None:
-    """Write what a command's ``--json`` asks for: nothing, a file, or ``-``, stdout."""
-    if path == STDOUT:
-        print(json.dumps(value, indent=2))
-    elif path is not None:
-        write_json(path, value)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; a reader sees the old file or the whole new one."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 # ---------------------------------------------------------------------- models

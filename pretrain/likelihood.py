@@ -29,12 +29,13 @@ from torch import Tensor
 import tasks
 from pretrain import masking, uniform
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import PACKAGED_DENOISERS, STDOUT, check_writable, load_model, report_json
+from pretrain.checkpoint import PACKAGED_DENOISERS, load_model
 from pretrain.masking import PolynomialSchedule
 from pretrain.objectives.masked import cross_entropies, integrand
 from pretrain.objectives.uniform import Corrupted, loss_at, prior_divergence
 from pretrain.run import resolve_device
 from tasks import UnmaskError
+from tasks.files import STDOUT, check_writable, report_json
 from tasks.settings import AtLeast1, Seed, validate
 
 EPSILON = 1e-3  # where the truncated estimate stops

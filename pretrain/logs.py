@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import read_json, write_json
+from pretrain.checkpoint import read_json
 from tasks import UnmaskError
 from tasks.errors import MissingLibraryError, first_line, optional
+from tasks.files import write_json
 
 METRICS = ("validation/policy", "validation/reference", "loss")  # beside the settings in TensorBoard's table of runs
 

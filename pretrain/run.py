@@ -26,18 +26,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from pretrain import processes
-from pretrain.checkpoint import (
-    CheckpointError,
-    absent,
-    checked_device,
-    load_state,
-    remove_empty,
-    save_state,
-    write_json,
-)
+from pretrain.checkpoint import CheckpointError, checked_device, load_state, save_state
 from pretrain.logs import Logs
 from tasks import UnmaskError
 from tasks.errors import first_line
+from tasks.files import absent, remove_empty, write_json
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, check
 
 MAY_CHANGE = {"resume", "save_every", "log_every", "out", "threads", "wandb"}  # they do not change what is learned

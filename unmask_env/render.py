@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pretrain.checkpoint import write_atomically
 from tasks import Task, UnmaskError
+from tasks.files import write_atomically
 from unmask_env.state import State
 
 MODES = ["ansi", "rgb_array"]

@@ -20,17 +20,15 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import (
     PACKAGED_DENOISERS,
     CheckpointError,
-    check_writable,
     load_model,
     load_state,
     packaged,
     save_model,
     save_state,
     step_generator,
-    write_atomically,
-    write_json,
 )
 from tasks import UnknownNameError, UnmaskError
+from tasks.files import check_writable, write_atomically, write_json
 
 COORDINATES = [[0, 0], [0, 1], [1, 0], [1, 1]]
 
