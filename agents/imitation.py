@@ -188,8 +188,11 @@ def train(config: ImitationConfig, process: Unmasking | None = None) -> OrderPol
     with run:
         if not len(states):
             run.note("collecting states")
-            _collect(mine, process, policy, states)
-            states.pool()
+            new = States(task)
+            with run.interruptible():
+                _collect(mine, process, policy, new)
+            new.pool()
+            states.load_state_dict(new.state_dict())
             _check_states(config, process, states)
         policy.train()
         for step in run.loop():

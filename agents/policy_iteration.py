@@ -74,7 +74,8 @@ class PolicyIterationConfig(TrainConfig):
     labels: Literal["auto", "values", "boards"] = "auto"
     """what a state is labelled with: ``boards``, the best finished board that play from it reached, every symbol of
     which then counts as right, or ``values`` of single decisions, each played out. Default: boards; values where
-    symbols are drawn or the objective is regularised (``sampled``), as one board's luck says little of a choice"""
+    symbols are drawn or the objective is regularised (``sampled``), as one board's luck says little of a choice, and of
+    single positions where several answers are right, as one board then says little of the others"""
     candidates: AtLeast2 | None = None
     """positions that are tried at a state, drawn from the reference where there are more; default: 16, of sets 8"""
     retries: AtLeast0 = 16
@@ -436,7 +437,8 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 generator = step_generator(process.device, config.seed, iteration, 4 << 16, rank)
                 trusted = None if iteration == 0 and config.init is None else policy.eval()
                 new = States(process.task)
-                played = _play(mine, process, g, trusted, new, generator)
+                with run.interruptible():
+                    played = _play(mine, process, g, trusted, new, generator)
                 new.pool()
                 states.add(config.capacity, **new.state_dict())
                 if not len(states):
@@ -487,7 +489,8 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
     labels = config.labels
     if labels == "auto":
         drawn = config.sampled or process.temperature > 0
-        labels = "values" if drawn and not remasks else "boards"
+        several = not (sets or process.task.one_answer)
+        labels = "values" if (drawn or several) and not remasks else "boards"
     candidates = config.candidates or (8 if sets else 16)
     config = replace(config, labels=labels, candidates=candidates)
     return ready._replace(config=config)

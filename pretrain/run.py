@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -72,6 +73,10 @@ class FitConfig:
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
     """Ctrl-C, SIGTERM or SIGHUP: the state was saved; the same command with --resume auto goes on."""
+
+
+class _StoppedAtOnce(KeyboardInterrupt):
+    """A stop in the middle of a step, which nothing on the way takes for an error."""
 
 
 def resolve_device(device: str, threads: int | None = None) -> torch.device:
@@ -157,7 +162,7 @@ class Run:
         self.publish = publish
         self.out = Path(settings.out)
         self.step = 0
-        self._stop = False
+        self._stop = self._interruptible = False
         self.title, _, self._details = title.partition(" (")
         self._round_length, self._clock, self._told = round_length or steps, [], False
         state_file = self.out / "state.safetensors"
@@ -238,6 +243,8 @@ class Run:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
+        if self._interruptible:
+            raise _StoppedAtOnce
         if self.main:
             os.write(2, f"\nunmask: {STOPPING}\n".encode())  # at once: a lock of print's may be held
 
@@ -257,9 +264,29 @@ class Run:
                 self._require_finite()
                 self.save()
             if stop:
-                raise Interrupted(
-                    f"stopped at step {self.step} of {self.steps}; the same command with --resume auto goes on"
-                )
+                raise self._stopped()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around long work of a step that changes none of the run's parts: a stop leaves it at once and saves the state
+        of the step before. Several processes stop together, and so after the step."""
+        if processes.count() > 1:
+            yield
+            return
+        try:
+            self._interruptible = True
+            if self._stop:
+                raise _StoppedAtOnce
+            yield
+        except _StoppedAtOnce:
+            self._require_finite()
+            self.save()
+            raise self._stopped() from None
+        finally:
+            self._interruptible = False
+
+    def _stopped(self) -> Interrupted:
+        return Interrupted(f"stopped at step {self.step} of {self.steps}; the same command with --resume auto goes on")
 
     def _not_finite(self) -> str | None:
         """The model or optimizer that holds numbers that are not finite."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,6 +26,7 @@ from agents.policy_iteration import (
 )
 from agents.states import States
 from pretrain.checkpoint import save_model
+from pretrain.run import Interrupted
 from tasks import Instances, Task, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint, sequences
 from tests.toys import generator, one_of
@@ -413,6 +415,33 @@ def test_a_stopped_run_goes_on_to_the_same_policy(tmp_path, monkeypatch, stop_at
 
 
 @pytest.mark.trains
+@pytest.mark.parametrize("actions", ["single", "set"])
+def test_a_stop_during_play_is_heeded_at_once(tmp_path, actions) -> None:
+    """In the third reward of the second iteration's play: the state is that of the first iteration's end."""
+
+    class Stopping(TableTask):
+        iteration = rewards = 0
+
+        def sample(self, n: int, generator: torch.Generator) -> Instances:
+            self.iteration += n == settings.puzzles
+            return super().sample(n, generator)
+
+        def reward(self, tokens: Tensor, instances: Instances) -> Tensor:
+            self.rewards += self.iteration == 2
+            if self.rewards == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return super().reward(tokens, instances)
+
+    settings = config(tmp_path / "stopped", rules=Rules(actions), save_every=7)
+    whole = policy_iteration.train(replace(settings, out=str(tmp_path / "whole")), table())
+    with pytest.raises(Interrupted, match="stopped at step 10 of 20"):
+        policy_iteration.train(settings, table(Stopping))
+    resumed = policy_iteration.train(replace(settings, resume="must"), table())
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.trains
 def test_answers_are_not_read(tmp_path) -> None:
     """With other answers beside the same rewards a run is the same."""
 
@@ -448,13 +477,20 @@ def test_where_nothing_can_be_learned_one_line_says_so(tmp_path, capsys) -> None
 
 
 @pytest.mark.trains
-def test_values_are_the_labels_where_chance_plays(tmp_path) -> None:
+def test_values_are_the_labels_where_chance_plays_or_several_answers_are_right(tmp_path) -> None:
     drawn, regularised = {"fill_temperature": 1.0}, {"sampled": True}
-    for number, (changes, expected) in enumerate(
-        (({}, "boards"), ({"rules": Rules("set")}, "boards"), (drawn, "values"), (regularised, "values"))
+    for number, (kind, changes, expected) in enumerate(
+        [
+            (Graded, {}, "boards"),
+            (Graded, {"rules": Rules("set")}, "boards"),
+            (Graded, drawn, "values"),
+            (Graded, regularised, "values"),
+            (Either, {}, "values"),
+            (Either, {"rules": Rules("set")}, "boards"),
+        ]
     ):
         out = tmp_path / str(number)
-        policy_iteration.train(config(out, iterations=1, steps=1, **changes), table(Graded))
+        policy_iteration.train(config(out, iterations=1, steps=1, **changes), table(kind))
         assert json.loads((out / "run.json").read_text())["labels"] == expected
 
 
