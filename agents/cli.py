@@ -71,6 +71,8 @@ def usage(group: str = "") -> str:
     more = "" if group else "; --version"
     lines = [f"usage: unmask {group + ' ' if group else ''}COMMAND [OPTIONS]; COMMAND --help says more{more}", ""]
     lines += [f"  {name.removeprefix(group).strip():<26}{COMMANDS[name].help}" for name in names]
+    if group == "train":
+        lines += ["", f"unmask train OPTIONS is unmask train {DEFAULT_LEARNER} OPTIONS, whose --help lists them."]
     return "\n".join(lines)
 
 

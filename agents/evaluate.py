@@ -25,7 +25,8 @@ from pretrain.run import Bar, resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.errors import optional
 from tasks.files import STDOUT, check_writable, report_json, write_atomically, write_json
-from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, check, validate
+from tasks.registry import read_options
+from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, check, validate
 from tasks.task import check_instances
 from unmask_env import exact
 from unmask_env.denoiser import Denoiser, load_denoiser
@@ -208,12 +209,12 @@ def _percent(share: float) -> str:
 
 # ---------------------------------------------------------------------- policies by name, and how they play
 def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Policy:
-    """A reference policy by name, which may carry options (``threshold:theta=0.8``), or a learned one by packaged name,
-    folder or hub id.
+    """A reference policy by name, or a learned one by packaged name, folder or hub id. Both may carry options:
+    ``threshold:theta=0.8``; a policy over sets those of its ``at``: ``runs/sets:threshold=0.7,read=unsure``.
 
     Raises:
         UnknownNameError, CheckpointError: in one line. UnmaskError: ``learned`` of a denoiser that learned no order, an
-            option that the reference does not take.
+            option that the order does not take.
     """
     if name.startswith("belief:"):
         policy = load_order(name.removeprefix("belief:"), task, denoiser)
@@ -225,11 +226,18 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Polic
         if denoiser is not None and isinstance(g, Learned | LearnedGreedy):
             require_learned(Unmasking(task, denoiser))
         return g
+    source, colon, text = (name, "", "") if Path(name).exists() else name.partition(":")
     try:
-        policy = load_policy(name, task, denoiser)
+        policy = load_policy(source, task, denoiser)
     except UnknownNameError:
-        raise UnknownNameError("order", name, [*REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
-    return policy if denoiser is None else policy.to(denoiser.device)
+        raise UnknownNameError("order", source, [*REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
+    if denoiser is not None:
+        policy = policy.to(denoiser.device)
+    if not colon:
+        return policy
+    if policy.actions == "single":
+        raise UnmaskError(f"order {name!r}: {source} chooses single positions and takes no options")
+    return policy.at(**read_options(f"order {name!r}", text, policy.at))
 
 
 def require_suited(name: str, policy: Policy, actions: Actions | None) -> None:
@@ -443,7 +451,7 @@ def table(results: Sequence[Result], title: str) -> Table:
     of the two networks together, and seconds. A learned order says how it was trained."""
     names = {"solved": "solve rate", "cell_accuracy": "cells"}
     stars = ["*" * (result.order in ("oracle", "oracle_sets")) for result in results]
-    note = "; * sees the answers" if any(stars) else ""
+    note = "; * sees the answers (one, where several are right)" if any(stars) else ""
     columns = [*(names.get(name, name) for name in results[0].metrics), "NFE", "passes", "s"]
     view = empty_table(title, ["order"], columns, f"per cent, with 95 % confidence intervals{note}")
     for result, star in zip(results, stars, strict=True):
@@ -510,6 +518,8 @@ class PlayCommand(BoardCommand):
     """with accept, how many forwards in a row must say the same before a canvas may end earlier"""
     batch: AtLeast1 = 500
     device: str = "cpu"
+    threads: Threads | None = None
+    """of the CPU; default: as many as PyTorch takes"""
 
     def rules(self, default: Actions) -> Rules:
         """``default``: the actions, where neither they nor a budget for masking again are given."""
@@ -535,7 +545,7 @@ class EvaluateCommand(PlayCommand):
 def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instances, str]:
     """The process, the instances and the title of the table. Raises :class:`tasks.UnmaskError`."""
     validate(command)
-    device = processes.join(resolve_device(command.device))
+    device = processes.join(resolve_device(command.device, command.threads))
     if command.blanks is not None and command.puzzles is not None:
         raise UnmaskError("--blanks is for the packaged puzzles; your own file says where its blanks are")
     task, source = resolve(
@@ -550,7 +560,7 @@ def prepare(command: PlayCommand, default: Actions) -> tuple[Unmasking, Instance
 
 def run(command: EvaluateCommand) -> None:
     """``unmask evaluate``."""
-    processes.join(resolve_device(command.device))
+    processes.join(resolve_device(command.device, command.threads))
     processes.from_first(lambda: check_writable(command.json, "--json"))
     process, instances, _ = prepare(command, "single")
     policies = read_orders(command.orders, process)

@@ -31,7 +31,7 @@ from agents.page import fill_page
 from agents.policy import load_policy
 from pretrain.checkpoint import read_json
 from tasks import Instances, UnknownNameError, UnmaskError
-from tasks.errors import optional
+from tasks.errors import MissingLibraryError, optional
 from tasks.files import check_writable, write_atomically, write_json
 from tasks.settings import AtLeast1
 from unmask_env.process import Unmasking
@@ -64,13 +64,10 @@ class Point:
 
 
 def as_typed(method: str, setting: dict[str, Any], learned: bool) -> str:
-    """A setting of a method: ``threshold:theta=0.6``; of a policy ``NAME --threshold 0.35``, as ``unmask show`` has
-    it."""
-    if learned:
-        settings = ", ".join(f"--threshold {v}" for k, v in setting.items() if k == "threshold")
-        return f"{method} {settings}".strip()
-    rule = method.partition(" ")[0]  # curves begin with it
-    return f"{rule}:{','.join(f'{name}={value}' for name, value in setting.items())}"
+    """A setting of a method: ``threshold:theta=0.6``, of a policy ``NAME:threshold=0.35,read=first``."""
+    # curves begin with the name of what plays them
+    name = method.removesuffix(f", reads {setting.get('read')}") if learned else method.partition(" ")[0]
+    return f"{name}:{','.join(f'{option}={value}' for option, value in setting.items())}"
 
 
 def methods(names: Sequence[str], process: Unmasking) -> Methods:
@@ -275,7 +272,7 @@ class FrontierCommand(PlayCommand):
     task: str | None = None
     """as of unmask evaluate; not needed with ``read``"""
     out: Path = Path("frontier.png")
-    """the picture (PNG); the numbers are written beside it (JSON)"""
+    """the picture (PNG), where matplotlib is installed; the numbers are written beside it (JSON)"""
     html: Path | None = None
     """write an interactive page of the curves here; it needs no server and no network"""
     read: Path | None = None
@@ -299,11 +296,18 @@ def run(command: FrontierCommand) -> None:
         raise UnmaskError(f"--out is a picture; {command.out} must end in .png")
     check_writable(command.out, "--out")
     check_writable(command.out.with_suffix(".json"), "the numbers beside --out,")
-    matplotlib()  # before the work
+    drawn = True
+    try:
+        matplotlib()  # before the work
+    except MissingLibraryError as error:
+        drawn = False
+        print(f"unmask frontier: no picture, numbers alone: {error}", file=sys.stderr)
     process, instances, title = prepare(command, "set")
     chosen = methods(command.orders or ("heuristics",), process)
     points = sweep(process, chosen, instances, command.seed, command.batch, progress=True)
-    write(points, title, command.out)
+    write_json(command.out.with_suffix(".json"), [point.row() for point in points])
+    if drawn:
+        draw(points, title, command.out)
     if command.html is not None:
         write_page([point.row() for point in points], title, command.html)
     Console().print(table(points, title))

@@ -17,7 +17,7 @@ from agents.evaluate import BoardCommand, generators, load_order, played_by, req
 from agents.page import fill_page
 from tasks import Instances, Task, UnmaskError
 from tasks.files import check_writable
-from tasks.settings import InnerShare, NotNegative, validate
+from tasks.settings import NotNegative, validate
 from tasks.task import check_instances
 from unmask_env import render
 from unmask_env.denoiser import Denoiser, load_denoiser
@@ -48,8 +48,6 @@ class ShowCommand(BoardCommand):
     """several, in place of ``order``: one after the other in the terminal, side by side in a GIF and on a page"""
     index: int = 0
     """which held-out instance"""
-    threshold: InnerShare | None = None
-    """decoding threshold of a learned policy over sets"""
     html: Path | None = None
     """write a page here that replays the orders side by side; it needs no server and no network"""
     gif: Path | None = None
@@ -283,12 +281,6 @@ def load_policies(command: ShowCommand, task: Task, denoiser: Denoiser) -> dict[
     for name in command.orders or (command.order,):
         policy = load_order(name, task, denoiser)
         require_suited(name, policy, command.actions)
-        if command.threshold is not None:
-            if policy.sampled or policy.actions == "single":
-                raise UnmaskError(
-                    "--threshold is for learned policies over sets; references carry theirs: threshold:theta=0.8"
-                )
-            policy = policy.at(command.threshold)
         policies[name] = policy
     return policies
 
@@ -316,7 +308,8 @@ def run(command: ShowCommand) -> None:
         if console.is_terminal:
             replay(console, task, show, command.delay)
         else:  # a pipe or a file gets the moves and the last board
-            for line in (*show.captions, "", task.draw(show.frames[-1].tokens)):
+            first, *moves = show.captions
+            for line in (first, task.draw(show.frames[0].tokens), "", *moves, "", task.draw(show.frames[-1].tokens)):
                 console.print(line, markup=False)
     if command.gif is not None:
         clue = instance.tokens[0] != task.mask_id

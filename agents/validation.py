@@ -230,7 +230,7 @@ class Validation:
             if run.main and run.publish is not None and scalars["validation/policy"] > self._best:
                 self._best = scalars["validation/policy"]
                 run.publish(done, run.out / "best")
-        note = f"{said}{self._note()}"
+        note = said + (self._note() if self._latest_step == done else "")
         if "learning_rate" in scalars:
             note += f" lr {scalars['learning_rate']:.1e}"
         run.log(scalars, note)
@@ -273,10 +273,13 @@ class Validation:
         }
 
     def _note(self) -> str:
-        if self._reference is None:
+        """Of a new result, with its paired difference from the reference, 95 %, in points."""
+        if self._latest is None or self._reference is None:
             return ""
-        latest = "" if self._latest is None else f"{percent(self._latest.score)} "
-        return f" validation {latest}(reference {percent(self._reference.score)})"
+        paired = paired_difference(self._latest.score, self._reference.score)
+        mean, low, high = (f"{100 * value:+.1f}" for value in paired)
+        change = mean if mean == low == high else f"{mean}, {low} to {high}"
+        return f" validation {percent(self._latest.score)} (reference {percent(self._reference.score)}, {change})"
 
     def _say_if_perfect(self, run: Run) -> None:
         if self.gains and self.reference_played.perfect:

@@ -18,7 +18,6 @@ from torch import Tensor
 from tasks.errors import UnmaskError
 from tasks.settings import AtLeast1, check, checked
 from tasks.sudoku_csv import read_csv
-from tasks.sudoku_solver import units
 from tasks.task import DATA, Instances, Task, random_rows, random_subset
 
 BOXES = {"sudoku4": (2, 2), "sudoku6": (2, 3), "sudoku9": (3, 3)}  # of the packaged puzzles
@@ -55,11 +54,6 @@ class Sudoku(Task):
         self.blanks, self.reward_metric = blanks, reward
         self.symmetric = self.name != "sudoku4"
         self._path = DATA / f"{self.name}.npz"
-
-    @cached_property
-    def coordinates(self) -> Tensor:
-        """(L, 3): row, column and box of each cell."""
-        return torch.tensor(units(*self.box))
 
     @cached_property
     def _files(self) -> dict[str, Tensor]:

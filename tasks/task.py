@@ -128,8 +128,16 @@ class Task(ABC):
 
     @property
     def coordinates(self) -> Tensor:
-        """(L, C) int64: where each position stands. The default is its index; a board gives row, column, box."""
-        return torch.arange(self.length).unsqueeze(1)
+        """(L, C) int64: where each position stands, as the networks read it: its index on a line; on a board row and
+        column, and the box where there are boxes."""
+        if self.is_line:
+            return torch.arange(self.length).unsqueeze(1)
+        rows, columns = self.shape
+        row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unbind(1)
+        if self.box is None:
+            return torch.stack([row, column], 1)
+        height, width = self.box
+        return torch.stack([row, column, row // height * (columns // width) + column // width], 1)
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Instances:

@@ -75,11 +75,12 @@ observation, info = env.reset(seed=0)
 env.step(env.action_space.sample(mask=info["action_mask"]))
 assert env.render().shape == (165, 165, 3)
 assert gymnasium.make_vec("Unmask/Sudoku4x4-v0", num_envs=2).reset(seed=0)[0]["tokens"].shape == (2, 16)
+few = ["--orders", "threshold", "--limit", "2"]
+main(["frontier", "--task", "sudoku4", "--denoiser", "sudoku4", *few, "--out", "f.png"])
 for command in (
     ["train", "ppo-sb3", "--out", "unused"],
     ["train", "ppo-torchrl", "--out", "unused"],
     ["train", "grpo-torchrl", "--help"],
-    ["frontier", "--task", "sudoku4", "--denoiser", "sudoku4"],
     ["demo", "--out", "unused"],
     ["train", "upo", "--out", "unused", "--wandb", "toys"],
 ):
@@ -117,8 +118,9 @@ def test_the_core_evaluates_shows_and_trains_without_the_other_libraries(tmp_pat
     assert "no TensorBoard logs: No module named 'tensorboard'; run: pip install 'unmask[train]'" in done.stdout
     complaints = done.stderr.strip().splitlines()
     extras = [line.rpartition("run: pip install ")[2] for line in complaints]
-    named = ["sb3", "torchrl", "torchrl", "plot", "train,plot", "wandb", "eval", "diffusers", "torchrl", "sb3"]
+    named = ["plot", "sb3", "torchrl", "torchrl", "train,plot", "wandb", "eval", "diffusers", "torchrl", "sb3"]
     assert extras == [f"'unmask[{extra}]'" for extra in named], done.stderr
-    assert complaints[0].startswith("unmask train ppo-sb3: ")
+    assert complaints[0].startswith("unmask frontier: no picture, numbers alone: figures: ")
+    assert complaints[1].startswith("unmask train ppo-sb3: ")
     assert not (tmp_path / "unused" / "run.json").exists()
-    assert {file.name for file in tmp_path.iterdir()} >= {"replay.gif", "page.html", "run"}
+    assert {file.name for file in tmp_path.iterdir()} >= {"replay.gif", "page.html", "run", "f.json"}

@@ -36,6 +36,7 @@ from unmask_env.state import Rollout, Rules
 ROOT = Path(__file__).parents[2]
 SUDOKU6 = tasks.get("sudoku6")
 TINY = ("--task", "sudoku6", "--denoiser", "sudoku6-tiny")
+SINGLE, SETS = "sudoku6-tiny-rewards", "sudoku6-tiny-sets-rewards"
 LEVELS = [
     (), ("list",), ("pretrain",), ("pretrain", "mdm"), ("train",), ("train", "upo"), ("train", "imitation"),
     ("train", "ppo-sb3"), ("train", "ppo-torchrl"), ("train", "grpo-torchrl"),
@@ -132,12 +133,13 @@ def test_the_tables_of_commands_come_without_torch(arguments: tuple[str, ...]) -
     *table, last = done.stdout.splitlines()
     assert last == f"{0 if '--help' in arguments else 2} []"
     assert (table == []) == (arguments[-1:] != ("--help",))
-    names = {line.split()[0] for line in table[2:]}
+    names = {line.split()[0] for line in table[2:] if line.startswith("  ")}
     if not table:
         assert "known: " in done.stderr
     elif arguments and arguments[0] != "--help":
         assert table[0].startswith(f"usage: unmask {arguments[0]} COMMAND")
         assert names == {"policy-iteration", "imitation", "upo", "ppo-sb3", "ppo-torchrl", "grpo-torchrl"}
+        assert table[-1] == "unmask train OPTIONS is unmask train policy-iteration OPTIONS, whose --help lists them."
     else:
         assert {level[0] for level in LEVELS if level} == names
 
@@ -424,16 +426,11 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         (["evaluate", *TINY, "--orders", "remdm", "--actions", "set"], ["remdm is for actions 'set+remask'"]),
         (["show", *TINY, "--order", "threshold", "--actions", "single"], ["threshold is for actions 'set'"]),
         (["show", *TINY, "--order", "remdm", "--actions", "set"], ["remdm is for actions 'set+remask'"]),
-        (["show", *TINY, "--order", "margin", "--threshold", "0.5"], ["--threshold is for learned policies over sets"]),
-        (
-            ["show", *TINY, "--order", "threshold", "--threshold", "0.5"],
-            ["references carry theirs: threshold:theta=0.8"],
-        ),
-        (
-            ["show", *TINY, "--order", "sudoku6-tiny-rewards", "--threshold", "0.5"],
-            ["--threshold is for learned policies"],
-        ),
-        (["show", *TINY, "--order", "sudoku6-tiny-sets-rewards", "--threshold", "1"], ["above 0 and below 1, not 1"]),
+        (["show", *TINY, "--order", f"{SINGLE}:threshold=0.5"], ["chooses single positions and takes no options"]),
+        (["show", *TINY, "--order", f"{SETS}:threshold=1"], ["above 0 and below 1, not 1"]),
+        (["evaluate", *TINY, "--orders", f"{SETS}:read=never"], ["read", "always"]),
+        (["evaluate", *TINY, "--orders", f"{SETS}:theta=0.5"], ["takes threshold, remask_threshold, read; not theta"]),
+        (["evaluate", *TINY, "--orders", "nobody:threshold=0.5"], ["unknown order 'nobody'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -780,8 +777,8 @@ def check_shown(out: str, index: int, process: Unmasking, policy: Policy, genera
 
 @pytest.mark.parametrize("threshold", [None, 0.05, 0.9])
 def test_show_plays_sets(unmask, threshold: float | None) -> None:
-    options = [] if threshold is None else ["--threshold", threshold]
-    done = unmask("show", *TINY, "--order", "sudoku6-tiny-sets-rewards", "--index", 3, "--delay", 0, *options)
+    order = SETS if threshold is None else f"{SETS}:threshold={threshold}"
+    done = unmask("show", *TINY, "--order", order, "--index", 3, "--delay", 0)
     assert (done.code, done.err) == (0, "")
     process = Unmasking(SUDOKU6, load_denoiser("sudoku6-tiny", SUDOKU6), Rules("set"))
     policy = load_policy("sudoku6-tiny-sets-rewards", SUDOKU6, process.denoiser)
@@ -794,7 +791,7 @@ def test_show_plays_sets(unmask, threshold: float | None) -> None:
 def test_a_higher_threshold_fills_fewer_at_a_time(unmask) -> None:
     """On the same board, so at the first step."""
     outs = [
-        unmask("show", *TINY, "--order", "sudoku6-tiny-sets-rewards", "--delay", 0, "--threshold", threshold).out
+        unmask("show", *TINY, "--order", f"{SETS}:threshold={threshold}", "--delay", 0).out
         for threshold in (0.05, 0.5, 0.99)
     ]
     low, middle, high = ({cell for cell, _, _ in moves_of(out)[0]} for out in outs)

@@ -117,8 +117,11 @@ def test_settings_are_shown_as_they_are_typed() -> None:
     for curve, (rule, settings) in sweeps("set+remask").items():
         for setting in settings:
             assert reference(Point(curve, setting, False, point(1, 0.5).result).order) == rule(**setting)
-    policy = Point("runs/a", {"threshold": 0.35}, True, point(1, 0.5).result)
-    assert policy.order == "runs/a --threshold 0.35"
+    for curve, setting, typed in [
+        ("runs/a", {"threshold": 0.35}, "runs/a:threshold=0.35"),
+        ("runs/a, reads first", {"threshold": 0.7, "read": "first"}, "runs/a:threshold=0.7,read=first"),
+    ]:
+        assert Point(curve, setting, True, point(1, 0.5).result).order == typed
 
 
 # ---------------------------------------------------------------------- the page
@@ -145,7 +148,7 @@ def test_a_page_by_hand(tmp_path) -> None:
         "title": "a title",
         "metric": "solve rate",
         "curves": [
-            {"name": "x</script>", "learned": True, "points": [{"order": "x</script> --threshold 0.5"} | point]},
+            {"name": "x</script>", "learned": True, "points": [{"order": "x</script>:threshold=0.5"} | point]},
             {
                 "name": "threshold margin",
                 "learned": False,
