@@ -33,7 +33,8 @@ class TrainConfig:
     out: str
     """folder for the policy, the logs and the state to resume from"""
     env: str = "Unmask/Sudoku6x6-v0"
-    """an environment's id, or a task with its options; a task of your own as file.py:Class or package.module:Class"""
+    """an environment's id, or a task with its options; a task of your own as file.py:Class or package.module:Class;
+    --task means the same"""
     denoiser: str | None = None
     """packaged name, folder or hub id; default: the environment's"""
     init: str | None = None
