@@ -327,8 +327,6 @@ class Run:
             self.logs.write(values, self.step)
             if note:
                 self.note(note)
-                if not self.progress.console.is_terminal:
-                    self.say(f"{self.title} {self.step + 1}/{self.steps} {note}")
         if note:
             self._line = (self.step + 1, time.perf_counter())
 
@@ -337,9 +335,11 @@ class Run:
         return each * (self.step + 1 - self._line[0]) / (time.perf_counter() - self._line[1])
 
     def note(self, text: str) -> None:
-        """Show ``text`` below the progress bar."""
+        """Show ``text`` below the progress bar, off a terminal as a line of its own."""
         if self.main:
             self.progress.update(self._bar, note=text)
+            if not self.progress.console.is_terminal:
+                self.say(f"{self.title} {self.step + 1}/{self.steps} {text}")
 
     def say(self, line: str) -> None:
         """``line`` on stdout, above the progress bar where there is one."""
