@@ -20,6 +20,7 @@ positions at once: it takes the answer's place in imitation of the oracle (exper
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -108,6 +109,7 @@ class Player:
     Attributes:
         process: under rules that allow ``policy`` its actions.
         beta: above 0, beta * log(pi / g) of every action counts against the reward; g is ``reference``.
+        told: of how many more states were labelled.
     """
 
     process: Unmasking
@@ -115,6 +117,7 @@ class Player:
     reference: Reference
     defer_above: float
     beta: float = 0.0
+    told: Callable[[int], None] = lambda states: None
 
     @classmethod
     def of(cls, process: Unmasking, policy: Policy, reference: Reference, defer_above: float, beta: float) -> Player:
@@ -212,6 +215,7 @@ def values_of(
         total = torch.zeros(len(part), g.shape[1], device=g.device)
         total.index_put_((rows, positions), reward / times, accumulate=True)
         values[part] = torch.where(asked[part], total, torch.nan)
+        player.told(len(part))
     return values
 
 
@@ -239,6 +243,7 @@ def label(
         values = values_of(config, player, seen, state, generator)
         return torch.where(values.isnan(), player.process.task.mask_id, seen.denoised.best), values
     board, rewarded = finished_boards(config, player, state, generator)
+    player.told(len(state))
     return board, torch.where(seen.fillable & rewarded.unsqueeze(1), 1.0, torch.nan)
 
 
@@ -437,8 +442,10 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 generator = step_generator(process.device, config.seed, iteration, 4 << 16, rank)
                 trusted = None if iteration == 0 and config.init is None else policy.eval()
                 new = States(process.task)
+                what = f"iteration {iteration + 1}: playing, {{:,}} of up to {{:,}} states"
+                told = run.counter(what, mine.puzzles * mine.levels)
                 with run.interruptible():
-                    played = _play(mine, process, g, trusted, new, generator)
+                    played = _play(mine, process, g, trusted, new, generator, told)
                 new.pool()
                 states.add(config.capacity, **new.state_dict())
                 if not len(states):
@@ -503,13 +510,14 @@ def _play(
     policy: OrderPolicy | RemaskPolicy | None,
     states: States,
     generator: torch.Generator,
+    told: Callable[[int], None],
 ) -> dict[str, float]:
     """One iteration's play. ``policy`` None: the reference plays."""
     if config.rules.actions == "single":
         beta = config.beta if config.sampled else 0.0
         defer_above = config.policy.defer_above if policy is None else policy.config.defer_above
         player = Player.of(process, g if policy is None else policy, g, defer_above, beta)
-        return play_positions(config, player, states, generator)
+        return play_positions(config, replace(player, told=told), states, generator)
     alone = replace(process, rules=Rules(block_length=process.rules.block_length))
     single = SoftmaxConfidence()
     player = Player.of(alone, single if policy is None else OneByOne(policy), single, config.policy.defer_above, 0.0)

@@ -40,6 +40,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 STOPPING = "stopping after this step and saving; once more stops without saving"
 MEASURED = 3.0  # seconds of steps from which the duration is estimated
 LONG = 60.0  # seconds from which on it is told
+HALF_A_MINUTE = 30.0
 
 
 @dataclass(frozen=True)
@@ -340,6 +341,20 @@ class Run:
             self.progress.update(self._bar, note=text)
             if not self.progress.console.is_terminal:
                 self.say(f"{self.title} {self.step + 1}/{self.steps} {text}")
+
+    def counter(self, what: str, most: int) -> Callable[[int], None]:
+        """For long work within a step: a function that takes how much more was done, and twice a minute notes how much
+        of at most ``most`` it is. ``what`` has places for both: ``"{:,} of up to {:,} states"``."""
+        done, said = 0, time.monotonic()
+
+        def count(more: int) -> None:
+            nonlocal done, said
+            done += more
+            if time.monotonic() - said >= HALF_A_MINUTE:
+                said = time.monotonic()
+                self.note(what.format(done, most))
+
+        return count
 
     def say(self, line: str) -> None:
         """``line`` on stdout, above the progress bar where there is one."""

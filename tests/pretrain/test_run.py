@@ -173,3 +173,16 @@ def test_a_damaged_optimizer_is_told_before_it_steps(damage, message: str, tmp_p
     save_state(tmp_path / "state.safetensors", state)
     with pytest.raises(UnmaskError, match=message):
         Run(Settings(str(tmp_path), "must"), 1, {"optimizer": torch.optim.AdamW([parameter])}, "fit toy")
+
+
+def test_long_work_within_a_step_is_counted_twice_a_minute(tmp_path: Path, capsys, monkeypatch) -> None:
+    now = iter([0.0, 10.0, 31.0, 31.0, 40.0, 62.0, 62.0])
+    with Run(Settings(str(tmp_path)), 3, {}, "fit toy") as run:
+        capsys.readouterr()
+        monkeypatch.setattr("pretrain.run.time.monotonic", lambda: next(now))
+        count = run.counter("playing, {:,} of up to {:,} states", 4000)
+        for _ in range(4):
+            count(500)
+        monkeypatch.undo()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"fit toy 1/3 playing, {done} of up to 4,000 states" for done in ("1,000", "2,000")]
