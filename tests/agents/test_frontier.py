@@ -108,6 +108,8 @@ def test_what_is_swept_by_name() -> None:
     assert frontier.methods(["heuristics"], remask).keys() == sweeps("set+remask").keys() > sweeps("set").keys()
     with pytest.raises(UnknownNameError, match="unknown order 'nobody'; known: entropy_bounded, "):
         frontier.methods(["nobody"], sets)
+    with pytest.raises(UnmaskError, match="sweeps thresholds itself; leave them out"):
+        frontier.methods(["sudoku6-tiny-sets-rewards:threshold=0.7"], sets)
     with pytest.raises(UnmaskError, match="the frontier is of sets"):
         frontier.methods(["heuristics"], single)
 
