@@ -91,6 +91,9 @@ class PolicyIterationConfig(TrainConfig):
     the reward: the values are then those of the regularised objective at any beta"""
     levels: AtLeast1 = 6
     """uncertain states of a board that are evaluated at most, one after the other"""
+    states: AtLeast1 = 1500
+    """labelled at most in each iteration, over all processes, where single positions are chosen: on each level half of
+    those that are left, of boards that are drawn where there are more"""
     capacity: AtLeast1 = 40_000
     """states kept to fit; the oldest are forgotten"""
     save_every: AtLeast1 = 100
@@ -273,7 +276,8 @@ def play_positions(
         if bool(state.done.all()):
             break
         followed = []
-        for part in in_parts(state[~state.done], config.rows):
+        labelled = _some(state[~state.done], max(1, (config.states - met) // 2), generator)
+        for part in in_parts(labelled, config.rows):
             seen = process.observe(part)
             answers, stored = label(config, player, seen, part, generator)
             values = best_symbols_values(config.labels, seen, answers, stored)
@@ -293,6 +297,14 @@ def play_positions(
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
     return {"play/states": float(met), "play/informative": float(informative)}
+
+
+def _some(state: State, most: int, generator: torch.Generator) -> State:
+    """``most`` rows, drawn, in their order; all where there are no more."""
+    if len(state) <= most:
+        return state
+    drawn = torch.randperm(len(state), generator=generator, device=state.tokens.device)[:most]
+    return state[drawn.sort().values]
 
 
 def _keep(config: PolicyIterationConfig, states: States, state: State, answers: Tensor, values: Tensor) -> None:
@@ -428,6 +440,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     """
     config, process, g, policy = _start(config, process)
     mine, rank = processes.share(config, "puzzles", "batch"), processes.rank()
+    mine = replace(mine, states=max(1, config.states // processes.count()))
     optimizer, states = make_optimizer(config, policy), States(process.task)
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
@@ -443,7 +456,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 trusted = None if iteration == 0 and config.init is None else policy.eval()
                 new = States(process.task)
                 what = f"iteration {iteration + 1}: playing, {{:,}} of up to {{:,}} states"
-                told = run.counter(what, mine.puzzles * mine.levels)
+                told = run.counter(what, min(mine.states, mine.puzzles * mine.levels))
                 with run.interruptible():
                     played = _play(mine, process, g, trusted, new, generator, told)
                 new.pool()

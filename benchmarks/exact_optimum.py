@@ -175,7 +175,7 @@ def recipes(
     uniform = ppo | {"reference": "random"}
     own = {name: value for name, value in common.items() if name != "anneal"}
     iterated = own | {"labels": "values", "sampled": True, "iterations": 12, "puzzles": 128, "steps": posed.fit}
-    iterated |= {"capacity": posed.kept * 128 * steps // 2, "levels": steps // 2}
+    iterated |= {"capacity": posed.kept * 128 * steps // 2, "levels": steps // 2, "states": 128 * steps}
     iterated |= {"continuations": posed.continuations, "validate_every": 0}
     return {
         "policy iteration": (policy_iteration.train, PolicyIterationConfig(**iterated)),

@@ -536,3 +536,29 @@ def test_policies_over_sets_play_one_by_one() -> None:
     torch.testing.assert_close(alone.log_probs, policy.log_odds(seen).log_softmax(1))
     assert torch.equal(alone.mode(), one_of(policy.log_odds(seen).argmax(1), 4))
     assert len(sequences(3, 4)) == 81
+
+
+@pytest.mark.parametrize("states", [10**6, 40, 3])
+def test_of_many_states_half_of_what_is_left_are_labelled_on_each_level(states) -> None:
+    process, kept = table(), States(TableTask(random_joint(3, 4, seed=12)))
+    few = settled(puzzles=64, levels=3, states=states, retries=2, labels="boards")
+    asked: list[int] = []
+    player = Player(process, SoftmaxConfidence(), SoftmaxConfidence(), 2.0, told=asked.append)
+    told = policy_iteration.play_positions(few, player, kept, generator())
+    assert told["play/states"] == sum(asked)
+    assert asked[0] == {10**6: 64, 40: 20, 3: 1}[states]
+    left = states
+    for labelled in asked:
+        assert labelled <= max(1, left // 2)
+        left -= labelled
+
+
+def test_states_within_the_bound_are_labelled_as_without_it(sudoku6, tiny) -> None:
+    found = []
+    for states in (1500, 10**6):
+        kept, few = States(sudoku6), settled(puzzles=60, labels="boards", candidates=16, states=states)
+        player = Player.of(Unmasking(sudoku6, tiny), SoftmaxConfidence(), SoftmaxConfidence(), 0.97, 0.0)
+        policy_iteration.play_positions(few, player, kept, generator())
+        found.append(kept.state_dict())
+    for name, column in found[0].items():
+        assert torch.equal(column.nan_to_num(-1), found[1][name].nan_to_num(-1)), name
