@@ -21,11 +21,13 @@ import ast
 import itertools
 import random
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 import tyro
 from common import report
 from rich.console import Console
@@ -124,6 +126,16 @@ def read(kind: str, packages: Path, split: str) -> tuple[Path, Any, list[str], l
     return folder, tokenizer_of(folder.parent / "vocab.txt", RESIDUE), known, new
 
 
+def as_safetensors(folder: Path, into: Path) -> Path:
+    """The model with its weights in the one form that denoisers are read from, converted once; transformers reads the
+    old form without running what it pickles."""
+    if not into.exists():
+        transformers.AutoModelForMaskedLM.from_pretrained(folder, weights_only=True).save_pretrained(into)
+        for file in [*folder.glob("*.txt"), *folder.glob("*token*.json")]:
+            shutil.copy(file, into)
+    return into
+
+
 def clusters_of(kind: str, task: Lines, tokenizer: Any, shown: Instances) -> list[str]:
     """Of each instance its acid, or its whole sequence."""
     special = set(tokenizer.all_special_tokens)
@@ -170,7 +182,7 @@ def main(
     length = Lines(known + new, tokenizer).length
     task, other = Lines(known, tokenizer, length, hide), Lines(new, tokenizer, length, hide)
     task.name = other.name = kind
-    denoiser = HFDenoiser(folder, task, hidden=True)
+    denoiser = HFDenoiser(as_safetensors(folder, runs / f"{kind}-model"), task, hidden=True)
     shown = distinct(other.sample(instances, torch.Generator().manual_seed(2**31)))
     clusters = clusters_of(kind, other, tokenizer, shown)
     process = Unmasking(task, denoiser)

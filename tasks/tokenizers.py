@@ -128,6 +128,8 @@ def unread(error: Exception) -> str:
         return "it brings its own code, which runs only with trust_remote_code=True; is its source to be trusted?"
     if "ignore_mismatched_sizes" in str(error):
         return "its weights are not of the sizes that its configuration says"
+    if "model.safetensors" in str(error):
+        return "it has no model.safetensors, the one form of weights that is read; docs/models.md says how to convert"
     return first_line(error)
 
 
