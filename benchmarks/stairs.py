@@ -1,6 +1,5 @@
-"""A task with many right answers: eight digits that never fall and whose sum is given, two of them known.
-
-unmask pretrain mdm --task benchmarks/stairs.py:Stairs --steps 1500 --batch 128 --dim 48 --layers 2 --out runs/stairs/denoiser
+"""A task with many right answers: eight digits that never fall and whose sum is given, two of them known. stairs.sh
+trains a denoiser and order policies for it.
 """
 
 import torch
