@@ -307,9 +307,10 @@ def run(command: FrontierCommand) -> None:
     process, instances, title = prepare(command, "set")
     chosen = methods(command.orders or ("heuristics",), process)
     points = sweep(process, chosen, instances, command.seed, command.batch, progress=True)
-    write_json(command.out.with_suffix(".json"), [point.row() for point in points])
     if drawn:
-        draw(points, title, command.out)
+        write(points, title, command.out)
+    else:
+        write_json(command.out.with_suffix(".json"), [point.row() for point in points])
     if command.html is not None:
         write_page([point.row() for point in points], title, command.html)
     Console().print(table(points, title))
