@@ -217,6 +217,7 @@ def test_the_bound_is_that_of_pretraining_of_the_same_draws() -> None:
     assert float(-score) == pytest.approx(float(bound(model, clean, generator(3), 8).order), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rolling_scores_are_those_of_the_windows(folder) -> None:
     lm = made(folder, likelihood="left_to_right", max_length=16, batch_size=8)
     text = (TASKS / "sums.jsonl").read_text()[:70]

@@ -553,6 +553,7 @@ def test_of_many_states_half_of_what_is_left_are_labelled_on_each_level(states) 
         left -= labelled
 
 
+@pytest.mark.slow
 def test_states_within_the_bound_are_labelled_as_without_it(sudoku6, tiny) -> None:
     found = []
     for states in (1500, 10**6):

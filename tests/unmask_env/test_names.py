@@ -98,6 +98,7 @@ def test_folders_that_hide_nothing_are_nothing_to_complain_of(place: Path) -> No
     assert run(place, "-c", "from unmask_env.names import require_ours; require_ours()").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_installed_command_shows_its_table_without_torch_and_registers_before_it_works(place: Path) -> None:
     write(place / "torch" / "__init__.py")
     done = run(place, str(place / "bin" / "unmask"), "--help")

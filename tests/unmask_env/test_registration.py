@@ -159,6 +159,7 @@ def test_references_are_made_by_name_though_their_module_is_called_alike() -> No
         unmask_env.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_learner_and_no_model_library() -> None:
     heavy = ["stable_baselines3", "torchrl", "transformers", "matplotlib"]
     code = f"import sys, unmask_env; print([name for name in {heavy} if name in sys.modules])"
