@@ -56,6 +56,7 @@ ELSEWHERE = {  # how commands begin that cannot run here, or that another test r
     "unmask evaluate --task math:hf:": "likewise",
     "unmask evaluate --task lines:sequences.txt": "a model of the hub",
     "unmask evaluate --task text:wiki": "a language model of 135 million parameters, from a package outside the extras",
+    "unmask train --task text:wiki": "likewise",
     "unmask pretrain adapter": "likewise",
     "python -m agents.lm_eval": "a model of the hub; tests/agents/test_lm_eval.py runs the harness",
     "python docs/examples/": "tests/test_examples.py runs them",
