@@ -25,7 +25,7 @@ from pretrain.run import Bar, resolve_device
 from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.errors import optional
 from tasks.files import STDOUT, check_writable, report_json, write_atomically, write_json
-from tasks.registry import read_options
+from tasks.registry import name_and_options, read_options
 from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, check, validate
 from tasks.task import check_instances
 from unmask_env import exact
@@ -226,14 +226,14 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Polic
         if denoiser is not None and isinstance(g, Learned | LearnedGreedy):
             require_learned(Unmasking(task, denoiser))
         return g
-    source, colon, text = (name, "", "") if Path(name).exists() else name.partition(":")
+    source, text = name_and_options(name)
     try:
         policy = load_policy(source, task, denoiser)
     except UnknownNameError:
         raise UnknownNameError("order", source, [*REFERENCES, *packaged(PACKAGED_POLICIES)]) from None
     if denoiser is not None:
         policy = policy.to(denoiser.device)
-    if not colon:
+    if text is None:
         return policy
     if policy.actions == "single":
         raise UnmaskError(f"order {name!r}: {source} chooses single positions and takes no options")

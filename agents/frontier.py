@@ -28,11 +28,12 @@ from agents.evaluate import (
     progress_bar,
 )
 from agents.page import fill_page
-from agents.policy import PACKAGED_POLICIES, load_policy
-from pretrain.checkpoint import packaged, read_json
+from agents.policy import load_policy
+from pretrain.checkpoint import read_json
 from tasks import Instances, UnknownNameError, UnmaskError
 from tasks.errors import MissingLibraryError, optional
 from tasks.files import check_writable, write_atomically, write_json
+from tasks.registry import name_and_options
 from tasks.settings import AtLeast1
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, sweeps
@@ -88,11 +89,11 @@ def methods(names: Sequence[str], process: Unmasking) -> Methods:
                 rule, settings = curves[method]
                 chosen[method] = [(setting, rule(**setting)) for setting in settings]
                 continue
+            if name_and_options(method)[1] is not None:
+                raise UnmaskError(f"{method}: the frontier sweeps thresholds itself; leave them out")
             try:
                 policy = load_policy(method, process.task, process.denoiser).to(process.device)
             except UnknownNameError:
-                if method.partition(":")[0] in packaged(PACKAGED_POLICIES):
-                    raise UnmaskError(f"{method}: the frontier sweeps thresholds itself; leave them out") from None
                 raise UnknownNameError("order", method, ["heuristics", *curves]) from None
             if policy.actions == "single":
                 raise UnmaskError(f"order policy {method} chooses single positions; the frontier is of sets")

@@ -159,6 +159,14 @@ def _file(path: Path) -> ModuleType:
     return module
 
 
+def name_and_options(source: str | Path) -> tuple[str, str | None]:
+    """``NAME:OPTIONS`` as its parts, for :func:`read_options`; what exists as it is written has no options, None."""
+    if Path(source).exists():
+        return str(source), None
+    name, colon, text = str(source).partition(":")
+    return name, text if colon else None
+
+
 def read_options(
     what: str, text: str | None, factory: Callable[..., object], given: dict[str, object] | None = None
 ) -> dict[str, object]:

@@ -16,6 +16,7 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, checked_device, load_model
 from pretrain.uniform import ALPHA_MIN
 from tasks import IncompatibleDenoiserError, Task, UnmaskError, read_options
+from tasks.registry import name_and_options
 from tasks.settings import AtLeast1, Depth, check
 from unmask_env.diffusion_gemma import DiffusionGemma, is_diffusion_gemma
 from unmask_env.language_models import HFDenoiser
@@ -333,10 +334,10 @@ def _by_name(source: str | Path, task: Task, device: torch.device) -> Denoiser |
         if options.keys() & {"task", "device"} or "source" not in options:
             raise UnmaskError(f"denoiser {source!r} must be hf:SOURCE, followed by options; not task or device")
         return kind(**options, task=task, device=device)
-    name, colon, text = (str(source), "", "") if Path(source).exists() else str(source).partition(":")
+    name, text = name_and_options(source)
     if adapter_folder(name) is not None:
         adapted = partial(HFDenoiser, name, task, device)
-        return adapted(**read_options(f"denoiser {str(source)!r}", text if colon else None, adapted))
+        return adapted(**read_options(f"denoiser {str(source)!r}", text, adapted))
     model = load_model(Backbone, name, PACKAGED_DENOISERS, "denoiser")
     frozen = partial(FrozenDenoiser, model, task, device)
-    return frozen(**read_options(f"denoiser {str(source)!r}", text if colon else None, frozen))
+    return frozen(**read_options(f"denoiser {str(source)!r}", text, frozen))
