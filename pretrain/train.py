@@ -17,7 +17,7 @@ import tasks
 from pretrain import card, processes
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, save_model, step_generator
-from pretrain.objectives.learned_order import block_loss, learned_order_loss
+from pretrain.objectives.learned_order import Estimator, block_loss, learned_order_loss
 from pretrain.objectives.masked import losses_of_passes, masked_diffusion_loss
 from pretrain.objectives.uniform import uniform_loss
 from pretrain.orders import PositionOrder
@@ -141,13 +141,16 @@ class LearnedOrderConfig(PretrainConfig):
     """learning rate of what the order alone learns, as a multiple of ``lr``"""
     order_start: Share = 0.0
     """share of the steps that train plain masked diffusion, at its cost, before the order begins to learn"""
+    estimator: Estimator = "control_variate"
+    """of the order's gradient: ``rloo``, two masks and their losses, as the paper, or ``control_variate``, one mask and
+    what a second one, without gradients, says that it should cost (cheaper)"""
 
     def objective(
         self, model: Backbone, clean: Tensor, generator: torch.Generator, done: float
     ) -> tuple[Tensor, Tensor]:
         if done < self.order_start:  # all orders are still alike
             return super().objective(model, clean, generator, done)
-        return learned_order_loss(model, clean, generator)
+        return learned_order_loss(model, clean, generator, self.estimator)
 
 
 @dataclass(frozen=True)

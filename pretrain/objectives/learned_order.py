@@ -6,7 +6,7 @@ Shapes: N sequences, L positions, V symbols.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,10 @@ def at_even_shares(model: Backbone, clean: Tensor, generator: torch.Generator) -
     return AtTimes(schedule, log_t, probability, (schedule.order_weights * weight).float(), draw)
 
 
-def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(surrogate to differentiate, one-sample estimate of the bound in nats per position), scalars.
+def learned_order_loss(
+    model: Backbone, clean: Tensor, generator: torch.Generator, estimator: Estimator = "control_variate"
+) -> tuple[Tensor, Tensor]:
+    """(surrogate to differentiate, estimate of the bound in nats per position), scalars.
 
     *Times.* What is drawn uniformly is not t but the share s of positions that are masked on average, and t follows for
     each sequence (:meth:`pretrain.masking.PolynomialSchedule.log_time`). In tau = -log t the velocities are the
@@ -61,33 +63,55 @@ def learned_order_loss(model: Backbone, clean: Tensor, generator: torch.Generato
     is worst.
 
     *The order's gradient.* The estimate's gradient in the trunk and in the revealing weights is the bound's. The
-    masking weights also decide which masks are drawn. So a second mask z_2 is drawn at the same time, independently
-    and without gradients, and says what each position of the first may be expected to cost: c_i, its own cross-entropy
-    under z_2 where that masks it, and the mean of those elsewhere. With b the first mask, p its probabilities and
-    l(b, CE) the integrand, the surrogate is
-
-        l(b, CE - c) + log q(b | x) stopgrad(l(b, CE - c)) + sum_i p_i A_i c_i.
-
-    Its expected gradient is the bound's, as that of the two-sample estimator of Hong et al. 2026 (arXiv 2602.02112,
-    eq. 8) and GenMD4, whose baseline is the whole loss of z_2: the last term adds what c takes from the first two,
-    exactly (a linear control variate; Gu et al. 2016, arXiv 1511.05176). How many positions are masked cancels, and a
-    step is one forward and backward of z_1 and one forward each of z_2 and, where the order reads it, of x. It is
-    cheaper than the two-sample estimator and not always less noisy (docs/results/lomdm.md).
+    masking weights also decide which masks are drawn, so a second mask is drawn at the same time, independently, and
+    ``estimator`` says what is made of the two; in expectation both have the bound's gradient.
 
     Args:
         clean: (N, L) int64 complete sequences.
+        estimator: ``rloo``, :func:`rloo`, or ``control_variate``, :func:`control_variate`.
     """
-    at = at_even_shares(model, clean, generator)
+    surrogate, bound = ESTIMATORS[estimator](at_even_shares(model, clean, generator))
+    return surrogate.mean() / clean.shape[1], bound.mean() / clean.shape[1]
+
+
+def rloo(at: AtTimes) -> tuple[Tensor, Tensor]:
+    """(N,) each, surrogate and bound: two-sample leave-one-out REINFORCE of the losses l_1 and l_2 of the two masks z_1
+    and z_2, (l_1 + l_2) / 2 + (log q(z_1) - log q(z_2)) stopgrad(l_1 - l_2) / 2 (Hong et al. 2026, arXiv 2602.02112,
+    eq. 8): a forward and a backward of each."""
+    losses, chances = [], []
+    for _ in range(2):
+        masked, cross_entropy, reverse = at.draw()
+        losses.append(integrand(cross_entropy, at.velocity, reverse, masked))
+        chances.append(at.schedule.log_probability(masked, at.log_t))
+    mean = (losses[0] + losses[1]) / 2
+    score = (chances[0] - chances[1]) * (losses[0] - losses[1]).detach() / 2
+    return mean + score, mean.detach()
+
+
+def control_variate(at: AtTimes) -> tuple[Tensor, Tensor]:
+    """(N,) each, surrogate and bound: one mask b, and a second one, without gradients, which says what each position of
+    the first may be expected to cost: c_i, its own cross-entropy under the second where that masks it, and the mean of
+    those elsewhere. With p the first's probabilities and l(b, CE) the integrand, the surrogate is
+
+        l(b, CE - c) + log q(b | x) stopgrad(l(b, CE - c)) + sum_i p_i A_i c_i,
+
+    whose last term adds what c takes from the first two, exactly (a linear control variate; Gu et al. 2016, arXiv
+    1511.05176). How many positions are masked cancels, and the second mask takes no backward: cheaper than
+    :func:`rloo`, and not always less noisy (docs/results/lomdm.md).
+    """
     masked, cross_entropy, reverse = at.draw()
     with torch.no_grad():
-        bound = integrand(cross_entropy, at.velocity, reverse, masked).mean() / clean.shape[1]
+        bound = integrand(cross_entropy, at.velocity, reverse, masked)
         others, costs, _ = at.draw()
         mean = (costs * others).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp(min=1)
         expected = torch.where(others, costs, mean)  # (N, L) c
     surprise = integrand(cross_entropy - expected, at.velocity, reverse, masked)
     score = at.schedule.log_probability(masked, at.log_t) * surprise.detach()
-    surrogate = surprise + score + (at.probability.float() * at.velocity * expected).sum(1)
-    return surrogate.mean() / clean.shape[1], bound
+    return surprise + score + (at.probability.float() * at.velocity * expected).sum(1), bound
+
+
+Estimator = Literal["control_variate", "rloo"]
+ESTIMATORS: dict[str, Callable[[AtTimes], tuple[Tensor, Tensor]]] = {"control_variate": control_variate, "rloo": rloo}
 
 
 def block_loss(model: Backbone, clean: Tensor, generator: torch.Generator) -> Tensor:

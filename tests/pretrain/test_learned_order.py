@@ -15,7 +15,7 @@ from pretrain import likelihood, masking
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import PACKAGED_DENOISERS, load_model, load_state
 from pretrain.masking import PolynomialSchedule
-from pretrain.objectives.learned_order import block_loss, learned_order_loss
+from pretrain.objectives.learned_order import ESTIMATORS, Estimator, at_even_shares, block_loss, learned_order_loss
 from pretrain.objectives.masked import masked_diffusion_loss
 from pretrain.run import Interrupted
 from pretrain.train import (
@@ -60,7 +60,9 @@ def time_of(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return t, 1 / (w.double() * t ** w.double()).mean(1)
 
 
-def expected_surrogate(model: Backbone, clean: Tensor, share: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def expected_surrogate(
+    model: Backbone, clean: Tensor, share: float, monkeypatch: pytest.MonkeyPatch, estimator: Estimator
+) -> Tensor:
     """The mean of the surrogate of one sequence (1, L) over all 64 pairs of masks at the time of ``share``."""
     pending: list[Tensor] = []
     monkeypatch.setattr(masking, "low_discrepancy_times", lambda n, _: torch.full((n,), share, dtype=torch.float64))
@@ -71,7 +73,7 @@ def expected_surrogate(model: Backbone, clean: Tensor, share: float, monkeypatch
     for first, second in itertools.product(MASKS, repeat=2):
         pending += [first, second]
         q = torch.where(first, p, 1 - p).prod() * torch.where(second, p, 1 - p).prod()
-        total = total + q * learned_order_loss(model, clean, generator())[0]
+        total = total + q * learned_order_loss(model, clean, generator(), estimator)[0]
         assert not pending, "two masks at one time"
     return total
 
@@ -82,14 +84,15 @@ def decides_masks(name: str) -> bool:
 
 
 @pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("share", [0.15, 0.8])
 @pytest.mark.parametrize("order", LEARNED)
-def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, share, monkeypatch):
+def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, share, estimator, monkeypatch):
     """Of every parameter: trunk, head, masking and revealing exponents. The time is a constant for the gradient."""
     model, clean = backbone(order=order).double(), SEQUENCES[3:4]
     t, weight = time_of(model.order.order_weights(clean, model.trunk(clean)).detach(), share)
     exact = gradients((weight * t * Exact(model, clean).at_time(t)).sum() / L, model)
-    found = gradients(expected_surrogate(model, clean, share, monkeypatch), model)
+    found = gradients(expected_surrogate(model, clean, share, monkeypatch, estimator), model)
     assert exact.keys() == found.keys()
     for name, value in exact.items():
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8, msg=name)
@@ -98,14 +101,15 @@ def test_the_expected_gradient_is_the_gradient_of_the_expectation(order, share, 
 
 
 @pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("order", LEARNED)
-def test_without_the_score_term_the_masking_exponents_are_misled(order, monkeypatch):
+def test_without_the_score_term_the_masking_exponents_are_misled(order, estimator, monkeypatch):
     model, clean, share = backbone(order=order).double(), SEQUENCES[3:4], 0.5
     t, weight = time_of(model.order.order_weights(clean, model.trunk(clean)).detach(), share)
     exact = gradients((weight * t * Exact(model, clean).at_time(t)).sum() / L, model)
     whole = PolynomialSchedule.log_probability
     monkeypatch.setattr(PolynomialSchedule, "log_probability", lambda self, *given: whole(self, *given).detach())
-    found = gradients(expected_surrogate(model, clean, share, monkeypatch), model)
+    found = gradients(expected_surrogate(model, clean, share, monkeypatch, estimator), model)
     off = {name: float((found[name] - value).abs().max()) for name, value in exact.items()}
     assert max(value for name, value in off.items() if decides_masks(name)) > 1e-2
     assert max(value for name, value in off.items() if not decides_masks(name)) < 1e-8
@@ -182,6 +186,24 @@ def test_one_draw_of_the_loss_by_hand(order):
     found = learned_order_loss(model, clean, generator(5))
     assert found[1].item() == pytest.approx(bound, rel=1e-4)
     assert found[0].item() == pytest.approx(surrogate, rel=1e-3)
+
+
+def test_one_draw_of_two_sample_rloo_by_hand():
+    """Hong et al. 2026, arXiv 2602.02112, eq. 8: each mask's loss is the other's baseline."""
+    model, clean = backbone(order="context"), SEQUENCES
+    at = at_even_shares(model, clean, generator(5))
+    losses, chances = [], []
+    for _ in range(2):
+        masked, cross_entropy, reverse = at.draw()
+        velocities = at.velocity * (at.velocity / reverse).log() - at.velocity + reverse
+        losses.append(torch.where(masked, at.velocity * cross_entropy + velocities, 0).sum(1).tolist())
+        chances.append(torch.where(masked, at.probability, 1 - at.probability).log().sum(1).tolist())
+    pairs = list(zip(*losses, *chances, strict=True))
+    bound = sum(one + other for one, other, *_ in pairs) / 2 / 8 / L
+    score = sum((one - other) * p + (other - one) * q for one, other, p, q in pairs) / 2 / 8 / L
+    surrogate, found = learned_order_loss(model, clean, generator(5), "rloo")
+    assert found.item() == pytest.approx(bound, rel=1e-4)
+    assert surrogate.item() == pytest.approx(bound + score, rel=1e-3)
 
 
 def test_the_common_scale_of_the_exponents_does_not_matter():
