@@ -392,7 +392,7 @@ def play_groups(
     draws = generator, fill_stream(process, generator)
     if not config.branch:
         instances, fresh = replay.sample(config.puzzles, generator)
-        played = process.rollout(behaviour, instances.repeat(config.group), *draws, record=True)
+        played = process.rollout(behaviour, instances.repeat(config.group), *draws, record=True, group=config.group)
         return played, instances, torch.arange(config.puzzles) < fresh
     # Many instances may come to no such state, so as many are tried as are played below.
     instances, fresh = replay.sample(config.puzzles * config.group, generator)
@@ -400,7 +400,7 @@ def play_groups(
     forks, found = uncertain_states(process, policy, instances, above, generator)
     rows = (~found).int().argsort(stable=True)[: config.puzzles]
     start = forks[rows.repeat_interleave(config.group)]
-    played = process.rollout(behaviour, start.instances, *draws, record=True, start=start)
+    played = process.rollout(behaviour, start.instances, *draws, record=True, start=start, group=config.group)
     return played, instances[rows.to(instances.tokens.device)], (rows < fresh).cpu()
 
 

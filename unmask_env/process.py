@@ -405,6 +405,7 @@ class Unmasking:
         fill_generator: torch.Generator | None = None,
         record: bool = False,
         start: State | None = None,
+        group: int = 1,
     ) -> Rollout:
         """Fill every mask of ``instances``, one denoiser forward per step for all rows together.
 
@@ -417,6 +418,9 @@ class Unmasking:
             record: keep observations, actions and their log-probabilities; hidden states only for policies that read
                 them.
             start: states of ``instances`` to go on from; default: their first.
+            group: so many rows in a row share their luck: a position is filled by the same random number in all of them
+                (common random numbers), so that their rewards differ by what was chosen. Where a position may be filled
+                twice, rows are filled apart.
 
         Raises:
             UnmaskError: a fill_generator at temperature 0, or none above it. A canvas needs one in any case.
@@ -431,6 +435,8 @@ class Unmasking:
         state, steps = self.reset(instances) if start is None else start, []
         reward = torch.zeros(len(state), device=self.device)
         denoiser_passes, policy_passes = torch.zeros_like(state.steps), torch.zeros_like(state.steps)
+        once = self.draws and self.rules.actions in ("single", "set")
+        luck = self.uniform(state[::group], fill_generator).repeat_interleave(group, 0) if once and group > 1 else None
         while not bool(state.done.all()):
             seen = self.observe(state, fill_generator)
             distribution = policy(seen)
@@ -442,7 +448,8 @@ class Unmasking:
                 denoised = seen.denoised
                 denoised = denoised.without_carried() if policy.reads_hidden else denoised.without_hidden()
                 steps.append(Step(replace(seen, denoised=denoised), action, ~state.done, distribution.log_prob(action)))
-            state, gained = self.step(state, seen, action, self.uniform(state, fill_generator))
+            uniform = self.uniform(state, fill_generator) if luck is None else luck
+            state, gained = self.step(state, seen, action, uniform)
             reward += gained
         return Rollout(replace(state, carried=None), reward, steps, denoiser_passes, policy_passes)
 

@@ -1012,25 +1012,27 @@ TAU, BETA = 0.2, 0.02
 def train_likely(out: Path, task: Likely, fill_temperature: float = 1.0) -> OrderPolicy:
     settings = UPOConfig(
         out=str(out), reference=f"softmax_confidence:tau={TAU}", beta=BETA, fill_temperature=fill_temperature,
-        lr=1e-2, anneal=True, iterations=15, epochs=3, minibatches=2, puzzles=8, group=16, imitation=0,
+        lr=1e-2, anneal=True, iterations=25, epochs=3, minibatches=2, puzzles=16, group=16, imitation=0,
         threads=1, policy=PolicyConfig(copy=False, dim=16, layers=1, defer_above=2.0, num_passes=1),
     )  # fmt: skip
     return upo.train(settings, Unmasking(task, Neighbours(task.joint)))
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("seed", [2, 4])
-def test_training_brings_the_sequences_nearer_to_the_data(tmp_path: Path, seed: int) -> None:
+def test_training_brings_the_sequences_nearer_to_the_data(tmp_path: Path) -> None:
     """UPO's theorem: KL(p_data || p_pi) < KL(p_data || p_g), exactly; and what sequence_log_prob says is the same."""
-    task, target = Likely(seed), SoftmaxConfidence(TAU)
-    trained = train_likely(tmp_path / "run", task)
-    before, after = task.kl(target), task.kl(trained)
-    assert after < before - 0.01
+    gains = []
+    for seed in range(2, 6):
+        task, target = Likely(seed), SoftmaxConfidence(TAU)
+        trained = train_likely(tmp_path / f"run-{seed}", task)
+        gains.append(task.kl(target) - task.kl(trained))
+    assert min(gains) > 0
+    assert sum(gains) / len(gains) > 0.02
     likely = task.data.nonzero()
     instances = Instances(torch.full_like(likely, task.mask_id), likely)
     log_p = sequence_log_prob(Unmasking(task, Neighbours(task.joint), temperature=1.0), trained, instances)
     data = task.data[tuple(likely.T)]
-    assert float((data * (data.log() - log_p)).sum()) == pytest.approx(after, abs=1e-5)
+    assert float((data * (data.log() - log_p)).sum()) == pytest.approx(task.kl(trained), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))

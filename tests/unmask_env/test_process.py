@@ -29,6 +29,7 @@ from unmask_env.reference import (
     SoftmaxMargin,
     Threshold,
     TopK,
+    reference,
 )
 from unmask_env.registration import make_process
 from unmask_env.state import Denoised, InvalidActionError, Rules, State
@@ -302,6 +303,42 @@ def test_sampled_rollouts_follow_the_joint(name: str) -> None:
     chi2 = float(((counts - n * p)[possible] ** 2 / (n * p[possible])).sum())
     freedom = int(possible.sum()) - 1
     assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_groups_share_their_luck_and_each_row_still_follows_the_joint(group: int) -> None:
+    """Whatever the order, a position gets the same random number in every row of a group: one of marginals alone, where
+    orders change nothing, gives the same board; and over groups boards are drawn from the joint."""
+    joint, n = JOINTS[1], 20_000
+    instances = Instances(torch.full((n, 3), 3), torch.tensor([[2, 0, 1]]).expand(n, -1))
+
+    def played(denoiser: TableDenoiser) -> Tensor:
+        draws = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+        process = Unmasking(enumeration.TableTask(joint), denoiser, temperature=1.0)
+        return process.rollout(Random(), instances, *draws, group=group).tokens.view(-1, group, 3)
+
+    one, two, three = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.4, 0.4, 0.2]])
+    independent = one[:, None, None] * two[:, None] * three
+    alike = played(TableDenoiser(independent, enumeration.TableTask(independent)))
+    assert (alike == alike[:, :1]).all()
+    assert len(alike[:, 0].unique(dim=0)) == 27
+    boards = played(TableDenoiser(joint, enumeration.TableTask(joint)))
+    assert group == 1 or (boards != boards[:, :1]).any()  # an order still changes what a number means
+    for member in range(group):
+        p, m = joint.flatten(), n // group
+        counts = (boards[:, member] @ torch.tensor([9, 3, 1])).bincount(minlength=27)
+        chi2 = ((counts - m * p)[p > 0] ** 2 / (m * p[p > 0])).sum()
+        freedom = int((p > 0).sum()) - 1
+        assert float(chi2) < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_a_position_that_may_be_filled_twice_is_filled_apart_in_every_row() -> None:
+    task = enumeration.TableTask(JOINTS[1])
+    process = Unmasking(task, TableDenoiser(JOINTS[1], task), Rules("set+remask", remask_budget=2), temperature=1.0)
+    instances = Instances(torch.full((64, 3), 3), torch.tensor([[2, 0, 1]]).expand(64, -1))
+    draws = None, torch.Generator().manual_seed(2)
+    played = process.rollout(reference("remdm"), instances, *draws, group=64)
+    assert len(played.tokens.unique(dim=0)) > 1
 
 
 def test_greedy_filling_takes_the_most_likely_symbol_and_random_orders_then_differ() -> None:
