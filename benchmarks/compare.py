@@ -28,6 +28,8 @@ class Compare(evaluate.PlayCommand):
     """of policies over sets"""
     metric: str | None = None
     """of the paired differences; default: the task's first"""
+    against: tuple[str, ...] = ()
+    """orders, among those named, that each learned one is compared with; default: the best reference"""
     out: Path | None = None
     """JSON"""
 
@@ -47,8 +49,14 @@ def main(command: Compare) -> None:
         return result.solved if command.metric is None else result.metrics[command.metric]
 
     best = max(rivals, key=lambda result: float(values(result).mean()), default=results[0])
+    others = [result for result in results if result.order in command.against] or [best]
     learned = [result for result in results if result.order not in rules]
-    pairs = [{"order": r.order, "against": best.order} | in_pairs(values(r), values(best)) for r in learned]
+    pairs = [
+        {"order": r.order, "against": o.order} | in_pairs(values(r), values(o))
+        for r in learned
+        for o in others
+        if r is not o
+    ]
     first = [
         result for result in results if command.thresholds and result.order.startswith(f"{next(iter(orders))} at ")
     ]
