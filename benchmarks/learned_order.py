@@ -11,7 +11,8 @@ the other, where every conditional is one row of one table. In another order a m
 Text: windows of 32 byte-pair pieces of 512, State of the Union addresses; there *excess* is the bound itself, in nats
 per window, on windows of the test years, evenly spread.
 
-Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider) and for more steps (mdm-longer, mdm-longest);
+Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider), with as many masks in a step as RLOO draws
+(mdm-batch, twice the sequences) and for more steps (mdm-longer, mdm-longest);
 a learned schedule per position; LoMDM with its order learned from the first step, after half and after 0.8 of the
 steps; the first of these by the paper's estimator (lomdm-0-rloo); and the best order given (best-order: autoregression
 on the sequence written along its chain). And, on each LoMDM that was trained, the variance of the masking weights'
@@ -104,6 +105,7 @@ def gradient_noise(model: Backbone, task: Task, batch: int, repeats: int) -> dic
 ROWS: dict[str, tuple[type[PretrainConfig], dict[str, Any]]] = {
     "mdm": (MDMConfig, {}),
     "mdm-wider": (MDMConfig, {}),
+    "mdm-batch": (MDMConfig, {}),
     "mdm-longer": (MDMConfig, {}),
     "mdm-longest": (MDMConfig, {}),
     "learned-schedule": (LearnedScheduleConfig, {}),
@@ -136,14 +138,14 @@ DATA = {
     "chain": Data(
         {"task": "chain", "batch": 64, "lr": 3e-3, "dim": 48, "layers": 2, "ema": 0.998},
         samples=4 * LENGTH,
-        rows=tuple(ROWS),
+        rows=tuple(row for row in ROWS if row != "mdm-batch"),
         longer={"mdm-longer": 1.8, "mdm-longest": 3.1},
         wider=64,
     ),
     "text": Data(
         {"task": "text:level=bpe,pieces=512,length=32", "batch": 16, "lr": 3e-3, "dim": 64, "layers": 3, "ema": 0.998},
         samples=16,
-        rows=("mdm", "mdm-wider", "mdm-longer", "mdm-longest", "lomdm-0-rloo", "lomdm-0.5"),
+        rows=("mdm", "mdm-wider", "mdm-batch", "mdm-longer", "mdm-longest", "lomdm-0-rloo", "lomdm-0.5"),
         longer={"mdm-longer": 2.0, "mdm-longest": 2.8},
         wider=80,
     ),
@@ -151,6 +153,7 @@ DATA = {
 PAIRS = [
     ("lomdm-0", "mdm-longer"),
     ("lomdm-0-rloo", "mdm-wider"),
+    ("lomdm-0-rloo", "mdm-batch"),
     ("lomdm-0.5", "mdm-longest"),
     ("lomdm-0-rloo", "lomdm-0.5"),
     ("lomdm-0-rloo", "mdm-longest"),
@@ -180,6 +183,8 @@ def run(job: Job) -> dict[str, Any]:
     task, settings = data.task(job.row), data.settings | options
     if job.row == "mdm-wider":
         settings["dim"] = data.wider
+    if job.row == "mdm-batch":
+        settings["batch"] *= 2
     config = kind(**settings, steps=round(data.longer.get(job.row, 1) * job.steps), seed=job.seed, out=job.out)
 
     def measure(model: Backbone) -> dict[str, Any]:
