@@ -1,7 +1,7 @@
 """Uniform against masked diffusion on 6x6 Sudoku and on characters: scores by number of forwards, over seeds.
 
     python benchmarks/uniform.py --out benchmarks/results/uniform-sudoku6.json
-    python benchmarks/uniform.py --data text --seeds 0 1 2 --nfe 16 64 --instances 400 --steps 4000 \
+    python benchmarks/uniform.py --data text --seeds 0 1 2 --nfe 16 64 --instances 300 --steps 3000 \
         --out benchmarks/results/uniform-text.json
 
 One network and one training recipe for every model, all by cross-entropy, and samplers that follow no order but chance:
