@@ -1,8 +1,8 @@
 """UPO: an order policy trained against a reference policy (Hong et al. 2025, arXiv 2510.05725).
 
-For each instance a group of G trajectories is sampled from the policy; a trajectory's advantage is its reward minus the
-group's mean; clipped ratios raise the probability of the actions of better trajectories; and a divergence holds the
-policy near the reference g:
+For each instance a group of G trajectories is sampled from the policy, which fill by the same random numbers where
+symbols are drawn; a trajectory's advantage is its reward minus the group's mean; clipped ratios raise the probability
+of the actions of better trajectories; and a divergence holds the policy near the reference g:
 
     maximise  E[ r(x_0) ] - beta * D(pi || g)
 

@@ -17,6 +17,7 @@ from common import in_pairs, report
 from torch import Tensor
 
 from agents import evaluate, frontier
+from tasks import UnmaskError
 from unmask_env.reference import Reference
 
 
@@ -49,6 +50,8 @@ def main(command: Compare) -> None:
         return result.solved if command.metric is None else result.metrics[command.metric]
 
     best = max(rivals, key=lambda result: float(values(result).mean()), default=results[0])
+    if missing := set(command.against) - {result.order for result in results}:
+        raise UnmaskError(f"--against names {', '.join(sorted(missing))}, which is not among --orders")
     others = [result for result in results if result.order in command.against] or [best]
     learned = [result for result in results if result.order not in rules]
     pairs = [

@@ -12,11 +12,11 @@ Text: windows of 32 byte-pair pieces of 512, State of the Union addresses; there
 per window, on windows of the test years, evenly spread.
 
 Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider), with as many masks in a step as RLOO draws
-(mdm-batch, twice the sequences) and for more steps (mdm-longer, mdm-longest);
-a learned schedule per position; LoMDM with its order learned from the first step, after half and after 0.8 of the
-steps; the first of these by the paper's estimator (lomdm-0-rloo); and the best order given (best-order: autoregression
-on the sequence written along its chain). And, on each LoMDM that was trained, the variance of the masking weights'
-gradient by both estimators (Hong et al. 2026, arXiv 2602.02112, eq. 8, is RLOO).
+(mdm-batch, twice the sequences) and for more steps (mdm-longer, mdm-longest); a learned schedule per position; LoMDM
+with its order learned from the first step, after half and after 0.8 of the steps; the first of these by the paper's
+estimator (lomdm-0-rloo); and the best order given (best-order: autoregression on the sequence written along its chain).
+And, on each LoMDM that was trained, the variance of the masking weights' gradient by both estimators (Hong et al. 2026,
+arXiv 2602.02112, eq. 8, is RLOO).
 """
 
 from __future__ import annotations

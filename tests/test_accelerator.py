@@ -158,10 +158,15 @@ def test_every_rule(name: str, rules: dict, temperature: float) -> None:
 TASKS = {"countdown3": "countdown", "text": "text:hide=0.25,span=4", "zebra3": "zebra:houses=3", "text-ar": "free_text"}
 
 
+def task_of(denoiser: str) -> str:
+    """The task that a packaged denoiser was trained on."""
+    return TASKS.get(denoiser, denoiser.partition("-")[0])
+
+
 @pytest.mark.parametrize("name", sweep(packaged(PACKAGED_DENOISERS), {"sudoku4", "text"}.__contains__))
 def test_every_packaged_denoiser(name: str) -> None:
     """And the samples, augmentations, rewards and metrics of their tasks."""
-    task = tasks.get(TASKS.get(name, name.partition("-")[0]))
+    task = tasks.get(task_of(name))
     seen, measured = [], []
     for device in DEVICES:
         process = make_process(task, name, device=device)
@@ -178,15 +183,12 @@ def test_every_packaged_denoiser(name: str) -> None:
         alike(*(values[metric] for values in measured))
 
 
-LEARNED_ON = {"countdown3-rewards": ("countdown", "countdown3"), "zebra3-rewards": ("zebra:houses=3", "zebra3")}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", packaged(PACKAGED_POLICIES))
 def test_every_packaged_policy(name: str) -> None:
-    rows = []
+    rows, denoiser = [], name.removesuffix("-rewards").removesuffix("-sets")
     for device in DEVICES:
-        process = make_process(*LEARNED_ON.get(name, ("sudoku6", "sudoku6-tiny")), device=device)
+        process = make_process(task_of(denoiser), denoiser, device=device)
         policy = load_order(name, process.task, process.denoiser)
         policies = {"margin": reference("margin"), "learned": policy}
         if policy.actions == "single":

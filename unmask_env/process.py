@@ -423,8 +423,11 @@ class Unmasking:
                 twice, rows are filled apart.
 
         Raises:
-            UnmaskError: a fill_generator at temperature 0, or none above it. A canvas needs one in any case.
+            UnmaskError: a fill_generator at temperature 0, or none above it; a canvas needs one in any case. Rows that
+                are not whole groups.
         """
+        if group < 1 or len(instances) % group:
+            raise UnmaskError(f"group must divide the rows, {len(instances)}, not {group}")
         if self.draws != (fill_generator is not None):
             raise UnmaskError(
                 "the noise of a canvas is drawn; give a fill_generator"

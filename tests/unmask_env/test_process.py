@@ -332,6 +332,15 @@ def test_groups_share_their_luck_and_each_row_still_follows_the_joint(group: int
         assert float(chi2) < freedom + 5 * (2 * freedom) ** 0.5
 
 
+def test_rows_are_whole_groups() -> None:
+    task = enumeration.TableTask(JOINTS[1])
+    process = Unmasking(task, TableDenoiser(JOINTS[1], task), temperature=1.0)
+    instances = Instances(torch.full((5, 3), 3), torch.zeros(5, 3, dtype=torch.long))
+    for group in (0, 2):
+        with pytest.raises(UnmaskError, match=f"group must divide the rows, 5, not {group}"):
+            process.rollout(Random(), instances, None, torch.Generator(), group=group)
+
+
 def test_a_position_that_may_be_filled_twice_is_filled_apart_in_every_row() -> None:
     task = enumeration.TableTask(JOINTS[1])
     process = Unmasking(task, TableDenoiser(JOINTS[1], task), Rules("set+remask", remask_budget=2), temperature=1.0)
