@@ -16,14 +16,15 @@ for seed in $seeds; do
 done
 python benchmarks/compare.py --task "$task" --denoiser "$runs/denoiser" --limit 1000 --metric cell_accuracy --orders \
     random max_confidence oracle "$runs"/deterministic-* "$runs"/softmax-* "$runs"/top_k-* "$runs"/branch-* --out benchmarks/results/upo-sudoku4.json
-# Elsewhere, by the first of the seeds: half of the usual groups, 10 iterations of imitation and 30 of UPO.
-seed=${seeds%% *}
+# Elsewhere: half of the usual groups, 10 iterations of imitation and 30 of UPO.
 elsewhere() {
     task=$1 env=$2 denoiser=$3 orders=""
-    for reference in max_confidence softmax_confidence top_k:k=5; do
-        run=$runs/$denoiser-${reference%%:*}-$seed orders="$orders $run"
-        unmask train upo --env "$env" --denoiser "$denoiser" --reference $reference --puzzles 16 --imitation 10 \
-            --iterations 30 --seed "$seed" --threads 1 --resume auto --out "$run"
+    for seed in $seeds; do
+        for reference in max_confidence softmax_confidence top_k:k=5; do
+            run=$runs/$denoiser-${reference%%:*}-$seed orders="$orders $run"
+            unmask train upo --env "$env" --denoiser "$denoiser" --reference $reference --puzzles 16 --imitation 10 \
+                --iterations 30 --seed "$seed" --threads 1 --resume auto --out "$run"
+        done
     done
     python benchmarks/compare.py --task "$task" --denoiser "$denoiser" --limit 2000 --orders random margin entropy \
         max_confidence softmax_confidence top_k:k=5 $orders --against max_confidence softmax_confidence top_k:k=5 --out "benchmarks/results/upo-$denoiser.json"
