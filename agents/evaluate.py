@@ -479,8 +479,8 @@ class BoardCommand:
     actions: Actions | None = None
     """one position per forward, a set of them, or also positions to mask again; accept: what stays on the canvas of a
     denoiser of uniform noise; default: by order"""
-    temperature: NotNegative = 0.0
-    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution"""
+    temperature: NotNegative | None = None
+    """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution; default: the task's"""
     seed: Seed = 0
     """of the stochastic orders"""
 
@@ -568,7 +568,7 @@ def run(command: EvaluateCommand) -> None:
         require_suited(name, policy, command.actions)
     if command.exact:
         single = all(policy.actions == "single" for policy in policies.values())
-        if not single or process.rules != SINGLE or command.temperature > 0:
+        if not single or process.rules != SINGLE or process.temperature > 0:
             raise UnmaskError("--exact is for greedy filling, one position at a time, without blocks or budgets")
         exact.check_holes(process.task, instances)
         g = reference(command.reference)

@@ -58,8 +58,9 @@ class PolicyIterationConfig(TrainConfig):
     """the reference policy g, with its options; default: softmax_confidence, and soft_threshold for sets"""
     beta: Positive = 1e-3
     """weight of the KL from the reference, in units of reward: the temperature of the values (single positions)"""
-    fill_temperature: NotNegative = 0.0
-    """0 fills greedily; 1 samples the denoiser's distribution, and asks for several ``continuations``"""
+    fill_temperature: NotNegative | None = None
+    """0 fills greedily; 1 samples the denoiser's distribution, and asks for several ``continuations``; default: the
+    task's"""
     iterations: AtLeast1 = 4
     """rounds of play and fitting"""
     puzzles: AtLeast1 = 1000

@@ -70,8 +70,8 @@ class RLConfig(TrainConfig):
     soft_threshold for sets"""
     beta: NotNegative = 1e-4
     """weight of the divergence from the reference (UPO's value); 0 switches it off"""
-    fill_temperature: NotNegative = 0.0
-    """0 fills greedily, as UPO's released code does; 1 samples the denoiser's distribution"""
+    fill_temperature: NotNegative | None = None
+    """0 fills greedily, as UPO's released code does; 1 samples the denoiser's distribution; default: the task's"""
     iterations: AtLeast1 = 100
     """rounds of sampling and updating; the first five warm the learning rate up"""
     epochs: AtLeast1 = 2
@@ -128,13 +128,13 @@ class Setup(NamedTuple):
             "task": process.task,
             "denoiser": process.denoiser,
             "reference": self.reference,
-            "temperature": self.config.fill_temperature,
+            "temperature": process.temperature,
             "device": str(self.device),
             "show": ("hidden",) * policy.reads_hidden + ("order_weights",) * isinstance(base, Learned),
         } | vars(self.config.rules)
 
 
-def process_of(config: TrainConfig, process: Unmasking | None, temperature: float = 0.0) -> Unmasking:
+def process_of(config: TrainConfig, process: Unmasking | None, temperature: float | None = 0.0) -> Unmasking:
     """The decision process that ``config`` names, or the task and denoiser of ``process`` under its rules. Where
     ``torchrun`` has started several processes, this one joins them."""
     device = resolve_device(config.device, config.threads)

@@ -37,6 +37,7 @@ class FreeText(Task):
     """
 
     one_answer = False
+    fill_temperature = 1.0
 
     def __init__(self, text: Task, scorer: Callable[[Tensor], Tensor]) -> None:
         self.text, self.scorer = text, scorer

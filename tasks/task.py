@@ -77,6 +77,8 @@ class Task(ABC):
             symbols, the second those after them, and so on. None: all positions share all symbols.
         prompt_length: how many positions, from the first on, every instance gives. Denoisers learn what is behind them.
         one_answer: whether an instance's answer is the only right one.
+        fill_temperature: at which symbols are filled in where nothing else is said: 0 takes the likeliest, 1 draws from
+            the denoiser's distribution, which a text from nothing asks for.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Task(ABC):
     vocabularies: tuple[int, ...] | None = None
     prompt_length: int = 0
     one_answer: bool = True
+    fill_temperature: float = 0.0
 
     @property
     def length(self) -> int:

@@ -83,6 +83,7 @@ class Unmasking:
 
     Attributes:
         temperature: of the filling: 0 takes the denoiser's most likely symbol, above 0 samples p^(1 / temperature).
+            None becomes the task's ``fill_temperature``.
             With actions ``accept`` 0 or 1: a denoiser of canvases has a temperature schedule of its own.
         forward_batch: the most rows that the denoiser is given at a time, which bounds its memory; None: all. Canvases
             are always whole.
@@ -94,10 +95,12 @@ class Unmasking:
     task: Task
     denoiser: Denoiser | CanvasDenoiser
     rules: Rules = SINGLE
-    temperature: NotNegative = 0.0
+    temperature: NotNegative | None = None
     forward_batch: AtLeast1 | None = None
 
     def __post_init__(self) -> None:
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", self.task.fill_temperature)
         validate(self)
         check_protocol(self.denoiser)
         check_canvas(self.task, self.denoiser, self.rules, self.temperature)

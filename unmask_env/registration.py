@@ -100,7 +100,7 @@ def make_process(
     denoiser: str | Path | Backbone | Denoiser | None = None,
     *,
     env_id: str | None = None,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     device: torch.device | str = "cpu",
     forward_batch: int | None = None,
     **rules: Any,
@@ -111,6 +111,7 @@ def make_process(
         task: a task, its name with options, or an environment's id.
         denoiser: packaged name, folder, hub id, backbone or denoiser; an environment has a default one.
         forward_batch: the most rows per forward of the denoiser; None: all.
+        temperature: of the filling; None: the task's ``fill_temperature``.
         env_id: an environment's id, for what is not given. rules: fields of :class:`unmask_env.state.Rules`.
 
     Raises:

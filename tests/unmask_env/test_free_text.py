@@ -1,14 +1,19 @@
 """Free text: the scorer's likelihood against the exact bound, and what repetition earns."""
 
+from dataclasses import replace
+
+import gymnasium as gym
 import pytest
 import torch
 
 import tasks
+from agents.evaluate import compare
 from pretrain.backbone import Backbone
 from pretrain.likelihood import bound
 from tasks import IncompatibleDenoiserError
 from tasks.free_text import FreeText
 from tasks.text import Corpus, Text
+from unmask_env import make_process
 from unmask_env.free_text import Scorer, free_text
 
 PROSE = "the order of things is the order of time, and time is short and quickly gone by now.\n" * 200
@@ -73,3 +78,18 @@ def test_the_packaged_scorer_prefers_english_to_its_letters_in_another_order() -
     assert float(english["likelihood"].mean()) > 3 * float(noise["likelihood"].mean())
     torch.testing.assert_close(english["entropy"], noise["entropy"])
     assert (real.tokens == task.mask_id).all()
+
+
+def test_text_from_nothing_is_drawn_where_nothing_else_is_said() -> None:
+    """The likeliest symbols alone repeat themselves, and earn nothing."""
+    process = make_process("Unmask/FreeText-v0")
+    assert process.temperature == make_process("free_text", "text").temperature == 1
+    assert replace(process, temperature=None).temperature == 1
+    assert make_process("Unmask/FreeText-v0", temperature=0.0).temperature == 0
+    assert make_process("sudoku4", "sudoku4").temperature == 0
+    assert gym.make("Unmask/FreeText-v0").unwrapped.process.temperature == 1
+    rewards = [
+        compare("free_text", "margin", denoiser="text", limit=8, **temperature)[0].metrics["reward"].mean()
+        for temperature in ({}, {"temperature": 0.0})
+    ]
+    assert rewards[0] > 0.01 > rewards[1]
