@@ -72,8 +72,9 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     ## Arguments
     ``task`` and ``denoiser`` (default: the registered ones); ``reference``: the policy g to regularise towards, by
     name with options or object (default ``"softmax_confidence"``, of sets ``"soft_threshold"``); ``temperature`` of the
-    filling, 0 is greedy (default: the task's); ``split``: ``"train"`` (default), ``"validation"`` or ``"test"``; ``device``; ``show``;
-    ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of :class:`unmask_env.state.Rules`: ``actions``,
+    filling, 0 is greedy (default: the task's); ``split``: ``"train"`` (default), ``"validation"`` or ``"test"``;
+    ``device``; ``show``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of
+    :class:`unmask_env.state.Rules`: ``actions``,
     ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``, ``speed`` and ``speed_bonus``.
 
     ## Pickling
