@@ -186,7 +186,8 @@ def test_every_packaged_denoiser(name: str) -> None:
         instances = task.augment(task.heldout(3).to(device), drawing(device))
         state = process.reset(instances)
         seen.append(process.observe(state))
-        state, _ = process.step(state, seen[-1], reference("margin")(seen[-1]).mode())
+        luck = torch.rand(instances.tokens.shape, generator=drawing(device), device=device) if process.draws else None
+        state, _ = process.step(state, seen[-1], reference("margin")(seen[-1]).mode(), luck)
         measured.append(task.metrics(instances.answers, instances))
     for part in ("top_symbols", "top_log_probs", "entropy"):
         alike(*(getattr(observation, part) for observation in seen))
