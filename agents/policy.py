@@ -162,10 +162,13 @@ class PositionHead(Head):
         scores = self.scores(seen, belief)
         return scores if self.state_head is None else scores + self.state_head(states)[..., 0]
 
+    def values(self, seen: Observation, belief: Tensor, states: Tensor) -> Tensor:
+        """(N, L) Q(s, a), in units of reward; where their range begins below 0, differences from a state's mean."""
+        return torch.lerp(*self.value_range, self.log_odds(seen, belief, states).sigmoid())
+
     def forward(self, seen: Observation, belief: Tensor, states: Tensor) -> Categorical:
-        scores = self.log_odds(seen, belief, states)
-        if self.beta > 0:
-            scores = torch.lerp(*self.value_range, scores.sigmoid()) / self.beta
+        scored = (seen, belief, states)
+        scores = self.values(*scored) / self.beta if self.beta > 0 else self.log_odds(*scored)
         if self.base is not None:
             scores = scores + self.base(seen).log_probs.masked_fill(~seen.fillable, 0.0)
         return Categorical.of(scores, self.allowed(seen))

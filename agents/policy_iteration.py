@@ -45,6 +45,7 @@ from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, SoftmaxConfidence
 from unmask_env.state import Observation, Rules, State
 
+EXPLAINED, GOOD_LABELS = 0.1, 0.9  # a share of the variance, and a mean reward, below which labels are called poor
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
 BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
@@ -226,7 +227,7 @@ def values_of(
 def finished_boards(
     config: PolicyIterationConfig, player: Player, state: State, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(S, L) the best finished board that play from each state reaches, and (S,) bool whether it was rewarded.
+    """(S, L) the best finished board that play from each state reaches, and (S,) what it earned.
 
     The first try is greedy, further ones sample the policy at uncertain states, until the reward is 1.
     """
@@ -236,19 +237,21 @@ def finished_boards(
             end, reward = player.play(state[rows], generator, sample=attempt > 0)
             better = reward > best[rows]
             tokens[rows[better]], best[rows[better]] = end.tokens[better], reward[better]
-    return tokens, best > 0
+    return tokens, best
 
 
 def label(
     config: PolicyIterationConfig, player: Player, seen: Observation, state: State, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(S, L) symbols, and (S, L) what filling each position with its symbol is worth, NaN where that is not known."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, L) symbols; (S, L) what filling each position with its symbol is worth, NaN where that is not known; and (S,)
+    the highest reward that play from the state reached."""
     if config.labels == "values":
         values = values_of(config, player, seen, state, generator)
-        return torch.where(values.isnan(), player.process.task.mask_id, seen.denoised.best), values
-    board, rewarded = finished_boards(config, player, state, generator)
+        most = values.nan_to_num(-torch.inf).amax(1)
+        return torch.where(values.isnan(), player.process.task.mask_id, seen.denoised.best), values, most
+    board, reward = finished_boards(config, player, state, generator)
     player.told(len(state))
-    return board, torch.where(seen.fillable & rewarded.unsqueeze(1), 1.0, torch.nan)
+    return board, torch.where(seen.fillable & (reward > 0).unsqueeze(1), 1.0, torch.nan), reward
 
 
 def best_symbols_values(labels: str, seen: Observation, answers: Tensor, values: Tensor) -> Tensor:
@@ -271,6 +274,7 @@ def play_positions(
     by_length = (instances.tokens == process.task.mask_id).sum(1).argsort(stable=True)  # rows of a part end together
     state = process.reset(instances[by_length])
     met = informative = 0
+    earned, unexplained, differing = 0.0, 0.0, 0.0
     for _ in range(config.levels):
         reached = [player.play(part, generator, to_uncertain=True)[0] for part in in_parts(state, config.rows)]
         state = State.join(reached, torch.cat)
@@ -280,8 +284,12 @@ def play_positions(
         labelled = _some(state[~state.done], max(1, (config.states - met) // 2), generator)
         for part in in_parts(labelled, config.rows):
             seen = process.observe(part)
-            answers, stored = label(config, player, seen, part, generator)
+            answers, stored, reward = label(config, player, seen, part, generator)
             values = best_symbols_values(config.labels, seen, answers, stored)
+            earned += float(reward.sum())
+            if isinstance(player.policy, OrderPolicy):
+                unexplained += float(centred(values - predicted_values(player.policy, seen)).square().sum())
+                differing += float(centred(values).square().sum())
             known = ~values.isnan()
             most = values.masked_fill(~known, -torch.inf).amax(1)
             least = values.masked_fill(~known, torch.inf).amin(1)
@@ -297,7 +305,21 @@ def play_positions(
             uniform = process.uniform(part[rows], generator)
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
-    return {"play/states": float(met), "play/informative": float(informative)}
+    told = {"play/states": float(met), "play/informative": float(informative), "play/best_reward": earned / max(1, met)}
+    if isinstance(player.policy, OrderPolicy):
+        told["play/explained_variance"] = 1 - unexplained / differing if differing > 0 else 1.0
+    return told
+
+
+def centred(values: Tensor) -> Tensor:
+    """(S, L) differences from the mean of a state's known values; 0 where they are not known (NaN)."""
+    return (values - values.nanmean(1, keepdim=True)).nan_to_num(0.0)
+
+
+def predicted_values(policy: OrderPolicy, seen: Observation) -> Tensor:
+    """(S, L) what a policy holds filling each position to be worth."""
+    beliefs, read = policy.read(seen)
+    return policy.head.values(seen, beliefs[-1], read)
 
 
 def _some(state: State, most: int, generator: torch.Generator) -> State:
@@ -334,16 +356,19 @@ def play_sets(
     task = process.task
     instances = task.sample(config.puzzles, generator)
     if config.labels == "boards" and (task.one_answer or config.rules.actions == "set+remask"):
-        board, rewarded = finished_boards(config, player, player.process.reset(instances), generator)
+        board, reward = finished_boards(config, player, player.process.reset(instances), generator)
+        rewarded = reward > 0
         won = Instances(instances.tokens[rewarded.cpu()], board[rewarded].cpu())
         if not len(won):
-            return {"play/states": 0.0, "play/labelled": 0.0}
+            return {"play/states": 0.0, "play/labelled": 0.0, "play/best_reward": 0.0}
         new = States(task)
         new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=BOARDS_PER_THRESHOLD)
         columns = {name: column for name, column in vars(new).items() if name != "values"}
         states.add(config.capacity, **columns, values=torch.where(new.tokens == task.mask_id, 1.0, torch.nan))
-        return {"play/states": float(len(new)), "play/labelled": float(rewarded.float().mean())}
+        played = {"labelled": rewarded.float(), "best_reward": reward}
+        return {"play/states": float(len(new))} | {f"play/{name}": float(each.mean()) for name, each in played.items()}
     met = kept = 0
+    earned = 0.0
     for rows in torch.arange(len(instances)).split(BOARDS_PER_THRESHOLD):
         hasty = at_random_threshold(config.rules, policy, generator)
         filled = generator if process.temperature > 0 else None
@@ -353,11 +378,13 @@ def play_sets(
         start = player.process.reset(instances[rows])[whose]
         for part in in_parts(replace(start, tokens=tokens, masked=tokens == task.mask_id), config.rows):
             seen = player.process.observe(part)
-            answers, values = label(config, player, seen, part, generator)
+            answers, values, reward = label(config, player, seen, part, generator)
+            earned += float(reward.sum())
             useful = (values > 0).any(1)
             _keep(config, states, part[useful], answers[useful], values[useful])
             met, kept = met + len(part), kept + int(useful.sum())
-    return {"play/states": float(met), "play/labelled": kept / max(1, met)}
+    shares = {"play/labelled": kept / max(1, met), "play/best_reward": earned / max(1, met)}
+    return {"play/states": float(met)} | shares
 
 
 # ---------------------------------------------------------------------- improvement
@@ -367,7 +394,7 @@ def widen_value_range(policy: OrderPolicy, states: States) -> None:
     known = states.values[~states.values.isnan()]
     low, high = policy.head.value_range.tolist()
     if low < 0 or not bool(((known == 0) | (known == 1)).all()):
-        most = float((states.values - states.values.nanmean(1, keepdim=True)).nan_to_num(0.0).abs().max())
+        most = float(centred(states.values).abs().max())
         most = max(most, high if low < 0 else 0.0)
         policy.head.value_range.copy_(torch.tensor([-most, most]))
 
@@ -466,7 +493,9 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                     run.say(f"{title}: {_nothing_to_learn(config, process)}")
                 elif config.rules.actions == "single":
                     widen_value_range(policy, states)
-                run.log(processes.mean(played) | {"play/kept": float(len(states))})
+                played = processes.mean(played)
+                monitor.cause = _why_not(config, played)
+                run.log(played | {"play/kept": float(len(states))})
             if not len(states):
                 continue
             policy.train()
@@ -536,6 +565,16 @@ def _play(
     single = SoftmaxConfidence()
     player = Player.of(alone, single if policy is None else OneByOne(policy), single, config.policy.defer_above, 0.0)
     return play_sets(config, player, process, policy, states, generator)
+
+
+def _why_not(config: PolicyIterationConfig, played: dict[str, float]) -> str:
+    """What the last iteration's play says of a policy that is no better for all its training; empty: nothing."""
+    explained, earned = played.get("play/explained_variance", 1.0), played["play/best_reward"]
+    if explained < EXPLAINED:
+        return f"its values explain {100 * max(0.0, explained):.0f} % of how the candidates of new states differ"
+    if config.labels == "boards" and earned < GOOD_LABELS:
+        return f"the best boards of play, which it learns from, earn {earned:.2f} on average"
+    return ""
 
 
 def _nothing_to_learn(config: PolicyIterationConfig, process: Unmasking) -> str:

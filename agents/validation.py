@@ -137,6 +137,7 @@ class Validation:
         self, config: TrainConfig, process: Unmasking, reference: Reference, title: str = "train", gains: bool = True
     ) -> None:
         self.config, self.process, self.reference, self.title, self.gains = config, process, reference, title, gains
+        self.cause = ""  # what the learner knows of why it does not learn
         self.instances = self._instances()
         self._reference: Played | None = None
         self._start: Played | None = None
@@ -309,7 +310,7 @@ class Validation:
         mean, low, high = (f"{100 * value:+.1f}" for value in paired_difference(now.score, start.score))
         what = "validation fell" if now.falls_below(start) else "no gain above the noise on validation"
         change = f"{percent(start.score)} at the start, {percent(now.score)} now ({mean}, {low} to {high})"
-        run.say(f"{self.title}: {what}: {change}; {ADVICE}")
+        run.say(f"{self.title}: {what}: {change}; {self.cause + '; ' if self.cause else ''}{ADVICE}")
 
 
 # ---------------------------------------------------------------------- small parts

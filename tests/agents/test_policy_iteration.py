@@ -338,8 +338,9 @@ def test_finished_boards_are_rewarded_ones(sudoku6, tiny) -> None:
     instances = sudoku6.heldout(120, "validation")
     player = Player.of(process, SoftmaxConfidence(), SoftmaxConfidence(), 0.97, 0.0)
     state = process.reset(instances)
-    greedy, once = finished_boards(settled(retries=0), player, state, generator())
-    board, rewarded = finished_boards(settled(retries=8), player, state, generator())
+    greedy, first = finished_boards(settled(retries=0), player, state, generator())
+    board, reward = finished_boards(settled(retries=8), player, state, generator())
+    once, rewarded = first == 1, reward == 1
     assert torch.equal(rewarded, (board == instances.answers).all(1)), "one answer is right"
     assert torch.equal(once, (greedy == instances.answers).all(1))
     assert once.sum() < rewarded.sum()
@@ -551,6 +552,42 @@ def test_of_many_states_half_of_what_is_left_are_labelled_on_each_level(states) 
     for labelled in asked:
         assert labelled <= max(1, left // 2)
         left -= labelled
+
+
+def test_the_variance_that_values_explain_is_of_differences_within_a_state() -> None:
+    """Of new states, before they are learned from."""
+    process, kept = table(), States(TableTask(random_joint(3, 4, seed=12)))
+    all_kept = settled(puzzles=32, levels=2, labels="values", sampled=True, beta=0.5)
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, belief_weight=1.0, beta=0.5)
+    policy.head.value_range.copy_(torch.tensor([-1.0, 1.0]))
+    told = policy_iteration.play_positions(
+        all_kept, Player(process, policy, SoftmaxConfidence(), 2.0), kept, generator()
+    )
+    state = process.reset(Instances(kept.given, kept.given))
+    seen = process.observe(replace(state, tokens=kept.tokens, masked=kept.tokens == process.task.mask_id))
+    with torch.no_grad():
+        q = 2 * policy.log_odds(seen).sigmoid() - 1
+    unexplained = differing = 0.0
+    for known, predicted in zip(kept.values, q, strict=True):
+        tried = ~known.isnan()
+        unexplained += float((known - predicted)[tried].var(correction=0) * tried.sum())
+        differing += float(known[tried].var(correction=0) * tried.sum())
+    assert told["play/explained_variance"] == pytest.approx(1 - unexplained / differing, abs=1e-4)
+    assert told["play/best_reward"] > 0
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("labels", ["values", "boards"])
+def test_a_run_that_does_not_gain_says_why(labels, tmp_path, capsys) -> None:
+    """Rewards that are luck alone teach nothing of an order, and boards that earn little are poor labels."""
+    process = table()
+    policy_iteration.train(config(tmp_path / "x", labels=labels, iterations=2, lr=0.0, validate_every=1), process)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "on validation" in line]
+    why = {
+        "values": "its values explain 0 % of how",
+        "boards": "the best boards of play, which it learns from, earn 0.",
+    }
+    assert why[labels] in line
 
 
 @pytest.mark.slow
