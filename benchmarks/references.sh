@@ -1,12 +1,12 @@
 #!/bin/sh
 # Every heuristic of single positions on every registered environment with its default denoiser: the reference scores of
-# the environments' pages. Free text has no right answer, and greedy filling repeats itself there: its symbols are drawn.
+# the environments' pages.
 #   benchmarks/references.sh [ID...]
 set -eu
 [ $# -gt 0 ] || set -- $(python -c 'import unmask_env; print(*unmask_env.ids())')
 for id in "$@"; do
     case $id in
-        Unmask/FreeText-*) how="--temperature 1 --limit 300" ;;
+        Unmask/FreeText-*) how="--limit 300" ;;
         Unmask/Sudoku9x9-*) how="--limit 100" ;;
         Unmask/TextInfill-*) how="--limit 400" ;;
         *) how="--limit 1000" ;;
