@@ -152,6 +152,7 @@ def picture(
     trajectories = {}
     for name in (*(["random"] if "random" in policies else []), best.order, results[-1].order):
         generator = torch.Generator(process.device).manual_seed(0) if name == "random" else None
-        trajectories[name] = boards_of(process.rollout(policies[name], one, generator, record=True))
+        _, fill_generator = evaluate.generators(process, policies[name], 0)
+        trajectories[name] = boards_of(process.rollout(policies[name], one, generator, fill_generator, record=True))
     clue = (one.tokens[0] != task.mask_id).cpu()
     render.replay(task, clue, one.answers[0].cpu(), trajectories, path)

@@ -244,7 +244,7 @@ def label(
     config: PolicyIterationConfig, player: Player, seen: Observation, state: State, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(S, L) symbols; (S, L) what filling each position with its symbol is worth, NaN where that is not known; and (S,)
-    the highest reward that play from the state reached."""
+    the reward of the labelling board, or the value of the best candidate."""
     if config.labels == "values":
         values = values_of(config, player, seen, state, generator)
         most = values.nan_to_num(-torch.inf).amax(1)
@@ -305,9 +305,25 @@ def play_positions(
             uniform = process.uniform(part[rows], generator)
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
-    told = {"play/states": float(met), "play/informative": float(informative), "play/best_reward": earned / max(1, met)}
-    if isinstance(player.policy, OrderPolicy):
-        told["play/explained_variance"] = 1 - unexplained / differing if differing > 0 else 1.0
+    told = {"play/states": float(met), "play/informative": float(informative)}
+    sums = {"unexplained": unexplained, "differing": differing, "earned": earned}
+    sums["labelled"] = float(met) if config.labels == "boards" else 0.0
+    return told | {f"sum/{name}": total for name, total in sums.items()}
+
+
+def rates(played: dict[str, float]) -> dict[str, float]:
+    """What to log of an iteration's play: its sums, which are over all processes, as the shares that they mean.
+
+    ``play/explained_variance``, of the values of single positions, is 1 - sum (Q - q)^2 / sum Q^2 over the candidates
+    of states that were not learned from yet, of differences from each state's mean. ``play/best_reward`` is the mean
+    reward of the boards that are labels. What was not measured is left out.
+    """
+    sums = {name.removeprefix("sum/"): total for name, total in played.items() if name.startswith("sum/")}
+    told = {name: value for name, value in played.items() if not name.startswith("sum/")}
+    if sums.get("differing", 0.0) > 0:
+        told["play/explained_variance"] = 1 - sums["unexplained"] / sums["differing"]
+    if sums.get("labelled", 0.0) > 0:
+        told["play/best_reward"] = sums["earned"] / sums["labelled"]
     return told
 
 
@@ -360,13 +376,13 @@ def play_sets(
         rewarded = reward > 0
         won = Instances(instances.tokens[rewarded.cpu()], board[rewarded].cpu())
         if not len(won):
-            return {"play/states": 0.0, "play/labelled": 0.0, "play/best_reward": 0.0}
+            return {"play/states": 0.0, "play/labelled": 0.0}
         new = States(task)
         new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=BOARDS_PER_THRESHOLD)
         columns = {name: column for name, column in vars(new).items() if name != "values"}
         states.add(config.capacity, **columns, values=torch.where(new.tokens == task.mask_id, 1.0, torch.nan))
-        played = {"labelled": rewarded.float(), "best_reward": reward}
-        return {"play/states": float(len(new))} | {f"play/{name}": float(each.mean()) for name, each in played.items()}
+        sums = {"sum/earned": float(reward.sum()), "sum/labelled": float(len(reward))}
+        return {"play/states": float(len(new)), "play/labelled": float(rewarded.float().mean())} | sums
     met = kept = 0
     earned = 0.0
     for rows in torch.arange(len(instances)).split(BOARDS_PER_THRESHOLD):
@@ -383,8 +399,8 @@ def play_sets(
             useful = (values > 0).any(1)
             _keep(config, states, part[useful], answers[useful], values[useful])
             met, kept = met + len(part), kept + int(useful.sum())
-    shares = {"play/labelled": kept / max(1, met), "play/best_reward": earned / max(1, met)}
-    return {"play/states": float(met)} | shares
+    sums = {"sum/earned": earned, "sum/labelled": float(met) if config.labels == "boards" else 0.0}
+    return {"play/states": float(met), "play/labelled": kept / max(1, met)} | sums
 
 
 # ---------------------------------------------------------------------- improvement
@@ -493,7 +509,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                     run.say(f"{title}: {_nothing_to_learn(config, process)}")
                 elif config.rules.actions == "single":
                     widen_value_range(policy, states)
-                played = processes.mean(played)
+                played = rates(processes.mean(played))
                 monitor.cause = _why_not(config, played)
                 run.log(played | {"play/kept": float(len(states))})
             if not len(states):
@@ -569,11 +585,11 @@ def _play(
 
 def _why_not(config: PolicyIterationConfig, played: dict[str, float]) -> str:
     """What the last iteration's play says of a policy that is no better for all its training; empty: nothing."""
-    explained, earned = played.get("play/explained_variance", 1.0), played["play/best_reward"]
+    explained, earned = played.get("play/explained_variance", 1.0), played.get("play/best_reward", 1.0)
     if explained < EXPLAINED:
         return f"its values explain {100 * max(0.0, explained):.0f} % of how the candidates of new states differ"
     if config.labels == "boards" and earned < GOOD_LABELS:
-        return f"the best boards of play, which it learns from, earn {earned:.2f} on average"
+        return f"the boards that it learns from earn {earned:.2f} on average, and all their symbols count as right"
     return ""
 
 

@@ -134,7 +134,7 @@ class Setup(NamedTuple):
         } | vars(self.config.rules)
 
 
-def process_of(config: TrainConfig, process: Unmasking | None, temperature: float | None = 0.0) -> Unmasking:
+def process_of(config: TrainConfig, process: Unmasking | None, temperature: float | None = None) -> Unmasking:
     """The decision process that ``config`` names, or the task and denoiser of ``process`` under its rules. Where
     ``torchrun`` has started several processes, this one joins them."""
     device = resolve_device(config.device, config.threads)
@@ -172,7 +172,7 @@ def setup(
     if isinstance(g, Learned):
         require_learned(process)
     lr = config.lr if config.lr is not None else 1e-3 if config.init is None else 3e-5
-    config = replace(config, lr=lr, reference=name)
+    config = replace(config, lr=lr, reference=name, fill_temperature=process.temperature)
     policy = _start(config, g, process, **start) if make is None else make(config, process)
     return Setup(config, process, g, policy.to(process.device))
 

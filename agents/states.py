@@ -94,7 +94,7 @@ class States:
         """Play ``instances`` by margin among the right positions, so that boards stay solvable; keep the states where
         one position's top symbol is right and another's wrong: all uncertain ones, one in twenty of the others. Where
         several answers are right, a state's is the one that the denoiser finds likeliest there."""
-        process = replace(process, rules=Rules())
+        process = replace(process, rules=Rules(), temperature=0.0)
         kept: list[tuple[Tensor, ...]] = []
         for part in (instances[rows] for rows in torch.arange(len(instances)).split(500)):
             state, oracle = process.reset(part), Oracle(process.task.all_answers(part.to(process.device)))

@@ -240,12 +240,12 @@ class Validation:
             self._conclude(run)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the best score, and the last results."""
-        return {"best": self._best, "results": self.results()}
+        """What a resumed run needs: the best score, the last results, and what the learner knows."""
+        return {"best": self._best, "results": self.results(), "cause": self.cause}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the best score and the last results that the state holds."""
-        self._best, self._told = float(state["best"]), state.get("results")
+        self._best, self._told, self.cause = float(state["best"]), state.get("results"), str(state.get("cause", ""))
         if not (self._told is None or _are_results(self._told)):
             raise ValueError("the results of the last validation are damaged")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +246,17 @@ def check_task(task: Task) -> None:
         raise UnmaskError(f"{what} needs a shape, (rows, columns), whole numbers of at least 1, not {shape!r:.60}")
     if type(task.prompt_length) is not int or not 0 <= task.prompt_length < task.length:
         raise UnmaskError(f"{what} needs a prompt_length from 0 to {task.length - 1}, not {task.prompt_length!r:.60}")
+    fill_temperature_of(task)
+
+
+def fill_temperature_of(task: Task) -> float:
+    """At which temperature a task's symbols are filled in. Raises :class:`UnmaskError`: it is no number from 0 on."""
+    given = task.fill_temperature
+    if type(given) not in (int, float) or not 0 <= given < math.inf:
+        raise UnmaskError(
+            f"task {type(task).__name__} needs a fill_temperature, a number of at least 0, not {given!r:.60}"
+        )
+    return float(given)
 
 
 def check_instances(task: Task, given: Any, n: int | None = None, what: str | None = None) -> Instances:

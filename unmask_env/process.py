@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
 from tasks.settings import AtLeast1, NotNegative, validate
-from tasks.task import check_instances
+from tasks.task import check_instances, fill_temperature_of
 from unmask_env.canvas import after_end, begin, check_canvas, followed
 from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised, check_protocol
 from unmask_env.reference import Policy
@@ -100,7 +100,7 @@ class Unmasking:
 
     def __post_init__(self) -> None:
         if self.temperature is None:
-            object.__setattr__(self, "temperature", self.task.fill_temperature)
+            object.__setattr__(self, "temperature", fill_temperature_of(self.task))
         validate(self)
         check_protocol(self.denoiser)
         check_canvas(self.task, self.denoiser, self.rules, self.temperature)

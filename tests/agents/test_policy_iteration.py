@@ -572,8 +572,19 @@ def test_the_variance_that_values_explain_is_of_differences_within_a_state() -> 
         tried = ~known.isnan()
         unexplained += float((known - predicted)[tried].var(correction=0) * tried.sum())
         differing += float(known[tried].var(correction=0) * tried.sum())
-    assert told["play/explained_variance"] == pytest.approx(1 - unexplained / differing, abs=1e-4)
-    assert told["play/best_reward"] > 0
+    logged = policy_iteration.rates(told)
+    assert logged["play/explained_variance"] == pytest.approx(1 - unexplained / differing, abs=1e-4)
+    assert not logged.keys() & {"play/best_reward", *(name for name in told if "sum/" in name)}
+
+
+def test_what_was_not_measured_is_not_logged() -> None:
+    """Of several processes the sums are pooled, so one that met hardly any state does not decide."""
+    nothing = {"play/states": 0.0, "sum/unexplained": 0.0, "sum/differing": 0.0, "sum/earned": 0.0, "sum/labelled": 0.0}
+    assert policy_iteration.rates(nothing) == {"play/states": 0.0}
+    second = nothing | {"sum/unexplained": 1.0, "sum/differing": 4.0, "sum/earned": 6.0, "sum/labelled": 8.0}
+    mean = {name: (nothing[name] + second[name]) / 2 for name in nothing}
+    shares = {"play/explained_variance": 0.75, "play/best_reward": 0.75}
+    assert policy_iteration.rates(mean) == {"play/states": 0.0} | shares
 
 
 @pytest.mark.trains
@@ -583,11 +594,26 @@ def test_a_run_that_does_not_gain_says_why(labels, tmp_path, capsys) -> None:
     process = table()
     policy_iteration.train(config(tmp_path / "x", labels=labels, iterations=2, lr=0.0, validate_every=1), process)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "on validation" in line]
-    why = {
-        "values": "its values explain 0 % of how",
-        "boards": "the best boards of play, which it learns from, earn 0.",
-    }
+    why = {"values": "its values explain 0 % of how", "boards": "the boards that it learns from earn 0."}
     assert why[labels] in line
+
+
+@pytest.mark.trains
+def test_a_resumed_run_says_why_too(tmp_path, monkeypatch, capsys) -> None:
+    original, counted = policy_iteration.descend, iter(range(99))
+    settings = config(tmp_path / "x", labels="values", lr=0.0, validate_every=1, save_every=1)
+
+    def descend(*args: object, **more: object) -> float:
+        if next(counted) == 15:
+            raise KeyboardInterrupt
+        return original(*args, **more)
+
+    monkeypatch.setattr(policy_iteration, "descend", descend)
+    with pytest.raises(KeyboardInterrupt):
+        policy_iteration.train(settings, table())
+    monkeypatch.setattr(policy_iteration, "descend", original)
+    policy_iteration.train(replace(settings, resume="must"), table())
+    assert "its values explain 0 % of how" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -1,20 +1,30 @@
 """Free text: the scorer's likelihood against the exact bound, and what repetition earns."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
 import torch
 
 import tasks
+from agents import demo, imitation, policy_iteration, upo
 from agents.evaluate import compare
+from agents.policy import PolicyConfig
+from agents.policy_iteration import PolicyIterationConfig
 from pretrain.backbone import Backbone
 from pretrain.likelihood import bound
 from tasks import IncompatibleDenoiserError
 from tasks.free_text import FreeText
 from tasks.text import Corpus, Text
+from tests.oracles.enumeration import TableTask, random_joint
 from unmask_env import make_process
+from unmask_env.denoiser import TableDenoiser
 from unmask_env.free_text import Scorer, free_text
+from unmask_env.process import Unmasking
+from unmask_env.reference import reference
 
 PROSE = "the order of things is the order of time, and time is short and quickly gone by now.\n" * 200
 
@@ -93,3 +103,55 @@ def test_text_from_nothing_is_drawn_where_nothing_else_is_said() -> None:
         for temperature in ({}, {"temperature": 0.0})
     ]
     assert rewards[0] > 0.01 > rewards[1]
+
+
+class Drawn(TableTask):
+    """Of three letters, drawn where nothing else is said."""
+
+    fill_temperature = 1.0
+
+
+@pytest.mark.parametrize("given", [None, -1, "hot", float("nan"), float("inf"), True])
+def test_a_temperature_that_is_none(given: object) -> None:
+    task = TableTask(random_joint(3, 4, seed=0))
+    task.fill_temperature = given
+    with pytest.raises(tasks.UnmaskError, match="task TableTask needs a fill_temperature, a number of at least 0, not"):
+        Unmasking(task, TableDenoiser(task.joint))
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda process, **more: upo.train(upo.UPOConfig(imitation=0, **more), process),
+        lambda process, **more: policy_iteration.train(PolicyIterationConfig(steps=1, **more), process),
+    ],
+)
+def test_a_run_keeps_the_temperature_that_it_was_trained_at(train: Callable, tmp_path: Path) -> None:
+    """So what it goes on at does not change with the task, and the card has it."""
+    task = Drawn(random_joint(3, 4, seed=0))
+    small = {"out": str(tmp_path), "iterations": 1, "puzzles": 2, "validate_every": 0}
+    small["policy"] = PolicyConfig(copy=False, dim=16, layers=1)
+    train(Unmasking(task, TableDenoiser(task.joint)), **small)
+    assert json.loads((tmp_path / "run.json").read_text())["fill_temperature"] == 1.0
+    task.fill_temperature = 0.0
+    with pytest.raises(tasks.UnmaskError, match=r"fill_temperature was 1\.0, is 0\.0"):
+        train(Unmasking(task, TableDenoiser(task.joint)), resume="auto", **small)
+
+
+@pytest.mark.trains
+def test_imitation_is_validated_as_the_task_is_played(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = {"env": "Unmask/FreeText-v0", "reference": "margin", "steps": 1, "puzzles": 2, "validation_puzzles": 4}
+    imitation.train(imitation.ImitationConfig(str(tmp_path), policy=PolicyConfig(layers=1, num_passes=1), **settings))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "validation" in line and "imitation" in line][
+        :1
+    ]
+    assert "validation 0.0" not in line
+
+
+def test_a_replay_draws_too(tmp_path: Path) -> None:
+    process = make_process("Unmask/FreeText-v0")
+    instances, orders = process.task.heldout(1), {"random": reference("random"), "margin": reference("margin")}
+    results = compare(process, orders, instances)
+    demo.picture(process, orders, list(results), instances, tmp_path / "replay.gif")
+    assert (tmp_path / "replay.gif").stat().st_size > 0
