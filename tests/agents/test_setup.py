@@ -136,7 +136,7 @@ def test_a_run_leaves_its_files(finished: dict[str, Path], name: str) -> None:
     settings = json.loads((out / "run.json").read_text())
     config = misled(name, out)
     given = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    filled_in = {"kind": type(config).__name__, "reference": "softmax_confidence"}
+    filled_in = {"kind": type(config).__name__, "reference": "softmax_confidence", "fill_temperature": 0.0}
     assert settings == given | filled_in
     policy = load_policy(out, MISLED.task, MISLED.denoiser)
     assert policy.trained == load_policy(out / "best", MISLED.task, MISLED.denoiser).trained == "rewards"
