@@ -1,7 +1,7 @@
-"""Everything that runs on CUDA: nothing stays on the CPU, and the results are the CPU's.
+"""Everything that runs on CUDA: nothing stays on the CPU, and where CUDA is pretended the results are the CPU's.
 
-A machine without a GPU pretends to have one, which draws and rounds as the CPU does. A GPU draws other random numbers:
-what depends on them is there held to its device, shape and kind alone.
+A machine without a GPU pretends to have one, which draws and rounds as the CPU does. A GPU draws other random numbers,
+so that most results are there held to their device, shape and kind alone.
 """
 
 import copy
