@@ -231,7 +231,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
         ("frontier", "--json", "g.json", "unknown option --json"),
         ("evaluate", "--orders", "threshold:theta=2", "theta must be above 0 and below 1, not 2.0"),
         ("evaluate", "--orders", "threshold:colour=red", "takes theta, score, at_least; not colour"),
-        ("evaluate", "--exact", "--actions", "set", "--exact is for greedy filling, one position at a time"),
+        ("evaluate", "--exact", "--actions", "set", "--exact is for greedy filling (--temperature 0), one position at a time"),
         ("evaluate", "--actions", "set", "--orders", "nobody", "unknown order 'nobody'"),
         ("evaluate", "--actions", "set", "--remask-budget", "3", "remask_budget is for actions 'set+remask'"),
         ("evaluate", "--nfe-budget", "0", "nfe_budget must be a whole number of at least 1, not 0"),
