@@ -569,7 +569,9 @@ def run(command: EvaluateCommand) -> None:
     if command.exact:
         single = all(policy.actions == "single" for policy in policies.values())
         if not single or process.rules != SINGLE or process.temperature > 0:
-            raise UnmaskError("--exact is for greedy filling (--temperature 0), one position at a time, without blocks or budgets")
+            raise UnmaskError(
+                "--exact is for greedy filling (--temperature 0), one position at a time, without blocks or budgets"
+            )
         exact.check_holes(process.task, instances)
         g = reference(command.reference)
         require_full_support(g)

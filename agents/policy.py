@@ -167,8 +167,7 @@ class PositionHead(Head):
         return torch.lerp(*self.value_range, self.log_odds(seen, belief, states).sigmoid())
 
     def forward(self, seen: Observation, belief: Tensor, states: Tensor) -> Categorical:
-        scored = (seen, belief, states)
-        scores = self.values(*scored) / self.beta if self.beta > 0 else self.log_odds(*scored)
+        scores = self.values(seen, belief, states) / self.beta if self.beta > 0 else self.log_odds(seen, belief, states)
         if self.base is not None:
             scores = scores + self.base(seen).log_probs.masked_fill(~seen.fillable, 0.0)
         return Categorical.of(scores, self.allowed(seen))

@@ -244,11 +244,11 @@ def label(
     config: PolicyIterationConfig, player: Player, seen: Observation, state: State, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(S, L) symbols; (S, L) what filling each position with its symbol is worth, NaN where that is not known; and (S,)
-    the reward of the labelling board, or the value of the best candidate."""
+    the reward of the board that labels, NaN where none does."""
     if config.labels == "values":
         values = values_of(config, player, seen, state, generator)
-        most = values.nan_to_num(-torch.inf).amax(1)
-        return torch.where(values.isnan(), player.process.task.mask_id, seen.denoised.best), values, most
+        symbols = torch.where(values.isnan(), player.process.task.mask_id, seen.denoised.best)
+        return symbols, values, values.new_full((len(state),), torch.nan)
     board, reward = finished_boards(config, player, state, generator)
     player.told(len(state))
     return board, torch.where(seen.fillable & (reward > 0).unsqueeze(1), 1.0, torch.nan), reward
@@ -274,7 +274,7 @@ def play_positions(
     by_length = (instances.tokens == process.task.mask_id).sum(1).argsort(stable=True)  # rows of a part end together
     state = process.reset(instances[by_length])
     met = informative = 0
-    earned, unexplained, differing = 0.0, 0.0, 0.0
+    sums = dict.fromkeys(("sum/unexplained", "sum/differing", "sum/earned", "sum/labelled"), 0.0)
     for _ in range(config.levels):
         reached = [player.play(part, generator, to_uncertain=True)[0] for part in in_parts(state, config.rows)]
         state = State.join(reached, torch.cat)
@@ -286,10 +286,10 @@ def play_positions(
             seen = process.observe(part)
             answers, stored, reward = label(config, player, seen, part, generator)
             values = best_symbols_values(config.labels, seen, answers, stored)
-            earned += float(reward.sum())
+            _count_boards(sums, reward)
             if isinstance(player.policy, OrderPolicy):
-                unexplained += float(centred(values - predicted_values(player.policy, seen)).square().sum())
-                differing += float(centred(values).square().sum())
+                sums["sum/unexplained"] += float(centred(values - predicted_values(player.policy, seen)).square().sum())
+                sums["sum/differing"] += float(centred(values).square().sum())
             known = ~values.isnan()
             most = values.masked_fill(~known, -torch.inf).amax(1)
             least = values.masked_fill(~known, torch.inf).amin(1)
@@ -305,10 +305,13 @@ def play_positions(
             uniform = process.uniform(part[rows], generator)
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
-    told = {"play/states": float(met), "play/informative": float(informative)}
-    sums = {"unexplained": unexplained, "differing": differing, "earned": earned}
-    sums["labelled"] = float(met) if config.labels == "boards" else 0.0
-    return told | {f"sum/{name}": total for name, total in sums.items()}
+    return {"play/states": float(met), "play/informative": float(informative)} | sums
+
+
+def _count_boards(sums: dict[str, float], reward: Tensor) -> None:
+    """Add the boards that label, and what they earned (S,), NaN where there is none."""
+    sums["sum/earned"] += float(reward.nansum())
+    sums["sum/labelled"] += float((~reward.isnan()).sum())
 
 
 def rates(played: dict[str, float]) -> dict[str, float]:
@@ -371,20 +374,20 @@ def play_sets(
     """
     task = process.task
     instances = task.sample(config.puzzles, generator)
+    sums = {"sum/earned": 0.0, "sum/labelled": 0.0}
     if config.labels == "boards" and (task.one_answer or config.rules.actions == "set+remask"):
         board, reward = finished_boards(config, player, player.process.reset(instances), generator)
+        _count_boards(sums, reward)
         rewarded = reward > 0
         won = Instances(instances.tokens[rewarded.cpu()], board[rewarded].cpu())
         if not len(won):
-            return {"play/states": 0.0, "play/labelled": 0.0}
+            return {"play/states": 0.0, "play/labelled": 0.0} | sums
         new = States(task)
         new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=BOARDS_PER_THRESHOLD)
         columns = {name: column for name, column in vars(new).items() if name != "values"}
         states.add(config.capacity, **columns, values=torch.where(new.tokens == task.mask_id, 1.0, torch.nan))
-        sums = {"sum/earned": float(reward.sum()), "sum/labelled": float(len(reward))}
         return {"play/states": float(len(new)), "play/labelled": float(rewarded.float().mean())} | sums
     met = kept = 0
-    earned = 0.0
     for rows in torch.arange(len(instances)).split(BOARDS_PER_THRESHOLD):
         hasty = at_random_threshold(config.rules, policy, generator)
         filled = generator if process.temperature > 0 else None
@@ -395,11 +398,10 @@ def play_sets(
         for part in in_parts(replace(start, tokens=tokens, masked=tokens == task.mask_id), config.rows):
             seen = player.process.observe(part)
             answers, values, reward = label(config, player, seen, part, generator)
-            earned += float(reward.sum())
+            _count_boards(sums, reward)
             useful = (values > 0).any(1)
             _keep(config, states, part[useful], answers[useful], values[useful])
             met, kept = met + len(part), kept + int(useful.sum())
-    sums = {"sum/earned": earned, "sum/labelled": float(met) if config.labels == "boards" else 0.0}
     return {"play/states": float(met), "play/labelled": kept / max(1, met)} | sums
 
 

@@ -74,8 +74,8 @@ class UnmaskEnv(gymnasium.Env[dict[str, np.ndarray], np.int64 | np.ndarray]):
     name with options or object (default ``"softmax_confidence"``, of sets ``"soft_threshold"``); ``temperature`` of the
     filling, 0 is greedy (default: the task's); ``split``: ``"train"`` (default), ``"validation"`` or ``"test"``;
     ``device``; ``show``; ``render_mode`` ``"ansi"`` or ``"rgb_array"``; and the fields of
-    :class:`unmask_env.state.Rules`: ``actions``,
-    ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``, ``speed`` and ``speed_bonus``.
+    :class:`unmask_env.state.Rules`: ``actions``, ``on_illegal``, ``nfe_budget``, ``block_length``, ``remask_budget``,
+    ``speed`` and ``speed_bonus``.
 
     ## Pickling
     An environment is pickled with its state of play; a denoiser that was given by name is pickled as that name and

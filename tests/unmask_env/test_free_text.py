@@ -143,10 +143,8 @@ def test_a_run_keeps_the_temperature_that_it_was_trained_at(train: Callable, tmp
 def test_imitation_is_validated_as_the_task_is_played(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     settings = {"env": "Unmask/FreeText-v0", "reference": "margin", "steps": 1, "puzzles": 2, "validation_puzzles": 4}
     imitation.train(imitation.ImitationConfig(str(tmp_path), policy=PolicyConfig(layers=1, num_passes=1), **settings))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "validation" in line and "imitation" in line][
-        :1
-    ]
-    assert "validation 0.0" not in line
+    lines = [line for line in capsys.readouterr().out.splitlines() if "validation" in line and "imitation" in line]
+    assert "validation 0.0" not in lines[0]
 
 
 def test_a_replay_draws_too(tmp_path: Path) -> None:
