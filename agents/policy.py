@@ -166,11 +166,15 @@ class PositionHead(Head):
         """(N, L) Q(s, a), in units of reward; where their range begins below 0, differences from a state's mean."""
         return torch.lerp(*self.value_range, self.log_odds(seen, belief, states).sigmoid())
 
-    def forward(self, seen: Observation, belief: Tensor, states: Tensor) -> Categorical:
-        scores = self.values(seen, belief, states) / self.beta if self.beta > 0 else self.log_odds(seen, belief, states)
+    def over_base(self, seen: Observation, scores: Tensor, allowed: Tensor) -> Categorical:
+        """g(a | s) exp(scores), normalised over ``allowed`` (N, L) bool."""
         if self.base is not None:
             scores = scores + self.base(seen).log_probs.masked_fill(~seen.fillable, 0.0)
-        return Categorical.of(scores, self.allowed(seen))
+        return Categorical.of(scores, allowed)
+
+    def forward(self, seen: Observation, belief: Tensor, states: Tensor) -> Categorical:
+        scores = self.values(seen, belief, states) / self.beta if self.beta > 0 else self.log_odds(seen, belief, states)
+        return self.over_base(seen, scores, self.allowed(seen))
 
 
 class SetHead(Head):

@@ -417,22 +417,28 @@ def widen_value_range(policy: OrderPolicy, states: States) -> None:
         policy.head.value_range.copy_(torch.tensor([-most, most]))
 
 
-def value_loss(policy: OrderPolicy, seen: Observation, values: Tensor) -> Tensor:
+def value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, regularised: bool = False) -> Tensor:
     """Scalar: cross-entropy, averaged over candidates and passes, of Bernoulli variables of these odds to the values in
     their range; its minimum is at their mean, as that of a squared error.
 
     Args:
         values: (N, L), NaN where they are not known.
+        regularised: add KL(pi' || pi), averaged over rows, of the improved policy pi' = g exp(Q / beta) from this one,
+            both over the candidates. A small beta makes differences count that the values' own loss hardly sees.
     """
     low, high = policy.head.value_range
     known = ~values.isnan()
-    if float(low) < 0:
-        values = values - values.nanmean(1, keepdim=True)
-    target = ((values - low) / (high - low)).nan_to_num(0.0).clamp(0.0, 1.0)
+    relative = values - values.nanmean(1, keepdim=True) if float(low) < 0 else values
+    target = ((relative - low) / (high - low)).nan_to_num(0.0).clamp(0.0, 1.0)
     beliefs, read = policy.read(seen)
     last = policy.head.log_odds(seen, beliefs[-1], read)
     odds = [*(belief_log_odds(seen, belief, seen.denoised.best) for belief in beliefs[:-1]), last]
-    return sum(mean_cross_entropy(each, target, known) for each in odds) / len(odds)
+    loss = sum(mean_cross_entropy(each, target, known) for each in odds) / len(odds)
+    if not regularised:
+        return loss
+    scores = (values.nan_to_num(0.0), policy.head.values(seen, beliefs[-1], read))
+    improved, own = (policy.head.over_base(seen, each / policy.head.beta, known) for each in scores)
+    return loss + improved.kl(own).mean()
 
 
 def set_value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, error_cost: float) -> Tensor:
@@ -463,7 +469,7 @@ def loss_of(
         return set_imitation_loss(trained, seen, drawn.answers, config.error_cost, trained is policy)
     values = best_symbols_values(config.labels, seen, drawn.answers, drawn.values)
     if config.rules.actions == "single":
-        return value_loss(policy, seen, values)
+        return value_loss(policy, seen, values, config.sampled and config.labels == "values")
     return set_value_loss(policy, seen, values, config.error_cost)
 
 

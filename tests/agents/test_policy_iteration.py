@@ -300,6 +300,21 @@ def test_the_value_loss_by_hand() -> None:
     assert float(value_loss(policy, seen, values).detach()) == pytest.approx(total, abs=1e-4)
 
 
+def test_the_improved_policy_by_hand() -> None:
+    process = table()
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=0.1)
+    seen = process.observe(process.reset(process.task.sample(1, generator())))
+    values, known = torch.tensor([[1.0, torch.nan, 0.0, 0.9]]), [0, 2, 3]
+    beliefs, states = policy.read(seen)
+    g = policy.head.base(seen).log_probs[0, known]
+    improved = (g + values[0, known] / 0.1).softmax(0)
+    own = (g + policy.head.values(seen, beliefs[-1], states)[0, known] / 0.1).log_softmax(0)
+    divergence = float((improved * (improved.log() - own)).sum().detach())
+    both, alone = (float(value_loss(policy, seen, values, regularised).detach()) for regularised in (True, False))
+    assert divergence > 0.01
+    assert both - alone == pytest.approx(divergence, abs=1e-4)
+
+
 def test_graded_values_are_advantages() -> None:
     process = table()
     policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=0.1)
