@@ -307,9 +307,9 @@ def test_the_improved_policy_by_hand() -> None:
     values, known = torch.tensor([[1.0, torch.nan, 0.0, 0.9]]), [0, 2, 3]
     beliefs, states = policy.read(seen)
     g = policy.head.base(seen).log_probs[0, known]
-    improved = (g + values[0, known] / 0.1).softmax(0)
     own = (g + policy.head.values(seen, beliefs[-1], states)[0, known] / 0.1).log_softmax(0)
-    divergence = float((improved * (improved.log() - own)).sum().detach())
+    improved = (g + values[0, known] / 0.1).log_softmax(0)
+    divergence = float((own.exp() * (own - improved)).sum().detach())
     both, alone = (float(value_loss(policy, seen, values, regularised).detach()) for regularised in (True, False))
     assert divergence > 0.01
     assert both - alone == pytest.approx(divergence, abs=1e-4)
