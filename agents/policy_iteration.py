@@ -11,7 +11,7 @@ decides a board is one or two *uncertain* states. So each iteration
 
 The policy is g(a | s) exp(Q(s, a) / beta), normalised: for this Q the exact optimum of E[Q] - beta KL(pi || g) (the
 improvement step of KL-regularised policy iteration, for example Geist et al. 2019, arXiv 1901.11275, eq. 4). Where that
-optimum is asked for at any beta (``sampled``), the fit also has the divergence of the policy from it.
+optimum is asked for at any beta (``sampled``) and symbols are not drawn, the fit also has its divergence from the policy.
 
 Of sets a position's value hardly depends on the others, and one finished board that was rewarded tells it of all
 positions at once: it takes the answer's place in imitation of the oracle (expert iteration; Anthony et al. 2017, arXiv
@@ -424,10 +424,9 @@ def value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, regularis
 
     Args:
         values: (N, L), NaN where they are not known.
-        regularised: add KL(pi || pi'), averaged over rows, of the policy from the improved one, pi' = g exp(Q / beta),
-            both over the candidates: a small beta makes differences count that the values' own loss hardly sees. In
-            this direction (Haarnoja et al. 2018, arXiv 1801.01290, eq. 10) it is linear in Q, so that noise in the
-            values averages out.
+        regularised: add KL(pi' || pi), averaged over rows, of the improved policy pi' = g exp(Q / beta) from this one,
+            both over the candidates. A small beta makes differences count that the values' own loss hardly sees. For
+            values without noise: it is not linear in them, so that noise would not average out.
     """
     low, high = policy.head.value_range
     known = ~values.isnan()
@@ -441,7 +440,7 @@ def value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, regularis
         return loss
     scores = (values.nan_to_num(0.0), policy.head.values(seen, beliefs[-1], read))
     improved, own = (policy.head.over_base(seen, each / policy.head.beta, known) for each in scores)
-    return loss + own.kl(improved).mean()
+    return loss + improved.kl(own).mean()
 
 
 def set_value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, error_cost: float) -> Tensor:
@@ -472,7 +471,9 @@ def loss_of(
         return set_imitation_loss(trained, seen, drawn.answers, config.error_cost, trained is policy)
     values = best_symbols_values(config.labels, seen, drawn.answers, drawn.values)
     if config.rules.actions == "single":
-        return value_loss(policy, seen, values, config.sampled and config.labels == "values")
+        # Filled greedily, at the optimum all play from a state is worth the same, so that values then have no noise.
+        regularised = config.sampled and config.labels == "values" and process.temperature == 0
+        return value_loss(policy, seen, values, regularised)
     return set_value_loss(policy, seen, values, config.error_cost)
 
 

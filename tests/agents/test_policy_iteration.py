@@ -309,7 +309,7 @@ def test_the_improved_policy_by_hand() -> None:
     g = policy.head.base(seen).log_probs[0, known]
     own = (g + policy.head.values(seen, beliefs[-1], states)[0, known] / 0.1).log_softmax(0)
     improved = (g + values[0, known] / 0.1).log_softmax(0)
-    divergence = float((own.exp() * (own - improved)).sum().detach())
+    divergence = float((improved.exp() * (improved - own)).sum().detach())
     both, alone = (float(value_loss(policy, seen, values, regularised).detach()) for regularised in (True, False))
     assert divergence > 0.01
     assert both - alone == pytest.approx(divergence, abs=1e-4)
