@@ -11,7 +11,7 @@ decides a board is one or two *uncertain* states. So each iteration
 
 The policy is g(a | s) exp(Q(s, a) / beta), normalised: for this Q the exact optimum of E[Q] - beta KL(pi || g) (the
 improvement step of KL-regularised policy iteration, for example Geist et al. 2019, arXiv 1901.11275, eq. 4). Where that
-optimum is asked for at any beta (``sampled``) and symbols are not drawn, the fit also has its divergence from the policy.
+optimum is asked for at any beta (``sampled``) and filling is greedy, the fit also has its divergence from the policy.
 
 Of sets a position's value hardly depends on the others, and one finished board that was rewarded tells it of all
 positions at once: it takes the answer's place in imitation of the oracle (expert iteration; Anthony et al. 2017, arXiv
