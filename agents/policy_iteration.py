@@ -48,6 +48,8 @@ from unmask_env.state import Observation, Rules, State
 
 EXPLAINED, GOOD_LABELS = 0.1, 0.9  # a share of the variance, and a mean reward, below which labels are called poor
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
+HELD_OUT = 10  # one in so many states is kept from the fit, where values are noisy
+BOARDS_MEASURED = 100  # to know how many uncertain states they meet
 BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
 
@@ -93,10 +95,11 @@ class PolicyIterationConfig(TrainConfig):
     """play on by samples of the policy instead of its most likely positions, the divergence on the way counted against
     the reward: the values are then those of the regularised objective at any beta"""
     levels: AtLeast1 = 6
-    """uncertain states of a board that are evaluated at most, one after the other"""
+    """uncertain states of a board that are evaluated at most, one after the other; spread over the play where there are
+    many more"""
     states: AtLeast1 = 1500
     """labelled at most in each iteration, over all processes, where single positions are chosen: on each level half of
-    those that are left, of boards that are drawn where there are more"""
+    those that are left (the same number, where levels are spread), of boards that are drawn where there are more"""
     capacity: AtLeast1 = 40_000
     """states kept to fit; the oldest are forgotten"""
     save_every: AtLeast1 = 100
@@ -162,12 +165,14 @@ class Player:
         sample: bool = False,
         to_uncertain: bool = False,
         group: Tensor | None = None,
+        passing: Tensor | None = None,
     ) -> tuple[State, Tensor]:
         """The rows at their end, or at their next uncertain state, and what each was rewarded (N,) on the way.
 
         Args:
             sample: the policy; else its mode is played.
             group: (N,) int64; rows of the same group fill with the same random numbers. None: each with its own.
+            passing: (N,) int64, how many uncertain states of each row are passed over; counted down in place.
         """
         reward = torch.zeros(len(state), device=self.process.device)
         rows = torch.arange(len(state), device=reward.device)
@@ -176,7 +181,12 @@ class Player:
         while len(rows):
             seen = self.process.observe(state)
             certain = seen.certain(self.defer_above)
-            over = state.done | ~certain.any(1) if to_uncertain else state.done
+            over = state.done
+            if to_uncertain:
+                uncertain = ~certain.any(1) & ~over
+                over = over | (uncertain if passing is None else uncertain & (passing[rows] <= 0))
+                if passing is not None:
+                    passing[rows] -= (uncertain & ~over).long()
             if bool(over.any()):
                 ended.append((rows[over], state[over]))
                 rows, state, seen, certain = rows[~over], state[~over], seen[~over], certain[~over]
@@ -269,20 +279,28 @@ def play_positions(
     config: PolicyIterationConfig, player: Player, states: States, generator: torch.Generator
 ) -> dict[str, float]:
     """Play new puzzles from one uncertain state to the next, and add to ``states`` those where the choice matters; what
-    to log."""
+    to log. Where boards meet many more than ``config.levels``, some are passed over, so that the others are of all of
+    the play."""
     process = player.process
     instances = process.task.sample(config.puzzles, generator)
     by_length = (instances.tokens == process.task.mask_id).sum(1).argsort(stable=True)  # rows of a part end together
     state = process.reset(instances[by_length])
     met = informative = 0
     sums = dict.fromkeys(("sum/unexplained", "sum/differing", "sum/earned", "sum/labelled"), 0.0)
-    for _ in range(config.levels):
-        reached = [player.play(part, generator, to_uncertain=True)[0] for part in in_parts(state, config.rows)]
+    stride = max(1, int(uncertain_states(player, state, generator) / config.levels))
+    passing = torch.zeros(len(state), dtype=torch.long, device=state.tokens.device)
+    if stride > 1:
+        passing = torch.randint(stride, passing.shape, generator=generator, device=passing.device)
+    for level in range(config.levels):
+        parts = torch.arange(len(state), device=passing.device).split(config.rows)
+        reached = [player.play(state[r], generator, to_uncertain=True, passing=passing[r])[0] for r in parts]
         state = State.join(reached, torch.cat)
         if bool(state.done.all()):
             break
         followed = []
-        labelled = _some(state[~state.done], max(1, (config.states - met) // 2), generator)
+        # Few boards come to many levels, unless the levels are spread over all of the play.
+        share = config.levels - level if stride > 1 else 2
+        labelled = _some(state[~state.done], max(1, (config.states - met) // share), generator)
         for part in in_parts(labelled, config.rows):
             seen = process.observe(part)
             answers, stored, reward = label(config, player, seen, part, generator)
@@ -306,7 +324,17 @@ def play_positions(
             uniform = process.uniform(part[rows], generator)
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
+        passing = torch.full((len(state),), stride - 1, device=passing.device)
     return {"play/states": float(met), "play/informative": float(informative)} | sums
+
+
+def uncertain_states(player: Player, state: State, generator: torch.Generator) -> float:
+    """How many of them a board meets, the mean over some of the rows."""
+    some = state[torch.arange(0, len(state), max(1, len(state) // BOARDS_MEASURED), device=state.tokens.device)]
+    most = some.tokens.shape[1] * 2
+    left = torch.full((len(some),), most, device=some.tokens.device)
+    player.play(some, generator.clone_state(), to_uncertain=True, passing=left)
+    return float((most - left).float().mean())
 
 
 def _count_boards(sums: dict[str, float], reward: Tensor) -> None:
@@ -412,10 +440,32 @@ def widen_value_range(policy: OrderPolicy, states: States) -> None:
     the mean of a state's candidates, which is all that a choice depends on."""
     known = states.values[~states.values.isnan()]
     low, high = policy.head.value_range.tolist()
+    ends = [0.0, 1.0]
     if low < 0 or not bool(((known == 0) | (known == 1)).all()):
         most = float(centred(states.values).abs().max())
         most = max(most, high if low < 0 else 0.0)
-        policy.head.value_range.copy_(torch.tensor([-most, most]))
+        ends = [-most, most]
+    policy.head.value_range.copy_(torch.tensor(ends))
+
+
+@torch.no_grad()
+def shrink_values(config: PolicyIterationConfig, process: Unmasking, policy: OrderPolicy, heldout: States) -> float:
+    """Multiply a policy's values by the slope of the line through 0 that predicts those of states ``heldout`` from
+    them, of differences from each state's mean; the slope, between 0 and 1.
+
+    Values of noise predict nothing, and divided by a small beta they would outweigh the reference. Shrunk, they are the
+    best linear prediction (in squared error), and where that is 0 the policy is the reference.
+    """
+    together = own = 0.0
+    for rows in torch.arange(len(heldout)).split(config.rows):
+        kept = heldout.rows(rows, process.device)
+        seen = kept.observe(process)
+        values = best_symbols_values(config.labels, seen, kept.answers, kept.values)
+        predicted = centred(predicted_values(policy, seen).masked_fill(values.isnan(), torch.nan))
+        together, own = together + float((predicted * centred(values)).sum()), own + float(predicted.square().sum())
+    slope = min(1.0, max(0.0, together / own)) if own > 0 else 1.0
+    policy.head.value_range.mul_(slope)
+    return slope
 
 
 def value_loss(policy: OrderPolicy, seen: Observation, values: Tensor, regularised: bool = False) -> Tensor:
@@ -497,10 +547,11 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     config, process, g, policy = _start(config, process)
     mine, rank = processes.share(config, "puzzles", "batch"), processes.rank()
     mine = replace(mine, states=max(1, config.states // processes.count()))
-    optimizer, states = make_optimizer(config, policy), States(process.task)
+    optimizer, states, heldout = make_optimizer(config, policy), States(process.task), States(process.task)
+    noisy = config.rules.actions == "single" and process.draws
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
-    parts = {"policy": policy, "optimizer": optimizer, "states": states, "validation": monitor}
+    parts = {"policy": policy, "optimizer": optimizer, "states": states, "heldout": heldout, "validation": monitor}
     publish = publisher(policy, monitor, lambda: "rewards" if len(states) else "")
     run = Run(config, total, parts, title, publish, round_length=config.steps)
     with run:
@@ -516,7 +567,9 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 with run.interruptible():
                     played = _play(mine, process, g, trusted, new, generator, told)
                 new.pool()
-                states.add(config.capacity, **new.state_dict())
+                apart = (torch.arange(len(new)) % HELD_OUT == HELD_OUT - 1) & noisy
+                for pool, rows in ((states, ~apart), (heldout, apart)):
+                    pool.add(config.capacity, **{name: column[rows] for name, column in new.state_dict().items()})
                 if not len(states):
                     run.say(f"{title}: {_nothing_to_learn(config, process)}")
                 elif config.rules.actions == "single":
@@ -532,8 +585,13 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
             rate = annealed(config.lr, step, total)
             set_learning_rate(optimizer, rate)
             norm = descend(config, optimizer, list(policy.parameters()), loss)
-            if (step + 1) % config.log_every == 0 or step + 1 == total or monitor.due(step + 1):
-                scalars = processes.mean({"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate})
+            slope = {}
+            if within + 1 == config.steps and len(heldout):
+                slope = {"values/slope": shrink_values(config, process, policy.eval(), heldout)}
+                if slope["values/slope"] == 0:
+                    monitor.cause = "its values predict nothing of states that were kept from the fit"
+            if (step + 1) % config.log_every == 0 or step + 1 == total or monitor.due(step + 1) or slope:
+                scalars = processes.mean({"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate} | slope)
                 said = f"iteration {iteration + 1} loss {scalars['loss']:.3f}"
                 monitor.report(run, policy, scalars, said, config.batch)
     return policy.eval()

@@ -33,7 +33,7 @@ def at_random_threshold(rules: Rules, player: OrderPolicy | RemaskPolicy | None,
 
 
 class Sample(NamedTuple):
-    """States under new symmetries, (n, L) each; see :class:`States`."""
+    """Some states, (n, L) each; see :class:`States`."""
 
     tokens: Tensor
     answers: Tensor
@@ -174,6 +174,11 @@ class States:
         """Append to some columns, and keep the last ``capacity`` states."""
         for name, column in columns.items():
             setattr(self, name, torch.cat([getattr(self, name), column.cpu()])[-capacity:])
+
+    def rows(self, rows: Tensor, device: torch.device) -> Sample:
+        """Some states as they are."""
+        columns = (self.tokens, self.answers, self.given, self.remask_count, self.values)
+        return Sample(*(column[rows].to(device) for column in columns))
 
     def sample(self, task: Task, n: int, certain_fraction: float, generator: torch.Generator) -> Sample:
         """``n`` states under new symmetries; a share ``certain_fraction`` of them not uncertain (all of one kind where

@@ -25,7 +25,7 @@ from agents.policy_iteration import (
     values_of,
 )
 from agents.states import States
-from pretrain.checkpoint import save_model
+from pretrain.checkpoint import load_state, save_model
 from pretrain.run import Interrupted
 from tasks import Instances, Task, UnmaskError
 from tests.oracles.enumeration import TableTask, random_joint, sequences
@@ -397,7 +397,8 @@ def test_every_kind_of_task_label_and_action(tmp_path, kind, labels, actions) ->
 def test_drawn_symbols_take_several_continuations(tmp_path) -> None:
     process = table(temperature=1.0)
     policy = policy_iteration.train(config(tmp_path, fill_temperature=1.0, continuations=4), process)
-    assert float(policy.head.value_range[0]) < 0, "means of 0 and 1 are graded"
+    low, high = policy.head.value_range.tolist()
+    assert low == -high <= 0, "means of 0 and 1 are graded"
 
 
 @pytest.mark.trains
@@ -641,3 +642,68 @@ def test_states_within_the_bound_are_labelled_as_without_it(sudoku6, tiny) -> No
         found.append(kept.state_dict())
     for name, column in found[0].items():
         assert torch.equal(column.nan_to_num(-1), found[1][name].nan_to_num(-1)), name
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_levels_are_spread_over_boards_that_are_always_uncertain(levels) -> None:
+    """At equal distances, from an offset that is drawn for each board; on each level as many states."""
+    process, kept = table(Likely), States(TableTask(random_joint(3, 4, seed=12)))
+    asked: list[int] = []
+    player = Player(process, SoftmaxConfidence(), SoftmaxConfidence(), 2.0, told=asked.append)
+    few = settled(puzzles=60, levels=levels, states=24 * levels, sampled=True)
+    policy_iteration.play_positions(few, player, kept, generator())
+    assert asked == [24] * levels
+    filled, apart = (kept.tokens != process.task.mask_id).sum(1), 4 // levels
+    assert set(filled.tolist()) == {0, 1, 2}  # at the last position there is no choice to learn
+    of_level = filled.split([24, len(filled) - 24]) if levels == 2 else (filled,)
+    for level, counts in enumerate(of_level):
+        assert bool((counts // apart == level).all())
+
+
+def test_uncertain_states_are_passed_over() -> None:
+    process = table()
+    player = Player(process, MaxConfidence(), SoftmaxConfidence(), 2.0)
+    passing = torch.tensor([0, 3, 1, 9])
+    state, _ = player.play(process.reset(process.task.sample(4, generator())), generator(), False, True, None, passing)
+    assert (~state.masked).sum(1).tolist() == [0, 3, 1, 4]
+    assert passing.tolist() == [0, 0, 0, 5]
+    assert (
+        policy_iteration.uncertain_states(player, process.reset(process.task.sample(8, generator())), generator()) == 4
+    )
+
+
+# ---------------------------------------------------------------------- values of noise
+@pytest.mark.parametrize(("true", "kept"), [(0.25, 0.25), (-0.5, 0.0), (3.0, 1.0)])
+def test_values_are_shrunk_to_what_they_predict(true, kept) -> None:
+    """Held-out values that are ``true`` times the policy's, and what is orthogonal to them."""
+    process = table(Likely)
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=0.01)
+    policy.head.value_range.copy_(torch.tensor([-0.5, 0.5]))
+    state = process.reset(process.task.sample(1, generator()))
+    seen = process.observe(state)
+    own = policy_iteration.predicted_values(policy, seen).detach()
+    centred = own - own.mean()
+    noise = torch.randn(1, 4, generator=generator(5))
+    noise -= noise.mean() + (noise * centred).sum() / centred.square().sum() * centred
+    heldout = States(process.task)
+    columns = {"tokens": state.tokens, "answers": seen.denoised.best, "given": state.tokens}
+    heldout.add(9, **columns, remask_count=state.tokens * 0, values=true * own + noise + 7.0)
+    slope = policy_iteration.shrink_values(settled(), process, policy, heldout)
+    assert slope == pytest.approx(kept, abs=1e-4)
+    assert policy.head.value_range.tolist() == pytest.approx([-0.5 * kept, 0.5 * kept], abs=1e-4)
+    if kept == 0:
+        g = policy.head.base(seen).log_probs
+        torch.testing.assert_close(policy(seen).log_probs, g)
+
+
+@pytest.mark.trains
+def test_where_symbols_are_drawn_some_states_are_kept_from_the_fit(tmp_path) -> None:
+    settings = {"fill_temperature": 1.0, "continuations": 2, "iterations": 1}
+    policy_iteration.train(config(tmp_path / "drawn", **settings), table(Likely, temperature=1.0))
+    policy_iteration.train(config(tmp_path / "greedy", iterations=1), table(Likely))
+    states, heldout = ({}, {})
+    for name in ("drawn", "greedy"):
+        parts = load_state(tmp_path / name / "state.safetensors")["parts"]
+        states[name], heldout[name] = len(parts["states"]["tokens"]), len(parts["heldout"]["tokens"])
+    assert heldout["drawn"] == (states["drawn"] + heldout["drawn"]) // 10 > 0
+    assert heldout["greedy"] == 0
