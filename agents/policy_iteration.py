@@ -49,7 +49,7 @@ from unmask_env.state import Observation, Rules, State
 EXPLAINED, GOOD_LABELS = 0.1, 0.9  # a share of the variance, and a mean reward, below which labels are called poor
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
 HELD_OUT = 10  # one in so many states is kept from the fit, where values are noisy
-BOARDS_MEASURED = 100  # to know how many uncertain states they meet
+BOARDS_MEASURED = 32  # to know how many uncertain states they meet
 BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
 

@@ -411,11 +411,11 @@ def test_masking_again_is_learned_from_its_own_boards(tmp_path) -> None:
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("stop_at", [10, 13])  # between two iterations, and within one
-def test_a_stopped_run_goes_on_to_the_same_policy(tmp_path, monkeypatch, stop_at) -> None:
-    process, original, counted = table(), policy_iteration.descend, iter(range(99))
-    whole = policy_iteration.train(config(tmp_path / "whole"), process)
-    settings = config(tmp_path / "stopped", save_every=1)
+@pytest.mark.parametrize(("stop_at", "drawn"), [(10, 0.0), (13, 0.0), (13, 1.0)])  # between two iterations, within one
+def test_a_stopped_run_goes_on_to_the_same_policy(tmp_path, monkeypatch, stop_at, drawn) -> None:
+    process, original, counted = table(Likely, temperature=drawn), policy_iteration.descend, iter(range(99))
+    whole = policy_iteration.train(config(tmp_path / "whole", fill_temperature=drawn), process)
+    settings = config(tmp_path / "stopped", fill_temperature=drawn, save_every=1)
 
     def descend(*args: object, **more: object) -> float:
         if next(counted) == stop_at:
