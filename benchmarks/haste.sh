@@ -1,7 +1,7 @@
 #!/bin/sh
 # Speed as a factor of the reward or as a summand: UPO over sets under both, from the soft threshold, where policies over
-# sets begin, and beside that reference's mode; 500 validation puzzles. With the factor r ((H - NFE + 1) / H)^alpha a wrong board earns nothing however
-# fast; with the summand r + alpha (H - NFE + 1) / H it earns its speed.
+# sets begin, and beside that reference's mode; 500 validation puzzles. With the factor r ((H - NFE + 1) / H)^alpha a wrong
+# board earns nothing however fast; with the summand r + alpha (H - NFE + 1) / H it earns its speed.
 set -eu
 shared="--denoiser sudoku6-tiny --actions set --speed 10 --iterations 40 --puzzles 16 --lr 1e-3 --beta 0"
 for form in no-speed-bonus speed-bonus; do
