@@ -3,7 +3,8 @@
 Nearly every state of a game is certain: the denoiser is sure of some position, and filling it costs nothing. What
 decides a board is one or two *uncertain* states. So each iteration
 
-1. plays new puzzles to their first uncertain state, and from there to the next ones;
+1. plays new puzzles to their first uncertain state, and from there to the next ones (or, where there are many, to
+   some of them);
 2. evaluates: there every candidate position is filled once and the board finished (by the reference in the first
    iteration, by the policy later), which gives Q(s, a), the reward;
 3. improves: the policy's belief q is fitted so that q_a(v_a), what it gives to the symbol v_a that the denoiser would
@@ -49,6 +50,7 @@ from unmask_env.state import Observation, Rules, State
 EXPLAINED, GOOD_LABELS = 0.1, 0.9  # a share of the variance, and a mean reward, below which labels are called poor
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
 HELD_OUT = 10  # one in so many states is kept from the fit, where values are noisy
+SIGNIFICANT = 1.64  # standard errors by which values must predict those of kept states (one-sided 5 %)
 BOARDS_MEASURED = 32  # to know how many uncertain states they meet
 BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
@@ -96,7 +98,7 @@ class PolicyIterationConfig(TrainConfig):
     the reward: the values are then those of the regularised objective at any beta"""
     levels: AtLeast1 = 6
     """uncertain states of a board that are evaluated at most, one after the other; spread over the play where there are
-    many more"""
+    at least twice as many"""
     states: AtLeast1 = 1500
     """labelled at most in each iteration, over all processes, where single positions are chosen: on each level half of
     those that are left (the same number, where levels are spread), of boards that are drawn where there are more"""
@@ -279,27 +281,26 @@ def play_positions(
     config: PolicyIterationConfig, player: Player, states: States, generator: torch.Generator
 ) -> dict[str, float]:
     """Play new puzzles from one uncertain state to the next, and add to ``states`` those where the choice matters; what
-    to log. Where boards meet many more than ``config.levels``, some are passed over, so that the others are of all of
-    the play."""
+    to log. Where boards meet at least twice as many as ``config.levels``, on average, some are passed over, so that the
+    others are of all of the play."""
     process = player.process
     instances = process.task.sample(config.puzzles, generator)
     by_length = (instances.tokens == process.task.mask_id).sum(1).argsort(stable=True)  # rows of a part end together
     state = process.reset(instances[by_length])
     met = informative = 0
     sums = dict.fromkeys(("sum/unexplained", "sum/differing", "sum/earned", "sum/labelled"), 0.0)
-    stride = max(1, int(uncertain_states(player, state, generator) / config.levels))
-    passing = torch.zeros(len(state), dtype=torch.long, device=state.tokens.device)
-    if stride > 1:
-        passing = torch.randint(stride, passing.shape, generator=generator, device=passing.device)
+    spread = spread_of(config, player, state, generator)
     for level in range(config.levels):
-        parts = torch.arange(len(state), device=passing.device).split(config.rows)
-        reached = [player.play(state[r], generator, to_uncertain=True, passing=passing[r])[0] for r in parts]
+        reached = []
+        for part in in_parts(state, config.rows):
+            passing = pass_over(player, part, spread, level, generator) if spread else None
+            reached.append(player.play(part, generator, to_uncertain=True, passing=passing)[0])
         state = State.join(reached, torch.cat)
         if bool(state.done.all()):
             break
         followed = []
         # Few boards come to many levels, unless the levels are spread over all of the play.
-        share = config.levels - level if stride > 1 else 2
+        share = config.levels - level if spread else 2
         labelled = _some(state[~state.done], max(1, (config.states - met) // share), generator)
         for part in in_parts(labelled, config.rows):
             seen = process.observe(part)
@@ -324,17 +325,30 @@ def play_positions(
             uniform = process.uniform(part[rows], generator)
             followed.append(process.step(part[rows], seen[rows], chosen, uniform)[0])
         state = State.join(followed, torch.cat)
-        passing = torch.full((len(state),), stride - 1, device=passing.device)
     return {"play/states": float(met), "play/informative": float(informative)} | sums
 
 
-def uncertain_states(player: Player, state: State, generator: torch.Generator) -> float:
-    """How many of them a board meets, the mean over some of the rows."""
-    some = state[torch.arange(0, len(state), max(1, len(state) // BOARDS_MEASURED), device=state.tokens.device)]
-    most = some.tokens.shape[1] * 2
-    left = torch.full((len(some),), most, device=some.tokens.device)
-    player.play(some, generator.clone_state(), to_uncertain=True, passing=left)
-    return float((most - left).float().mean())
+def spread_of(config: PolicyIterationConfig, player: Player, state: State, generator: torch.Generator) -> float:
+    """How far apart the levels are, in uncertain states per hole of a board, so that they are of all of the play; 0:
+    one after the other, as boards meet less than twice as many, on average over some of the rows."""
+    where = {"device": state.tokens.device}
+    some = state[torch.linspace(0, len(state) - 1, min(len(state), BOARDS_MEASURED), **where).long()]
+    most, met = 2 * some.tokens.shape[1], 0
+    for part in in_parts(some, config.rows):
+        left = torch.full((len(part),), most, **where)
+        player.play(part, generator.clone_state(), to_uncertain=True, passing=left)
+        met += int((most - left).sum())
+    if met < 2 * config.levels * len(some):
+        return 0.0
+    return met / int((some.instances.tokens == player.process.task.mask_id).sum()) / config.levels
+
+
+def pass_over(player: Player, state: State, spread: float, level: int, generator: torch.Generator) -> Tensor:
+    """(N,) int64, how many uncertain states of each board to pass over before its next level: first a random offset,
+    then the distance between levels, rounded at random."""
+    apart = spread * (state.instances.tokens == player.process.task.mask_id).sum(1)
+    drawn = torch.rand(apart.shape, generator=generator, device=apart.device)
+    return (drawn * apart if level == 0 else (apart - 1).clamp(min=0) + drawn).long()
 
 
 def _count_boards(sums: dict[str, float], reward: Tensor) -> None:
@@ -450,20 +464,25 @@ def widen_value_range(policy: OrderPolicy, states: States) -> None:
 
 @torch.no_grad()
 def shrink_values(config: PolicyIterationConfig, process: Unmasking, policy: OrderPolicy, heldout: States) -> float:
-    """Multiply a policy's values by the slope of the line through 0 that predicts those of states ``heldout`` from
-    them, of differences from each state's mean; the slope, between 0 and 1.
+    """Multiply a policy's values by what they predict of those of states ``heldout``; the factor.
 
-    Values of noise predict nothing, and divided by a small beta they would outweigh the reference. Shrunk, they are the
-    best linear prediction (in squared error), and where that is 0 the policy is the reference.
+    It is the slope of the line through 0, of differences from each state's mean, at most 1: shrunk so, values are the
+    best prediction (in squared error) that is linear in them. Where the slope is not above 0 at :data:`SIGNIFICANT`
+    standard errors, over states, it is 0, and the policy is the reference: values of noise, divided by a small beta,
+    would outweigh it.
     """
-    together = own = 0.0
+    together, own = [], 0.0
     for rows in torch.arange(len(heldout)).split(config.rows):
         kept = heldout.rows(rows, process.device)
         seen = kept.observe(process)
         values = best_symbols_values(config.labels, seen, kept.answers, kept.values)
         predicted = centred(predicted_values(policy, seen).masked_fill(values.isnan(), torch.nan))
-        together, own = together + float((predicted * centred(values)).sum()), own + float(predicted.square().sum())
-    slope = min(1.0, max(0.0, together / own)) if own > 0 else 1.0
+        together.append((predicted * centred(values)).sum(1))
+        own += float(predicted.square().sum())
+    products = torch.cat(together)
+    total, error = float(products.sum()), float(products.square().sum().sqrt())
+    slope = min(1.0, total / own) if total > SIGNIFICANT * error else 0.0
+    slope = processes.mean({"slope": slope})["slope"]  # the same in all, to the bit
     policy.head.value_range.mul_(slope)
     return slope
 
@@ -567,9 +586,11 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 with run.interruptible():
                     played = _play(mine, process, g, trusted, new, generator, told)
                 new.pool()
-                apart = (torch.arange(len(new)) % HELD_OUT == HELD_OUT - 1) & noisy
-                for pool, rows in ((states, ~apart), (heldout, apart)):
-                    pool.add(config.capacity, **{name: column[rows] for name, column in new.state_dict().items()})
+                numbers = torch.arange(len(new)) + len(states) + len(heldout)
+                apart = (numbers % HELD_OUT == HELD_OUT - 1) & noisy
+                for pool, rows, size in ((states, ~apart, 1), (heldout, apart, HELD_OUT)):
+                    columns = {name: column[rows] for name, column in new.state_dict().items()}
+                    pool.add(max(1, config.capacity // size), **columns)
                 if not len(states):
                     run.say(f"{title}: {_nothing_to_learn(config, process)}")
                 elif config.rules.actions == "single":
@@ -585,15 +606,18 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
             rate = annealed(config.lr, step, total)
             set_learning_rate(optimizer, rate)
             norm = descend(config, optimizer, list(policy.parameters()), loss)
-            slope = {}
-            if within + 1 == config.steps and len(heldout):
-                slope = {"values/slope": shrink_values(config, process, policy.eval(), heldout)}
-                if slope["values/slope"] == 0:
+            due, ends, scalars = monitor.due(step + 1), within + 1 == config.steps, {}
+            fitted = policy.head.value_range.clone() if len(heldout) else None
+            if len(heldout) and (due or ends):
+                scalars["values/slope"] = shrink_values(config, process, policy.eval(), heldout)
+                if scalars["values/slope"] == 0:
                     monitor.cause = "its values predict nothing of states that were kept from the fit"
-            if (step + 1) % config.log_every == 0 or step + 1 == total or monitor.due(step + 1) or slope:
-                scalars = processes.mean({"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate} | slope)
+            if (step + 1) % config.log_every == 0 or due or ends:
+                scalars |= processes.mean({"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate})
                 said = f"iteration {iteration + 1} loss {scalars['loss']:.3f}"
                 monitor.report(run, policy, scalars, said, config.batch)
+            if fitted is not None and not ends:
+                policy.head.value_range.copy_(fitted)
     return policy.eval()
 
 

@@ -667,43 +667,114 @@ def test_uncertain_states_are_passed_over() -> None:
     state, _ = player.play(process.reset(process.task.sample(4, generator())), generator(), False, True, None, passing)
     assert (~state.masked).sum(1).tolist() == [0, 3, 1, 4]
     assert passing.tolist() == [0, 0, 0, 5]
-    assert (
-        policy_iteration.uncertain_states(player, process.reset(process.task.sample(8, generator())), generator()) == 4
-    )
+
+
+def test_levels_are_further_apart_on_boards_with_more_holes() -> None:
+    """Uncertain states per hole over levels; one forward never has more boards than ``rows``."""
+
+    class Counting(MaxConfidence):
+        most = 0
+
+        def __call__(self, seen: Observation) -> Categorical:
+            Counting.most = max(Counting.most, len(seen.tokens))
+            return super().__call__(seen)
+
+    process = table()
+    answers = process.task.sample(40, generator()).answers
+    tokens = answers.clone()
+    tokens[:30, 2:] = process.task.mask_id  # 30 boards of two holes, 10 of four
+    tokens[30:] = process.task.mask_id
+    state = process.reset(Instances(tokens, answers))
+    player = Player(process, Counting(), SoftmaxConfidence(), 2.0)
+    assert policy_iteration.spread_of(settled(levels=2, rows=7), player, state, generator()) == 0
+    assert Counting.most == 7
+    spread = policy_iteration.spread_of(settled(levels=1, rows=7), player, state, generator())
+    assert spread == 1.0  # every hole meets an uncertain state
+    many = state[torch.arange(40).repeat(9)]
+    short = (many.instances.tokens == process.task.mask_id).sum(1) == 2
+    first = policy_iteration.pass_over(player, many, 0.75, 0, generator())
+    later = policy_iteration.pass_over(player, many, 0.75, 1, generator())
+    assert (set(first[short].tolist()), set(first[~short].tolist())) == ({0, 1}, {0, 1, 2})
+    assert (set(later[short].tolist()), set(later[~short].tolist())) == ({0, 1}, {2})  # distances of 1.5 and of 3
 
 
 # ---------------------------------------------------------------------- values of noise
-@pytest.mark.parametrize(("true", "kept"), [(0.25, 0.25), (-0.5, 0.0), (3.0, 1.0)])
-def test_values_are_shrunk_to_what_they_predict(true, kept) -> None:
-    """Held-out values that are ``true`` times the policy's, and what is orthogonal to them."""
+@pytest.mark.parametrize(
+    ("true", "noise", "least", "most"), [(0.25, 0.01, 0.2, 0.3), (-0.5, 0.01, 0, 0), (3, 0.01, 1, 1), (0, 1, 0, 0)]
+)
+def test_values_are_shrunk_to_what_they_predict(true, noise, least, most) -> None:
+    """Held-out values that are ``true`` times the policy's, with noise; against sums state by state."""
     process = table(Likely)
     policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=0.01)
     policy.head.value_range.copy_(torch.tensor([-0.5, 0.5]))
-    state = process.reset(process.task.sample(1, generator()))
+    state = process.reset(process.task.sample(7, generator()))
+    state = replace(state, tokens=torch.where(torch.eye(7, 4) > 0, state.instances.answers, state.tokens))
+    state = replace(state, masked=state.tokens == process.task.mask_id)
     seen = process.observe(state)
     own = policy_iteration.predicted_values(policy, seen).detach()
-    centred = own - own.mean()
-    noise = torch.randn(1, 4, generator=generator(5))
-    noise -= noise.mean() + (noise * centred).sum() / centred.square().sum() * centred
+    values = (true * own + noise * torch.randn(7, 4, generator=generator(8)) + 7.0).masked_fill(
+        ~state.masked, torch.nan
+    )
+    values[6, 0] = torch.nan  # of a position that was not tried
+    products, squares = [], 0.0
+    for known, predicted in zip(values, own, strict=True):
+        tried = ~known.isnan()
+        centred = predicted[tried] - predicted[tried].mean()
+        products.append(float((centred * (known[tried] - known[tried].mean())).sum()))
+        squares += float(centred.square().sum())
+    significant = sum(products) > 1.64 * sum(product**2 for product in products) ** 0.5
+    expected = min(1.0, sum(products) / squares) if significant else 0.0
+    if true == 0:
+        assert sum(products) > 0, "a slope by chance"
     heldout = States(process.task)
-    columns = {"tokens": state.tokens, "answers": seen.denoised.best, "given": state.tokens}
-    heldout.add(9, **columns, remask_count=state.tokens * 0, values=true * own + noise + 7.0)
-    slope = policy_iteration.shrink_values(settled(), process, policy, heldout)
-    assert slope == pytest.approx(kept, abs=1e-4)
-    assert policy.head.value_range.tolist() == pytest.approx([-0.5 * kept, 0.5 * kept], abs=1e-4)
-    if kept == 0:
-        g = policy.head.base(seen).log_probs
-        torch.testing.assert_close(policy(seen).log_probs, g)
+    columns = {"tokens": state.tokens, "answers": seen.denoised.best, "given": state.instances.tokens}
+    heldout.add(9, **columns, remask_count=state.tokens * 0, values=values)
+    slope = policy_iteration.shrink_values(settled(rows=3), process, policy, heldout)
+    assert slope == pytest.approx(expected, abs=1e-4)
+    assert least <= slope <= most
+    assert policy.head.value_range.tolist() == pytest.approx([-0.5 * expected, 0.5 * expected], abs=1e-4)
+    if expected == 0:
+        torch.testing.assert_close(policy(seen).log_probs, policy.head.base(seen).log_probs)
 
 
 @pytest.mark.trains
-def test_where_symbols_are_drawn_some_states_are_kept_from_the_fit(tmp_path) -> None:
-    settings = {"fill_temperature": 1.0, "continuations": 2, "iterations": 1}
-    policy_iteration.train(config(tmp_path / "drawn", **settings), table(Likely, temperature=1.0))
-    policy_iteration.train(config(tmp_path / "greedy", iterations=1), table(Likely))
+def test_where_symbols_are_drawn_some_states_are_kept_from_the_fit(tmp_path, monkeypatch) -> None:
+    """One in ten; they shrink the values at the end of each iteration and before each validation, and only there."""
+    original, ends = policy_iteration.shrink_values, []
+
+    def shrunk(settings: object, process: object, policy: OrderPolicy, heldout: States) -> float:
+        before = float(policy.head.value_range[1])
+        policy.head.value_range.mul_(0.5)  # whatever the slope is
+        ends.append((before, len(heldout)))
+        return 0.5
+
+    settings = {
+        "fill_temperature": 1.0,
+        "continuations": 2,
+        "puzzles": 40,
+        "validate_every": 4,
+        "validation_puzzles": 4,
+    }
+    monkeypatch.setattr(policy_iteration, "shrink_values", shrunk)
+    policy = policy_iteration.train(config(tmp_path / "drawn", **settings), table(Likely, temperature=1.0))
+    monkeypatch.setattr(policy_iteration, "shrink_values", original)
+    assert float(policy.head.value_range[1]) == ends[-1][0] / 2
+    policy_iteration.train(config(tmp_path / "greedy"), table(Likely))
     states, heldout = ({}, {})
     for name in ("drawn", "greedy"):
         parts = load_state(tmp_path / name / "state.safetensors")["parts"]
         states[name], heldout[name] = len(parts["states"]["tokens"]), len(parts["heldout"]["tokens"])
     assert heldout["drawn"] == (states["drawn"] + heldout["drawn"]) // 10 > 0
     assert heldout["greedy"] == 0
+    assert len(ends) == 6  # of 20 steps: after 4, 8, 10, 12, 16 and 20
+    befores = [before for before, _ in ends]
+    assert (len(set(befores[:3])), len(set(befores[3:]))) == (1, 1), "the fit has whole values"
+
+
+def test_a_policy_whose_values_are_0_is_no_start(tmp_path) -> None:
+    process = table()
+    policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=1e-3)
+    policy.head.value_range.mul_(0.0)
+    save_model(policy, tmp_path / "zero")
+    with pytest.raises(UnmaskError, match="has values of 0: it is its reference; leave --init out"):
+        policy_iteration.train(config(tmp_path / "x", init=str(tmp_path / "zero")), process)
