@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ LEARNERS = {
     "upo": (upo_config, upo.train),
     "imitation": (imitation_config, imitation.train),
     "policy-iteration": (policy_iteration_config, policy_iteration.train),
+    "policy-iteration-drawn": (partial(policy_iteration_config, fill_temperature=1.0), policy_iteration.train),
 }
 
 
@@ -155,15 +157,16 @@ def check_runs(folder: Path) -> None:
         log(run, *args)
 
     for name, (config_of, train) in LEARNERS.items():
-        whole = train(config_of(folder / name, save_every=1), table()).state_dict()
+        process = table(temperature=1.0 if name.endswith("drawn") else 0.0)
+        whole = train(config_of(folder / name, save_every=1), process).state_dict()
         save_file({key: value.contiguous() for key, value in whole.items()}, folder / f"{name}-{rank}")
         cut = config_of(folder / f"{name}-cut")
         Run.log = stop
         with contextlib.suppress(Interrupted):
-            train(cut, table())
+            train(cut, process)
             raise AssertionError("nobody stopped")
         Run.log = log
-        resumed = train(replace(cut, resume="must"), table()).state_dict()
+        resumed = train(replace(cut, resume="must"), process).state_dict()
         for key, value in whole.items():
             assert torch.equal(value, resumed[key]), (name, key)
     refused = [
