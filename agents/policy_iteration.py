@@ -50,7 +50,6 @@ from unmask_env.state import Observation, Rules, State
 EXPLAINED, GOOD_LABELS = 0.1, 0.9  # a share of the variance, and a mean reward, below which labels are called poor
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
 HELD_OUT = 10  # one in so many states is kept from the fit, where values are noisy
-SIGNIFICANT = 1.64  # standard errors by which values must predict those of kept states (one-sided 5 %)
 BOARDS_MEASURED = 32  # to know how many uncertain states they meet
 BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
@@ -467,9 +466,9 @@ def shrink_values(config: PolicyIterationConfig, process: Unmasking, policy: Ord
     """Multiply a policy's values by what they predict of those of states ``heldout``; the factor.
 
     It is the slope of the line through 0, of differences from each state's mean, at most 1: shrunk so, values are the
-    best prediction (in squared error) that is linear in them. Where the slope is not above 0 at :data:`SIGNIFICANT`
-    standard errors, over states, it is 0, and the policy is the reference: values of noise, divided by a small beta,
-    would outweigh it.
+    best prediction (in squared error) that is linear in them. The slope is uncertain itself: where it is t standard
+    errors, over states, it counts by max(0, 1 - 1 / t^2) (as the positive part of the James-Stein estimator). Values of
+    noise, divided by a small beta, would outweigh the reference; at 0 the policy is the reference.
     """
     together, own = [], 0.0
     for rows in torch.arange(len(heldout)).split(config.rows):
@@ -480,8 +479,8 @@ def shrink_values(config: PolicyIterationConfig, process: Unmasking, policy: Ord
         together.append((predicted * centred(values)).sum(1))
         own += float(predicted.square().sum())
     products = torch.cat(together)
-    total, error = float(products.sum()), float(products.square().sum().sqrt())
-    slope = min(1.0, total / own) if total > SIGNIFICANT * error else 0.0
+    total, variance = float(products.sum()), float(products.square().sum())
+    slope = min(1.0, total / own) * max(0.0, 1 - variance / total**2) if total > 0 else 0.0
     slope = processes.mean({"slope": slope})["slope"]  # the same in all, to the bit
     policy.head.value_range.mul_(slope)
     return slope
