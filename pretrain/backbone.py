@@ -124,6 +124,9 @@ def run_passes(
     return beliefs, states
 
 
+EMBEDDED = 0.1  # size of embeddings at the start
+
+
 def init_weights(module: nn.Module, layers: int) -> None:
     """N(0, 1 / fan-in) for matrices, residual projections scaled by 1 / sqrt(2 * layers); N(0, 0.1^2) for embeddings.
 
@@ -131,7 +134,7 @@ def init_weights(module: nn.Module, layers: int) -> None:
     """
     for child_name, child in module.named_modules():
         if isinstance(child, nn.Embedding):
-            nn.init.normal_(child.weight, std=0.1)
+            nn.init.normal_(child.weight, std=EMBEDDED)
         elif isinstance(child, nn.Linear):
             scale = (2 * layers) ** -0.5 if child_name.endswith((".out", ".down")) else 1.0
             nn.init.normal_(child.weight, std=scale * child.in_features**-0.5)
@@ -392,6 +395,10 @@ class Reader(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size)
         init_weights(self, layers)
+        if self.hidden is not None:
+            self.hidden.weight.data.mul_(
+                EMBEDDED
+            )  # normalised states, as large as the embeddings that they are added to
 
     @torch.no_grad()
     def copy_from(self, backbone: Backbone) -> None:
@@ -401,8 +408,6 @@ class Reader(nn.Module):
         for name in ("positions", "norm", "head"):
             getattr(self, name).load_state_dict(getattr(backbone, name).state_dict())
         self.symbols.weight.copy_(backbone.symbols.weight[:-1])
-        if self.hidden is not None:
-            self.hidden.weight.mul_(0.1)
 
     def embed(self, tokens: Tensor | None, masked: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(N, L, D): where each position stands, the symbol on it unless ``masked`` (N, L), and ``hidden`` states.
