@@ -410,7 +410,8 @@ class Reader(nn.Module):
         self.symbols.weight.copy_(backbone.symbols.weight[:-1])
 
     def embed(self, tokens: Tensor | None, masked: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(N, L, D): where each position stands, the symbol on it unless ``masked`` (N, L), and ``hidden`` states.
+        """(N, L, D): where each position stands, the symbol on it unless ``masked`` (N, L), and ``hidden`` states,
+        normalised.
 
         Args:
             tokens: (N, L) int64; None: symbols are not seen.
@@ -419,7 +420,7 @@ class Reader(nn.Module):
         if tokens is not None:
             known = known + self.symbols(tokens.clamp(max=self.vocab_size - 1)) * ~masked.unsqueeze(-1)
         if self.hidden is not None:
-            known = known + self.hidden(hidden)
+            known = known + self.hidden(F.layer_norm(hidden, hidden.shape[-1:]))
         return known.expand(*masked.shape, -1)
 
     def forward(

@@ -241,3 +241,14 @@ def test_a_reader_copied_from_a_recurrent_denoiser_goes_on_where_it_stopped() ->
 def test_several_passes_are_refused_where_they_make_no_sense(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="num_passes must be at least 1, and 1 with uniform noise, an order or blocks"):
         Backbone(5, GRID, 16, 1, 2, **{"num_passes": 2, **settings})
+
+
+@pytest.mark.parametrize(("hidden_dim", "size"), [(64, 1.0), (1024, 30.0)])
+def test_hidden_states_begin_as_large_as_the_embeddings_that_they_are_added_to(hidden_dim: int, size: float) -> None:
+    """Of any number of channels and any size: larger ones would drown the symbols."""
+    torch.manual_seed(0)
+    reader, masked = Reader(9, [[i] for i in range(16)], 32, 1, 4, hidden_dim=hidden_dim), torch.ones(8, 16) > 0
+    with torch.no_grad():
+        known = reader.embed(None, masked, size * torch.randn(8, 16, hidden_dim)) - reader.positions()
+        symbols = reader.symbols(torch.arange(9))
+    assert float(known.std()) == pytest.approx(float(symbols.std()), rel=0.2)
