@@ -566,7 +566,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     mine, rank = processes.share(config, "puzzles", "batch"), processes.rank()
     mine = replace(mine, states=max(1, config.states // processes.count()))
     optimizer, states, heldout = make_optimizer(config, policy), States(process.task), States(process.task)
-    noisy = config.rules.actions == "single" and process.draws
+    noisy = config.rules.actions == "single" and process.draws and not config.sampled
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "heldout": heldout, "validation": monitor}
