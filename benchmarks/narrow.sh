@@ -12,7 +12,9 @@ for seed in 0 1 2; do
     unmask train $shared --no-copy --dim 32 --layers 1 --num-passes 1 --read-hidden --out "$runs/hidden-$seed"
     unmask train $shared --no-copy --dim 32 --layers 1 --num-passes 1 --out "$runs/no-hidden-$seed"
     unmask train $shared --out "$runs/copy-$seed"
-    orders="$orders $runs/hidden-$seed belief:$runs/hidden-$seed $runs/no-hidden-$seed $runs/copy-$seed belief:$runs/copy-$seed"
+    for policy in hidden no-hidden copy; do
+        orders="$orders $runs/$policy-$seed belief:$runs/$policy-$seed"
+    done
 done
 python benchmarks/compare.py --task "$task" --denoiser "$runs/denoiser" --limit 1000 --metric cell_accuracy --orders \
     random max_confidence margin entropy oracle $orders --out benchmarks/results/narrow.json
