@@ -150,7 +150,7 @@ PROBLEMS = {"sudoku": sudoku, "letters": letters, "misled": misled, "sampled": s
 # ---------------------------------------------------------------------- learners
 def entropy_bonus(config: SB3PPOConfig, process: Unmasking) -> OrderPolicy:
     """MaskablePPO with stable-baselines3's own regulariser, ``ent_coef``, in place of the KL in the reward."""
-    ready, steps = setup_on_policy(config, config.num_envs, config.steps, process)
+    ready, steps = setup_on_policy(config, process)
     config, process, _, policy = ready
     played = {"task": process.task, "denoiser": process.denoiser, "temperature": process.temperature}
     envs = SB3VecEnv(UnmaskVectorEnv(config.num_envs, **played))
