@@ -288,7 +288,7 @@ def play_positions(
     state = process.reset(instances[by_length])
     met = informative = 0
     sums = dict.fromkeys(("sum/unexplained", "sum/differing", "sum/earned", "sum/labelled"), 0.0)
-    spread = spread_of(config, player, state, generator)
+    spread = spread_of(config, player, state)
     for level in range(config.levels):
         reached = []
         for part in in_parts(state, config.rows):
@@ -327,15 +327,16 @@ def play_positions(
     return {"play/states": float(met), "play/informative": float(informative)} | sums
 
 
-def spread_of(config: PolicyIterationConfig, player: Player, state: State, generator: torch.Generator) -> float:
+def spread_of(config: PolicyIterationConfig, player: Player, state: State) -> float:
     """How far apart the levels are, in uncertain states per hole of a board, so that they are of all of the play; 0:
     one after the other, as boards meet less than twice as many, on average over some of the rows."""
     where = {"device": state.tokens.device}
     some = state[torch.linspace(0, len(state) - 1, min(len(state), BOARDS_MEASURED), **where).long()]
     most, met = 2 * some.tokens.shape[1], 0
+    own = torch.Generator(player.process.device).manual_seed(0)  # so that measuring changes nothing of the play
     for part in in_parts(some, config.rows):
         left = torch.full((len(part),), most, **where)
-        player.play(part, generator.clone_state(), to_uncertain=True, passing=left)
+        player.play(part, own, to_uncertain=True, passing=left)
         met += int((most - left).sum())
     if met < 2 * config.levels * len(some):
         return 0.0

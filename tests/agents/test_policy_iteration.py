@@ -686,9 +686,9 @@ def test_levels_are_further_apart_on_boards_with_more_holes() -> None:
     tokens[30:] = process.task.mask_id
     state = process.reset(Instances(tokens, answers))
     player = Player(process, Counting(), SoftmaxConfidence(), 2.0)
-    assert policy_iteration.spread_of(settled(levels=2, rows=7), player, state, generator()) == 0
+    assert policy_iteration.spread_of(settled(levels=2, rows=7), player, state) == 0
     assert Counting.most == 7
-    spread = policy_iteration.spread_of(settled(levels=1, rows=7), player, state, generator())
+    spread = policy_iteration.spread_of(settled(levels=1, rows=7), player, state)
     assert spread == 1.0  # every hole meets an uncertain state
     many = state[torch.arange(40).repeat(9)]
     short = (many.instances.tokens == process.task.mask_id).sum(1) == 2
