@@ -185,9 +185,11 @@ class Player:
             over = state.done
             if to_uncertain:
                 uncertain = ~certain.any(1) & ~over
-                over = over | (uncertain if passing is None else uncertain & (passing[rows] <= 0))
                 if passing is not None:
-                    passing[rows] -= (uncertain & ~over).long()
+                    passed = uncertain & (passing[rows] > 0)
+                    passing[rows] -= passed.long()
+                    uncertain = uncertain & ~passed
+                over = over | uncertain
             if bool(over.any()):
                 ended.append((rows[over], state[over]))
                 rows, state, seen, certain = rows[~over], state[~over], seen[~over], certain[~over]
@@ -606,13 +608,13 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
             rate = annealed(config.lr, step, total)
             set_learning_rate(optimizer, rate)
             norm = descend(config, optimizer, list(policy.parameters()), loss)
-            due, ends, scalars = monitor.due(step + 1), within + 1 == config.steps, {}
-            fitted = policy.head.value_range.clone() if len(heldout) else None
+            due, ends, scalars, fitted = monitor.due(step + 1), within + 1 == config.steps, {}, None
             if len(heldout) and (due or ends):
+                fitted = policy.head.value_range.clone()
                 scalars["values/slope"] = shrink_values(config, process, policy.eval(), heldout)
                 if scalars["values/slope"] == 0:
                     monitor.cause = "its values predict nothing of states that were kept from the fit"
-            if (step + 1) % config.log_every == 0 or due or ends:
+            if (step + 1) % config.log_every == 0 or step + 1 == total or due or scalars:
                 scalars |= processes.mean({"loss": loss.item(), "gradient/norm": norm, "learning_rate": rate})
                 said = f"iteration {iteration + 1} loss {scalars['loss']:.3f}"
                 monitor.report(run, policy, scalars, said, config.batch)

@@ -213,7 +213,8 @@ def measure(graph: exact.Graph, policy: OrderPolicy, g: Reference, beta: float) 
         "terminal_kl": own.terminal_kl,
         "kl_to_optimum": to_best * graph.starts / steps,
     }
-    return {name: float((graph.weight * value).sum()) for name, value in mean.items()}
+    means = {name: float((graph.weight * value).sum()) for name, value in mean.items()}
+    return means | {"gap_percent": 100 * (1 - means["value"] / means["optimal_value"])}
 
 
 def main(

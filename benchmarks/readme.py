@@ -79,7 +79,9 @@ def table() -> str:
         "6x6 Sudoku, one cell per forward": single("rewards-sudoku6-tiny"),
         "6x6 Sudoku, several cells per forward": sets(),
         "4x4 Sudoku, a denoiser stopped early": cells("rewards-sudoku4-weak"),
-        "the same, a larger one, and a policy of 1.7 % of its size": cells("narrow", "runs/narrow/no-hidden"),
+        "4x4 Sudoku, a larger denoiser stopped early, a policy of 1.7 % of its size": cells(
+            "narrow", "runs/narrow/no-hidden"
+        ),
         "6x6 Sudoku, a denoiser trained to read its own belief": single("rewards-sudoku6-recurrent"),
     }
     head = [

@@ -396,9 +396,7 @@ class Reader(nn.Module):
         self.head = nn.Linear(dim, vocab_size)
         init_weights(self, layers)
         if self.hidden is not None:
-            self.hidden.weight.data.mul_(
-                EMBEDDED
-            )  # normalised states, as large as the embeddings that they are added to
+            self.hidden.weight.data.mul_(EMBEDDED)  # as large as what they are added to
 
     @torch.no_grad()
     def copy_from(self, backbone: Backbone) -> None:

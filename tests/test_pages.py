@@ -61,7 +61,9 @@ ELSEWHERE = {  # how commands begin that cannot run here, or that another test r
     "python -m agents.lm_eval": "a model of the hub; tests/agents/test_lm_eval.py runs the harness",
     "python docs/examples/": "tests/test_examples.py runs them",
     "STEPS=2000 benchmarks/": "a script of measurements, about an hour",
-    "benchmarks/": "scripts of measurements, of ten minutes and more",
+    "benchmarks/stairs.sh": "a script of measurements, ten minutes",
+    "benchmarks/haste.sh": "likewise",
+    "benchmarks/narrow.sh": "likewise, half an hour",
     "python benchmarks/": "measurements of minutes to days; their options are looked up in a test below",
 }
 THEN = re.compile(r"\b(of|in) [0-9a-f]{7}\b|as of that commit")  # says that a block has the options of another commit
