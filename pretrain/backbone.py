@@ -50,27 +50,32 @@ class Block(nn.Module):
         """
         n, length, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D / H)
-        if rotation is not None:
-            q, k = (turn(x, rotation) for x in (q, k))
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D / H)
+        if rotation is None:
+            q, k, v = qkv
+        else:
+            q, k, v = qkv.contiguous()  # turning is several times faster so
+            q, k = turn(q, rotation), turn(k, rotation)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attends)
         x = x + self.out(attended.transpose(1, 2).reshape(n, length, dim))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
 def rotations(length: int, channels: int, device: torch.device) -> Tensor:
-    """(2, L, channels) cosines and sines, so that attention sees distances (Su et al. 2021, arXiv 2104.09864): channel
-    j and j + channels / 2 turn together, at position p by p / 10000^(2 j / channels)."""
+    """(2, L, channels) cosines, and sines with the sign that each channel's partner counts with, so that attention sees
+    distances (Su et al. 2021, arXiv 2104.09864): channel j and j + channels / 2 turn together, at position p by
+    p / 10000^(2 j / channels)."""
     frequencies = 10_000.0 ** (-torch.arange(0, channels, 2, device=device) / channels)
-    angles = (torch.arange(length, device=device).unsqueeze(1) * frequencies).repeat(1, 2)
-    return torch.stack([angles.cos(), angles.sin()])
+    angles = torch.arange(length, device=device).unsqueeze(1) * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
 
 
 def turn(x: Tensor, rotation: Tensor) -> Tensor:
     """(..., L, channels) ``x`` turned by ``rotation``, in its own precision."""
     first, second = x.chunk(2, -1)
     cos, sin = rotation.to(x.dtype)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return x * cos + torch.cat([second, first], -1) * sin
 
 
 class CoordinateEmbedding(nn.Module):
