@@ -338,6 +338,12 @@ class OrderPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
     def num_passes(self) -> int:
         return self.config.num_passes
 
+    @property
+    def values_are_zero(self) -> bool:
+        """Whether it has values and all were shrunk to 0: it plays its base, for more passes."""
+        ends = getattr(self.head, "value_range", None)
+        return ends is not None and not bool(ends.any())
+
     def read(self, seen: Observation) -> tuple[list[Tensor], Tensor]:
         """Per pass the belief (N, L, K) as log-probabilities, the last one its view of the board, and the states
         (N, L, D) after the last pass."""

@@ -6,7 +6,7 @@ decides a board is one or two *uncertain* states. So each iteration
 1. plays new puzzles to their first uncertain state, and from there to the next ones (or, where there are many, to
    some of them);
 2. evaluates: there every candidate position is filled once and the board finished (by the reference in the first
-   iteration, by the policy later), which gives Q(s, a), the reward;
+   iteration and while all values are 0, else by the policy), which gives Q(s, a), the reward;
 3. improves: the policy's belief q is fitted so that q_a(v_a), what it gives to the symbol v_a that the denoiser would
    fill in at a, is Q(s, a). A reward of 0 or 1 is then whether that symbol was right, and others are a regression.
 
@@ -581,7 +581,8 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
             if within == 0:
                 run.note(f"iteration {iteration + 1}: playing")
                 generator = step_generator(process.device, config.seed, iteration, 4 << 16, rank)
-                trusted = None if iteration == 0 and config.init is None else policy.eval()
+                empty = isinstance(policy, OrderPolicy) and policy.values_are_zero
+                trusted = None if empty or (iteration == 0 and config.init is None) else policy.eval()
                 new = States(process.task)
                 what = f"iteration {iteration + 1}: playing, {{:,}} of up to {{:,}} states"
                 told = run.counter(what, min(mine.states, mine.puzzles * mine.levels))

@@ -187,8 +187,7 @@ def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPo
     """The policy ``config.init``. Raises :class:`tasks.UnmaskError` if it chooses other actions than the rules have, or
     its values were shrunk to 0, so that nothing could change it."""
     policy = load_policy(config.init, process.task, process.denoiser)
-    ends = getattr(getattr(policy, "head", None), "value_range", None)
-    if ends is not None and not bool(ends.any()):
+    if isinstance(policy, OrderPolicy) and policy.values_are_zero:
         raise UnmaskError(f"order policy {config.init} has values of 0: it is its reference; leave --init out")
     if (policy.actions == "single") != (config.rules.actions == "single"):
         raise UnmaskError(f"order policy {config.init} is for actions {policy.actions!r}, not {config.rules.actions!r}")

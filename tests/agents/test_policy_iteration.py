@@ -772,6 +772,27 @@ def test_where_symbols_are_drawn_some_states_are_kept_from_the_fit(tmp_path, mon
     assert (len(set(befores[:3])), len(set(befores[3:]))) == (1, 1), "the fit has whole values"
 
 
+@pytest.mark.trains
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_while_all_values_are_0_the_reference_plays(tmp_path, monkeypatch, slope) -> None:
+    original, players = policy_iteration._play, []
+
+    def shrunk(settings: object, process: object, policy: OrderPolicy, heldout: States) -> float:
+        policy.head.value_range.mul_(slope)
+        return slope
+
+    def play(settings: object, process: object, g: object, policy: OrderPolicy | None, *rest: object) -> object:
+        players.append(policy)
+        return original(settings, process, g, policy, *rest)
+
+    monkeypatch.setattr(policy_iteration, "shrink_values", shrunk)
+    monkeypatch.setattr(policy_iteration, "_play", play)
+    settings = {"fill_temperature": 1.0, "iterations": 3, "puzzles": 40}
+    policy = policy_iteration.train(config(tmp_path / "drawn", **settings), table(Likely, temperature=1.0))
+    assert policy.values_are_zero == (slope == 0)
+    assert players == ([None, None, None] if slope == 0 else [None, policy, policy])
+
+
 def test_a_policy_whose_values_are_0_is_no_start(tmp_path) -> None:
     process = table()
     policy = new_policy(SMALL, process.task, process.denoiser, 0, "softmax_confidence", belief_weight=1.0, beta=1e-3)
