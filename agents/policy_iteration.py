@@ -594,9 +594,9 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 for pool, rows, size in ((states, ~apart, 1), (heldout, apart, HELD_OUT)):
                     columns = {name: column[rows] for name, column in new.state_dict().items()}
                     pool.add(max(1, config.capacity // size), **columns)
-                if not len(states):
+                if not len(states) and iteration == 0:
                     run.say(f"{title}: {_nothing_to_learn(config, process)}")
-                elif config.rules.actions == "single":
+                if len(states) and config.rules.actions == "single":
                     widen_value_range(policy, states)
                 played = rates(processes.mean(played))
                 monitor.cause = _why_not(config, played)

@@ -488,7 +488,7 @@ def test_where_nothing_can_be_learned_one_line_says_so(tmp_path, capsys) -> None
             settings = config(tmp_path / f"{actions}-{labels}", labels=labels, rules=Rules(actions))
             policy = policy_iteration.train(settings, table(Never))
             said = [line for line in capsys.readouterr().out.splitlines() if "no state of 24 puzzles" in line]
-            assert len(said) == settings.iterations
+            assert len(said) == 1 < settings.iterations
             assert "nothing was learned" in said[0]
             assert policy.trained == ""
             assert (tmp_path / f"{actions}-{labels}" / "model.safetensors").exists()
