@@ -40,6 +40,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 STOPPING = "stopping after this step and saving; once more stops without saving"
 MEASURED = 3.0  # seconds of steps from which the duration is estimated
 LONG = 60.0  # seconds from which on it is told
+LONGER = 1.5  # times the seconds that were left before, from which on it is told again
 HALF_A_MINUTE = 30.0
 
 
@@ -165,7 +166,8 @@ class Run:
         self.step = 0
         self._stop = self._interruptible = False
         self.title, _, self._details = title.partition(" (")
-        self._round_length, self._clock, self._told = round_length or steps, [], False
+        self._round_length, self._clock = round_length or steps, []
+        self._over: float | None = None  # when it is to end, by what was told last
         state_file = self.out / "state.safetensors"
         described = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
         described["kind"] = type(settings).__name__  # two kinds of run may have the same settings
@@ -304,17 +306,26 @@ class Run:
             )
 
     def _tell_duration(self) -> None:
-        """Say once how long the rest will take, estimated from the first steps, where that is long."""
-        if self._told:
-            return
-        self._clock.append(time.monotonic())
-        begun, first, now = self._clock[0], self._clock[1], self._clock[-1]
-        if len(self._clock) == 2 or now - begun < MEASURED:
-            return
-        self._told = True
-        left = self.remaining(first - begun, (now - first) / (len(self._clock) - 2))
+        """Say how long the rest will take, where that is long: from the first steps, and again after the first step of
+        a later round where that makes it half as long again."""
+        now = time.monotonic()
+        self._clock.append(now)
+        if self._over is None:
+            begun, first = self._clock[:2]
+            if len(self._clock) == 2 or now - begun < MEASURED:
+                return
+            self._each = (now - first) / (len(self._clock) - 2)
+            left, expected, when = self.remaining(first - begun, self._each), 0.0, ""
+        else:
+            before, self._clock = self._clock[-2], [now]
+            if (self.step - 1) % self._round_length:
+                return
+            left, expected, when = self.remaining(now - before, self._each), self._over - now, "now "
+            if left < LONGER * expected:
+                return
+        self._over = now + left
         if left >= LONG:
-            self.say(f"{self.title}: {duration(left)} on this machine")
+            self.say(f"{self.title}: {when}{duration(left)} on this machine")
 
     def remaining(self, first: float, each: float) -> float:
         """Seconds that the steps left to do take, if the first of a round takes ``first`` and others ``each``."""

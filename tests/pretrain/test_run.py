@@ -1,6 +1,7 @@
 """What a run tells: a bar that fits the terminal, a line per interval elsewhere, and how long it will take."""
 
 import io
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_how_long_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str
             if step == 3:
                 break
     assert capsys.readouterr().out == ""
+
+
+def test_how_long_it_will_take_is_told_again_where_a_later_round_takes_longer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    steps = [60, 2, 2, 2, 75, 2, 2, 2, 400, 2, 2, 2, 500, 2, 2, 2]  # seconds; rounds of four
+    clock = itertools.accumulate([0, *steps])
+    run = Run(Settings(str(tmp_path / "run")), 16, {}, "fit toy", round_length=4)
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    with run:
+        for _ in run.loop():
+            pass
+    # After the second step, and the ninth; the fifth makes it little longer.
+    first, again = duration(14 * 2 + 3 * 58), duration(7 * 2 + 398)
+    assert capsys.readouterr().out == f"fit toy: {first} on this machine\nfit toy: now {again} on this machine\n"
 
 
 @pytest.mark.trains
