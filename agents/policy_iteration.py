@@ -47,9 +47,10 @@ from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, SoftmaxConfidence
 from unmask_env.state import Observation, Rules, State
 
-EXPLAINED, GOOD_LABELS = 0.1, 0.9  # a share of the variance, and a mean reward, below which labels are called poor
+EXPLAINED, GOOD_LABELS = 0.1, 0.9  # of the variance; of boards, and a mean reward: below it labels are called poor
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
 HELD_OUT = 10  # one in so many states is kept from the fit, where values are noisy
+BOARD_SUMS = ("sum/finished", "sum/rewarded", "sum/earned")  # to log, of boards that may be labels
 BOARDS_MEASURED = 32  # to know how many uncertain states they meet
 BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
@@ -289,7 +290,7 @@ def play_positions(
     by_length = (instances.tokens == process.task.mask_id).sum(1).argsort(stable=True)  # rows of a part end together
     state = process.reset(instances[by_length])
     met = informative = 0
-    sums = dict.fromkeys(("sum/unexplained", "sum/differing", "sum/earned", "sum/labelled"), 0.0)
+    sums = dict.fromkeys(("sum/unexplained", "sum/differing", *BOARD_SUMS), 0.0)
     spread = spread_of(config, player, state)
     for level in range(config.levels):
         reached = []
@@ -354,24 +355,30 @@ def pass_over(player: Player, state: State, spread: float, level: int, generator
 
 
 def _count_boards(sums: dict[str, float], reward: Tensor) -> None:
-    """Add the boards that label, and what they earned (S,), NaN where there is none."""
-    sums["sum/earned"] += float(reward.nansum())
-    sums["sum/labelled"] += float((~reward.isnan()).sum())
+    """Add the boards that were finished for labels, those that are labels, as they earned something, and what these
+    earned; ``reward`` (S,), NaN where there is no board."""
+    label = reward > 0
+    sums["sum/finished"] += float((~reward.isnan()).sum())
+    sums["sum/rewarded"] += float(label.sum())
+    sums["sum/earned"] += float(reward[label].sum())
 
 
 def rates(played: dict[str, float]) -> dict[str, float]:
     """What to log of an iteration's play: its sums, which are over all processes, as the shares that they mean.
 
     ``play/explained_variance``, of the values of single positions, is 1 - sum (Q - q)^2 / sum Q^2 over the candidates
-    of states that were not learned from yet, of differences from each state's mean. ``play/best_reward`` is the mean
-    reward of the boards that are labels. What was not measured is left out.
+    of states that were not learned from yet, of differences from each state's mean. ``play/rewarded`` is the
+    share of finished boards that earned something, and so are labels, ``play/best_reward`` their mean reward. What was
+    not measured is left out.
     """
     sums = {name.removeprefix("sum/"): total for name, total in played.items() if name.startswith("sum/")}
     told = {name: value for name, value in played.items() if not name.startswith("sum/")}
     if sums.get("differing", 0.0) > 0:
         told["play/explained_variance"] = 1 - sums["unexplained"] / sums["differing"]
-    if sums.get("labelled", 0.0) > 0:
-        told["play/best_reward"] = sums["earned"] / sums["labelled"]
+    if sums.get("finished", 0.0) > 0:
+        told["play/rewarded"] = sums["rewarded"] / sums["finished"]
+    if sums.get("rewarded", 0.0) > 0:
+        told["play/best_reward"] = sums["earned"] / sums["rewarded"]
     return told
 
 
@@ -419,7 +426,7 @@ def play_sets(
     """
     task = process.task
     instances = task.sample(config.puzzles, generator)
-    sums = {"sum/earned": 0.0, "sum/labelled": 0.0}
+    sums = dict.fromkeys(BOARD_SUMS, 0.0)
     if config.labels == "boards" and (task.one_answer or config.rules.actions == "set+remask"):
         board, reward = finished_boards(config, player, player.process.reset(instances), generator)
         _count_boards(sums, reward)
@@ -685,8 +692,10 @@ def _why_not(config: PolicyIterationConfig, played: dict[str, float]) -> str:
     explained, earned = played.get("play/explained_variance", 1.0), played.get("play/best_reward", 1.0)
     if explained < EXPLAINED:
         return f"its values explain {100 * max(0.0, explained):.0f} % of how the candidates of new states differ"
-    if config.labels == "boards" and earned < GOOD_LABELS:
+    if earned < GOOD_LABELS:
         return f"the boards that it learns from earn {earned:.2f} on average, and all their symbols count as right"
+    if (rewarded := played.get("play/rewarded", 1.0)) < GOOD_LABELS:
+        return f"{100 * (1 - rewarded):.0f} % of the boards that it finished earned nothing, and teach nothing"
     return ""
 
 
