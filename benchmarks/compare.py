@@ -43,15 +43,18 @@ def main(command: Compare) -> None:
     for name in orders.keys() - rules if command.thresholds else ():
         del played[name]
         played |= {f"{name} at {threshold}": orders[name].at(threshold) for threshold in command.thresholds}
+    if missing := set(command.against) - played.keys():
+        raise UnmaskError(f"--against names {', '.join(sorted(missing))}, which is not among --orders")
     results = evaluate.compare(process, played, instances, command.seed, command.batch, progress=True)
     rivals = [result for result in results if result.order in rules and not orders[result.order].sees_answers]
+    if command.metric not in (None, *results[0].metrics):
+        print(results)
+        raise UnmaskError(f"--metric {command.metric} is none of this task; they are {', '.join(results[0].metrics)}")
 
     def values(result: evaluate.Result) -> Tensor:
         return result.solved if command.metric is None else result.metrics[command.metric]
 
     best = max(rivals, key=lambda result: float(values(result).mean()), default=results[0])
-    if missing := set(command.against) - {result.order for result in results}:
-        raise UnmaskError(f"--against names {', '.join(sorted(missing))}, which is not among --orders")
     others = [result for result in results if result.order in command.against] or [best]
     learned = [result for result in results if result.order not in rules]
     pairs = [
