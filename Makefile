@@ -6,8 +6,9 @@ BIN = .venv/bin
 demo: venv
 	$(BIN)/unmask demo --out runs/demo
 
+# In two processes, each file in one of them.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Lint, and every test that neither trains nor is slow; in two halves side by side, each of which imports only its own
 # libraries, and no test twice.
