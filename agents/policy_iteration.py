@@ -51,8 +51,7 @@ EXPLAINED, GOOD_LABELS = 0.1, 0.9  # of the variance; of boards, and a mean rewa
 FOLLOWED = 0.1  # temperature of the values by which play goes on from a state that was evaluated
 HELD_OUT = 10  # one in so many states is kept from the fit, where values are noisy
 BOARD_SUMS = ("sum/finished", "sum/rewarded", "sum/earned")  # to log, of boards that may be labels
-BOARDS_MEASURED = 32  # to know how many uncertain states they meet, and what the best of them earn
-MOSTLY_RIGHT = 0.75  # what graded boards earn at least, on average, to be labels where nothing else is said
+BOARDS_MEASURED = 32  # to know how many uncertain states they meet
 BOARDS_PER_THRESHOLD = 50  # boards of sets that are played at the same threshold
 
 
@@ -83,9 +82,8 @@ class PolicyIterationConfig(TrainConfig):
     labels: Literal["auto", "values", "boards"] = "auto"
     """what a state is labelled with: ``boards``, the best finished board that play from it reached, every symbol of
     which then counts as right, or ``values`` of single decisions, each played out. Default: boards; values where
-    symbols are drawn or the objective is regularised (``sampled``), as one board's luck says little of a choice; of
-    single positions also where several answers are right, as one board then says little of the others, and where
-    rewards are graded and the best boards of a first play earn less than 0.75, as they are then wrong too often"""
+    symbols are drawn or the objective is regularised (``sampled``), as one board's luck says little of a choice, and of
+    single positions where several answers are right, as one board then says little of the others"""
     candidates: AtLeast2 | None = None
     """positions that are tried at a state, drawn from the reference where there are more; default: 16, of sets 8"""
     retries: AtLeast0 = 16
@@ -255,22 +253,6 @@ def finished_boards(
             better = reward > best[rows]
             tokens[rows[better]], best[rows[better]] = end.tokens[better], reward[better]
     return tokens, best
-
-
-def boards_are_right(config: PolicyIterationConfig, player: Player) -> bool:
-    """Whether finished boards are right, or nearly, by some of them: rewards are 0 or 1, or the best earn enough."""
-    own = torch.Generator(player.process.device).manual_seed(0)
-    state = player.process.reset(player.process.task.sample(BOARDS_MEASURED, own))
-    reward = player.play(state, own)[1]
-    if not graded(reward):
-        return True
-    best = finished_boards(config, player, state, own)[1]
-    return float(best[best > 0].mean()) >= MOSTLY_RIGHT
-
-
-def graded(rewards: Tensor) -> bool:
-    """Whether any is neither 0 nor 1; NaN is unknown."""
-    return not bool(((rewards == 0) | (rewards == 1) | rewards.isnan()).all())
 
 
 def label(
@@ -479,9 +461,10 @@ def play_sets(
 def widen_value_range(policy: OrderPolicy, states: States) -> None:
     """The ends of the policy's values: 0 and 1 where rewards are; else those of the advantages, the differences from
     the mean of a state's candidates, which is all that a choice depends on."""
+    known = states.values[~states.values.isnan()]
     low, high = policy.head.value_range.tolist()
     ends = [0.0, 1.0]
-    if low < 0 or graded(states.values):
+    if low < 0 or not bool(((known == 0) | (known == 1)).all()):
         most = float(centred(states.values).abs().max())
         most = max(most, high if low < 0 else 0.0)
         ends = [-most, most]
@@ -593,7 +576,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     mine, rank = processes.share(config, "puzzles", "batch"), processes.rank()
     mine = replace(mine, states=max(1, config.states // processes.count()))
     optimizer, states, heldout = make_optimizer(config, policy), States(process.task), States(process.task)
-    exact = config.rules.actions != "single" or config.sampled  # whose values are left as they are fitted
+    noisy = config.rules.actions == "single" and process.draws and not config.sampled
     total, title = config.iterations * config.steps, f"policy iteration {process.task.name}"
     monitor = Validation(config, process, g, title)
     parts = {"policy": policy, "optimizer": optimizer, "states": states, "heldout": heldout, "validation": monitor}
@@ -614,7 +597,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                     played = _play(mine, process, g, trusted, new, generator, told)
                 new.pool()
                 numbers = torch.arange(len(new)) + len(states) + len(heldout)
-                apart = (numbers % HELD_OUT == HELD_OUT - 1) & (not exact and (process.draws or graded(new.values)))
+                apart = (numbers % HELD_OUT == HELD_OUT - 1) & noisy
                 for pool, rows, size in ((states, ~apart, 1), (heldout, apart, HELD_OUT)):
                     columns = {name: column[rows] for name, column in new.state_dict().items()}
                     pool.add(max(1, config.capacity // size), **columns)
@@ -674,15 +657,12 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
             "this --beta, or leave --init out"
         )
     labels = config.labels
-    config = replace(config, candidates=config.candidates or (8 if sets else 16))
     if labels == "auto":
         drawn = config.sampled or process.temperature > 0
         several = not (sets or process.task.one_answer)
         labels = "values" if (drawn or several) and not remasks else "boards"
-        if labels == "boards" and not sets:
-            player = Player.of(process, ready.reference, ready.reference, config.policy.defer_above, 0.0)
-            labels = "boards" if boards_are_right(config, player) else "values"
-    config = replace(config, labels=labels)
+    candidates = config.candidates or (8 if sets else 16)
+    config = replace(config, labels=labels, candidates=candidates)
     return ready._replace(config=config)
 
 
