@@ -367,7 +367,7 @@ def rates(played: dict[str, float]) -> dict[str, float]:
     """What to log of an iteration's play: its sums, which are over all processes, as the shares that they mean.
 
     ``play/explained_variance``, of the values of single positions, is 1 - sum (Q - q)^2 / sum Q^2 over the candidates
-    of states that were not learned from yet, of differences from each state's mean. ``play/rewarded`` is the
+    of states that were not learned from yet, of differences from each state's mean. ``play/labelled`` is the
     share of finished boards that earned something, and so are labels, ``play/best_reward`` their mean reward. What was
     not measured is left out.
     """
@@ -376,7 +376,7 @@ def rates(played: dict[str, float]) -> dict[str, float]:
     if sums.get("differing", 0.0) > 0:
         told["play/explained_variance"] = 1 - sums["unexplained"] / sums["differing"]
     if sums.get("finished", 0.0) > 0:
-        told["play/rewarded"] = sums["rewarded"] / sums["finished"]
+        told["play/labelled"] = sums["rewarded"] / sums["finished"]
     if sums.get("rewarded", 0.0) > 0:
         told["play/best_reward"] = sums["earned"] / sums["rewarded"]
     return told
@@ -433,12 +433,12 @@ def play_sets(
         rewarded = reward > 0
         won = Instances(instances.tokens[rewarded.cpu()], board[rewarded].cpu())
         if not len(won):
-            return {"play/states": 0.0, "play/labelled": 0.0} | sums
+            return {"play/states": 0.0} | sums
         new = States(task)
         new.collect_sets(process, won, generator, policy, won.answers.unsqueeze(1), boards=BOARDS_PER_THRESHOLD)
         columns = {name: column for name, column in vars(new).items() if name != "values"}
         states.add(config.capacity, **columns, values=torch.where(new.tokens == task.mask_id, 1.0, torch.nan))
-        return {"play/states": float(len(new)), "play/labelled": float(rewarded.float().mean())} | sums
+        return {"play/states": float(len(new))} | sums
     met = kept = 0
     for rows in torch.arange(len(instances)).split(BOARDS_PER_THRESHOLD):
         hasty = at_random_threshold(config.rules, policy, generator)
@@ -606,7 +606,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                 if len(states) and config.rules.actions == "single":
                     widen_value_range(policy, states)
                 played = rates(processes.mean(played))
-                monitor.cause = _why_not(config, played)
+                monitor.cause = _why_not(played)
                 run.log(played | {"play/kept": float(len(states))})
             if not len(states):
                 continue
@@ -687,15 +687,17 @@ def _play(
     return play_sets(config, player, process, policy, states, generator)
 
 
-def _why_not(config: PolicyIterationConfig, played: dict[str, float]) -> str:
+def _why_not(played: dict[str, float]) -> str:
     """What the last iteration's play says of a policy that is no better for all its training; empty: nothing."""
-    explained, earned = played.get("play/explained_variance", 1.0), played.get("play/best_reward", 1.0)
+    explained, earned = played.get("play/explained_variance", 1.0), played.get("play/best_reward")
     if explained < EXPLAINED:
         return f"its values explain {100 * max(0.0, explained):.0f} % of how the candidates of new states differ"
+    if earned is None:  # no boards are labels
+        return ""
     if earned < GOOD_LABELS:
         return f"the boards that it learns from earn {earned:.2f} on average, and all their symbols count as right"
-    if (rewarded := played.get("play/rewarded", 1.0)) < GOOD_LABELS:
-        return f"{100 * (1 - rewarded):.0f} % of the boards that it finished earned nothing, and teach nothing"
+    if (labelled := played["play/labelled"]) < GOOD_LABELS:
+        return f"{100 * (1 - labelled):.0f} % of the boards that it finished earned nothing, and teach nothing"
     return ""
 
 

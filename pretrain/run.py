@@ -315,13 +315,13 @@ class Run:
             if len(self._clock) == 2 or now - begun < MEASURED:
                 return
             self._each = (now - first) / (len(self._clock) - 2)
-            left, expected, when = self.remaining(first - begun, self._each), 0.0, ""
+            left, when = self.remaining(first - begun, self._each), ""
         else:
             before, self._clock = self._clock[-2], [now]
             if (self.step - 1) % self._round_length:
                 return
-            left, expected, when = self.remaining(now - before, self._each), self._over - now, "now "
-            if left < LONGER * expected:
+            left, when = self.remaining(now - before, self._each), "now "
+            if left < LONGER * (self._over - now):
                 return
         self._over = now + left
         if left >= LONG:

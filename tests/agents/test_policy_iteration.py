@@ -604,7 +604,7 @@ def test_what_was_not_measured_is_not_logged() -> None:
         f"sum/{name}": x for name, x in zip(names, (1.0, 4.0, 10.0, 8.0, 6.0), strict=True)
     }
     mean = {name: (nothing[name] + second[name]) / 2 for name in nothing}
-    shares = {"play/explained_variance": 0.75, "play/rewarded": 0.8, "play/best_reward": 0.75}
+    shares = {"play/explained_variance": 0.75, "play/labelled": 0.8, "play/best_reward": 0.75}
     assert policy_iteration.rates(mean) == {"play/states": 0.0} | shares
 
 
