@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tasks import UnmaskError
 from tasks.settings import InnerShare, validate
 from unmask_env.distributions import ranked
 from unmask_env.state import Observation
@@ -28,17 +29,21 @@ class Thresholds:
             positions that are as confident as ``defer_above``.
         remask: positions to mask again: where one passes it, all that pass half of it are masked with it, since much
             follows from a wrong guess; and of what may be filled the likeliest position alone is.
+        defer_above: confidence of what is filled unread; default: the policy's.
 
     Raises:
-        UnmaskError: one that is not above 0 and below 1.
+        UnmaskError: one that is not above 0 and below 1, ``defer_above`` where every board is read.
     """
 
     fill: InnerShare = 0.5
     remask: InnerShare = 0.5
     read: Read = "always"
+    defer_above: InnerShare | None = None
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.read == "always" and self.defer_above is not None:
+            raise UnmaskError("defer_above is of boards that are not read: give read='unsure' or 'first' with it")
 
 
 def most_likely_set(seen: Observation, log_odds: Tensor, thresholds: Thresholds) -> Tensor:

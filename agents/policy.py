@@ -251,9 +251,15 @@ class LearnedPolicy(nn.Module, Policy):
     def forward(self, seen: Observation) -> Distribution:
         return self.decide(seen, Thresholds())
 
-    def at(self, threshold: float = 0.5, remask_threshold: float = 0.5, read: Read = "always") -> Policy:
+    def at(
+        self,
+        threshold: float = 0.5,
+        remask_threshold: float = 0.5,
+        read: Read = "always",
+        defer_above: float | None = None,
+    ) -> Policy:
         """This policy with another way of decoding; see :class:`agents.decoding.Thresholds`."""
-        return Decoded(self, Thresholds(threshold, remask_threshold, read))
+        return Decoded(self, Thresholds(threshold, remask_threshold, read, defer_above))
 
 
 class Decoded(Policy):
@@ -360,25 +366,26 @@ class OrderPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
 
     def decide(self, seen: Observation, thresholds: Thresholds) -> Distribution:
         """Of single positions it reads the uncertain boards only, of sets those that ``thresholds`` say."""
-        rows = self._to_read(seen, thresholds.read).nonzero().squeeze(1)
+        rows = self._to_read(seen, thresholds).nonzero().squeeze(1)
         if isinstance(self.head, PositionHead):
             decided: Distribution = self._decide_positions(seen, rows)
         else:
-            odds = self._some_log_odds(seen, rows, thresholds.read)
+            odds = self._some_log_odds(seen, rows, thresholds)
             decided = set_distribution(seen, odds, thresholds, self.head.stops)
         decided.passes = torch.zeros_like(seen.tokens[:, 0]).index_fill(0, rows, self.num_passes)
         return decided
 
-    def _to_read(self, seen: Observation, read: Read) -> Tensor:
+    def _to_read(self, seen: Observation, thresholds: Thresholds) -> Tensor:
         """(N,) bool."""
         if self.actions == "single":
             return self.uncertain(seen)
-        if read == "always":
+        if thresholds.read == "always":
             return torch.ones_like(seen.masked[:, 0])
         if seen.remaskable is not None:
-            raise UnmaskError(f"a policy that masks positions again reads always, not {read!r}")
-        first = read == "first" and seen.history is not None
-        return self.uncertain(seen) | (seen.history.steps == 0) if first else self.uncertain(seen)
+            raise UnmaskError(f"a policy that masks positions again reads always, not {thresholds.read!r}")
+        uncertain = self.uncertain(seen, thresholds.defer_above)
+        first = thresholds.read == "first" and seen.history is not None
+        return uncertain | (seen.history.steps == 0) if first else uncertain
 
     def _decide_positions(self, seen: Observation, rows: Tensor) -> Categorical:
         unread = self.head.unread(seen)
@@ -391,19 +398,23 @@ class OrderPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
         beliefs, states = self.read(seen)
         return self.head(seen, beliefs[-1], states)
 
-    def _some_log_odds(self, seen: Observation, rows: Tensor, read: Read) -> Tensor:
+    def _some_log_odds(self, seen: Observation, rows: Tensor, thresholds: Thresholds) -> Tensor:
         """(N, A) log-odds, of the rows that are not read those of filling what is certain."""
-        if read == "always":
+        if thresholds.read == "always":
             return self.log_odds(seen)
-        certain = seen.certain(self.config.defer_above)
+        certain = self._certain(seen, thresholds.defer_above)
         odds = torch.where(certain, CERTAIN_LOG_ODDS, -CERTAIN_LOG_ODDS)
         if not len(rows):
             return odds
         return odds.index_put((rows,), torch.where(certain[rows], CERTAIN_LOG_ODDS, self.log_odds(seen[rows])))
 
-    def uncertain(self, seen: Observation) -> Tensor:
+    def uncertain(self, seen: Observation, defer_above: float | None = None) -> Tensor:
         """(N,) bool: boards in play where no fillable position's confidence reaches ``defer_above``."""
-        return ~seen.certain(self.config.defer_above).any(1) & seen.fillable.any(1)
+        return ~self._certain(seen, defer_above).any(1) & seen.fillable.any(1)
+
+    def _certain(self, seen: Observation, defer_above: float | None) -> Tensor:
+        """(N, L) bool."""
+        return seen.certain(self.config.defer_above if defer_above is None else defer_above)
 
     def log_odds(self, seen: Observation) -> Tensor:
         """(N, A) log-odds that each entry is in the set; of policies over sets."""

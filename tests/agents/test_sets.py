@@ -560,3 +560,23 @@ def test_when_a_policy_reads() -> None:
     again = remask.observe(remask.reset(task.heldout(2, "validation")))
     with pytest.raises(UnmaskError, match="a policy that masks positions again reads always, not 'first'"):
         policy.at(0.7, read="first")(again)
+
+
+def test_a_policy_reads_from_another_confidence_on() -> None:
+    """At another ``defer_above`` it is the policy that was made with it."""
+    task = tasks.get("sudoku6")
+    process = Unmasking(task, load_denoiser("sudoku6-tiny", task), Rules("set"))
+    seen = process.observe(process.reset(task.heldout(40, "validation")))
+    low, high = (
+        new_policy(PolicyConfig(defer_above=above), task, process.denoiser, 0, belief_weight=1.0, sets=True).eval()
+        for above in (0.9, 0.9997)
+    )
+    for read in ("first", "unsure"):
+        expected, found = high.at(0.7, read=read)(seen), low.at(0.7, read=read, defer_above=0.9997)(seen)
+        assert torch.equal(found.mode(), expected.mode())
+        assert torch.equal(found.passes, expected.passes)
+        assert not torch.equal(found.mode(), low.at(0.7, read=read)(seen).mode())
+    with pytest.raises(UnmaskError, match="defer_above is of boards that are not read"):
+        low.at(0.7, defer_above=0.99)
+    with pytest.raises(UnmaskError, match="defer_above"):
+        low.at(0.7, read="unsure", defer_above=1.5)
