@@ -602,7 +602,7 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
                     columns = {name: column[rows] for name, column in new.state_dict().items()}
                     pool.add(max(1, config.capacity // size), **columns)
                 if not len(states) and iteration == 0:
-                    run.say(f"{title}: {_nothing_to_learn(config, process)}")
+                    run.say(f"{title}: {_nothing_to_learn(config)}")
                 if len(states) and config.rules.actions == "single":
                     widen_value_range(policy, states)
                 played = rates(processes.mean(played))
@@ -701,7 +701,7 @@ def _why_not(played: dict[str, float]) -> str:
     return ""
 
 
-def _nothing_to_learn(config: PolicyIterationConfig, process: Unmasking) -> str:
+def _nothing_to_learn(config: PolicyIterationConfig) -> str:
     return (
         f"no state of {config.puzzles} puzzles has a choice that changes the reward, or play earned none, so nothing "
         "was learned; take more --puzzles, a higher --defer-above, or a reward that tells more boards apart"
