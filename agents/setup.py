@@ -53,8 +53,8 @@ class TrainConfig:
     """auto: go on from the state in ``out`` if there is one; must: there has to be one"""
     save_every: AtLeast1 = 10
     validate_every: AtLeast0 = 10
-    """iterations (imitation and policy iteration: steps of the optimiser) between two looks at validation instances, and
-    one at the end; 0: none"""
+    """iterations (imitation and policy iteration: steps of the optimiser) between two looks at validation instances,
+    and one at the end; 0: none"""
     validation_puzzles: AtLeast1 = 200
     """instances of each look, played greedily"""
     wandb: str | None = None
