@@ -10,7 +10,9 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -119,6 +121,10 @@ def _one_word(args: Sequence[str], settings: type) -> list[str]:
     if len(fields) != 1:
         return list(args)
     (own,) = fields
+    if {"task", "env"} <= {word[2:].partition("=")[0] for word in args if word.startswith("--")}:
+        from tasks import UnmaskError
+
+        raise UnmaskError("--task and --env mean the same; give one of them")
     return [re.sub(r"^--(task|env)(?==|$)", f"--{own}", word) for word in args]
 
 
@@ -223,6 +229,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"unmask {__version__}")
         return
     name, rest = split(words)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop like Ctrl-C
     try:
         try:
             dispatch(name, rest)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from rich import box
@@ -26,7 +26,7 @@ from tasks import Instances, Task, UnknownNameError, UnmaskError
 from tasks.errors import optional
 from tasks.files import STDOUT, check_writable, report_json, write_atomically, write_json
 from tasks.registry import name_and_options, read_options
-from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Threads, check, validate
+from tasks.settings import AtLeast0, AtLeast1, Positive, Seed, Temperature, Threads, check, validate
 from tasks.task import check_instances
 from unmask_env import exact
 from unmask_env.denoiser import Denoiser, load_denoiser
@@ -46,6 +46,7 @@ from unmask_env.registration import make_process, resolve
 from unmask_env.shared import name_of
 from unmask_env.state import SINGLE, Actions, Rules
 
+T = TypeVar("T")
 Z95 = 1.959963984540054
 SPENT = ("nfe", "passes", "policy passes")
 
@@ -237,7 +238,14 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Polic
         return policy
     if policy.actions == "single":
         raise UnmaskError(f"order {name!r}: {source} chooses single positions and takes no options")
-    return policy.at(**read_options(f"order {name!r}", text, policy.at))
+    options = read_options(f"order {name!r}", text, policy.at)
+    fills_alone = isinstance(policy, OrderPolicy) and not bool(policy.remaskable_embedding.any())
+    if "remask_threshold" in options and fills_alone:
+        raise UnmaskError(f"order {name!r}: {source} was not trained to mask again; leave remask_threshold out")
+    try:
+        return policy.at(**options)
+    except UnmaskError as error:
+        raise UnmaskError(f"order {name!r}: {error}") from None
 
 
 def require_suited(name: str, policy: Policy, actions: Actions | None) -> None:
@@ -290,7 +298,9 @@ def read_orders(orders: Orders | None, process: Unmasking) -> dict[str, Policy]:
     policies: dict[str, Policy] = {}
     for name, order in named:
         if name in policies:
-            raise UnmaskError(f"two orders are called {name}; name them apart: {{'a name': order, ...}}")
+            raise UnmaskError(
+                f"two orders are called {name}; leave one out (in Python: name them apart, {{'a name': order}})"
+            )
         order = load_order(order, process.task, process.denoiser) if isinstance(order, str) else order
         if not isinstance(order, Policy):
             raise UnmaskError(f"an order is a name, a folder or a Policy, not {type(order).__name__}")
@@ -342,6 +352,7 @@ def compare(
     Under ``torchrun`` each process plays its part of every batch, and all return the rows of one.
     """
     check("batch", batch, AtLeast1)
+    check("seed", seed, Seed)
     if isinstance(task, Unmasking) and (denoiser is not None or options):
         raise UnmaskError("a process has its denoiser and its rules; give a task, or make another process")
     if instances is not None and (limit is not None or split != "test"):
@@ -350,17 +361,18 @@ def compare(
     policies = read_orders(orders, process)
     instances = process.task.select(limit, split=split) if instances is None else instances
     check_instances(process.task, instances)
+    if not len(instances):
+        raise UnmaskError("there is no instance to play; give at least one")
     results = play(process, policies, instances, seed, batch, progress)
     return Comparison(tuple(results), title_of(process, instances))
 
 
 def play(
     process: Unmasking, policies: Mapping[str, Policy], instances: Instances, seed: int, batch: int, progress: bool
-) -> list[Result]:
-    """What :func:`compare` does, once it knows what is compared."""
+) -> Iterator[Result]:
+    """What :func:`compare` does, once it knows what is compared: each result as soon as it is there."""
     task, device = process.task, process.device
     by_length = (instances.tokens == task.mask_id).sum(1).argsort(stable=True)  # so that rows of a batch end together
-    results = []
     with progress_bar(progress) as bar:
         work = bar.add_task("evaluate", total=len(policies) * len(instances))
         for name, policy in policies.items():
@@ -380,8 +392,7 @@ def play(
             columns = processes.in_order(parts)
             spent = [columns.pop(count) for count in SPENT]
             seconds = time.perf_counter() - started
-            results.append(Result(name, columns, *spent, seconds, getattr(policy, "trained", "")))
-    return results
+            yield Result(name, columns, *spent, seconds, getattr(policy, "trained", ""))
 
 
 def add_exact(
@@ -479,7 +490,7 @@ class BoardCommand:
     actions: Actions | None = None
     """one position per forward, a set of them, or also positions to mask again; accept: what stays on the canvas of a
     denoiser of uniform noise; default: by order"""
-    temperature: NotNegative | None = None
+    temperature: Temperature | None = None
     """of the filling; 0 takes the denoiser's most likely symbol, 1 samples its distribution; default: the task's"""
     seed: Seed = 0
     """of the stochastic orders"""
@@ -562,7 +573,7 @@ def run(command: EvaluateCommand) -> None:
     """``unmask evaluate``."""
     processes.join(resolve_device(command.device, command.threads))
     processes.from_first(lambda: check_writable(command.json, "--json"))
-    process, instances, _ = prepare(command, "single")
+    process, instances, title = prepare(command, "single")
     policies = read_orders(command.orders, process)
     for name, policy in policies.items():
         require_suited(name, policy, command.actions)
@@ -577,11 +588,26 @@ def run(command: EvaluateCommand) -> None:
         require_full_support(g)
         if isinstance(g, Learned):
             require_learned(process)
-    compared = compare(process, policies, instances, command.seed, command.batch, progress=True)
-    _report(table(compared, compared.title), compared, command.json, last=not command.exact)
+    results, stopped = until_stopped(play(process, policies, instances, command.seed, command.batch, progress=True))
+    _report(table(results, title), results, command.json, last=stopped or not command.exact)
+    if stopped:
+        raise KeyboardInterrupt
     if command.exact:
-        results = add_exact(compared, process, policies, instances, g, progress=True)
+        results = add_exact(results, process, policies, instances, g, progress=True)
         _report(exact_table(results, command.reference), results, command.json)
+
+
+def until_stopped(results: Iterable[T]) -> tuple[list[T], bool]:
+    """What ``results`` has up to its end or to Ctrl-C, and whether it was that; Ctrl-C before the first goes on up."""
+    kept = []
+    try:
+        for result in results:
+            kept.append(result)
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+        return kept, True
+    return kept, False
 
 
 def _report(view: Table, results: Sequence[Result], file: Path | None, last: bool = True) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from agents.evaluate import (
     paired_difference,
     prepare,
     progress_bar,
+    until_stopped,
 )
 from agents.page import fill_page
 from agents.policy import load_policy
@@ -110,16 +111,21 @@ def sweep(
 ) -> list[Point]:
     """Every setting of every method on the same instances. In small batches less is computed for rows that have
     ended."""
-    points = []
+    return list(sweeping(process, chosen, instances, seed, batch, progress))
+
+
+def sweeping(
+    process: Unmasking, chosen: Methods, instances: Instances, seed: int, batch: int, progress: bool
+) -> Iterator[Point]:
+    """What :func:`sweep` returns, each point as soon as it was played."""
     with progress_bar(progress) as bar:
         work = bar.add_task("frontier", total=sum(len(settings) for settings in chosen.values()))
         for method, settings in chosen.items():
             bar.update(work, description=method)
             for setting, policy in settings:
                 [result] = compare(process, {method: policy}, instances, seed, batch)
-                points.append(Point(method, setting, not isinstance(policy, Reference), result))
+                yield Point(method, setting, not isinstance(policy, Reference), result)
                 bar.advance(work)
-    return points
 
 
 def at_equal_forwards(points: Sequence[Result], result: Result) -> tuple[float, float, float] | None:
@@ -289,6 +295,9 @@ def run(command: FrontierCommand) -> None:
     if command.read is not None:
         if command.html is None:
             raise UnmaskError("--read draws a page; say where with --html FILE")
+        for option in fields(command):
+            if option.name not in ("read", "html") and getattr(command, option.name) != option.default:
+                raise UnmaskError(f"--read plays nothing; leave --{option.name.replace('_', '-')} out")
         if command.read.exists() and command.html.exists() and command.read.samefile(command.html):
             raise UnmaskError(f"--read and --html both name {command.html}; name two files")
         write_page(read_rows(command.read), command.read.stem, command.html)
@@ -307,7 +316,7 @@ def run(command: FrontierCommand) -> None:
         print(f"unmask frontier: no picture, numbers alone: {error}", file=sys.stderr)
     process, instances, title = prepare(command, "set")
     chosen = methods(command.orders or ("heuristics",), process)
-    points = sweep(process, chosen, instances, command.seed, command.batch, progress=True)
+    points, stopped = until_stopped(sweeping(process, chosen, instances, command.seed, command.batch, progress=True))
     if drawn:
         write(points, title, command.out)
     else:
@@ -315,3 +324,5 @@ def run(command: FrontierCommand) -> None:
     if command.html is not None:
         write_page([point.row() for point in points], title, command.html)
     Console().print(table(points, title))
+    if stopped:
+        raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from pretrain.masking import plackett_luce
 from tasks import Instances, Task, UnmaskError
 from tasks.errors import MissingLibraryError, first_line, optional
 from tasks.math_word import ENDS_OF_TURN
-from tasks.settings import AtLeast1, NotNegative, Seed, checked
+from tasks.settings import AtLeast1, Seed, Temperature, checked
 from tasks.tokenizers import all_tokens, load_tokenizer
 from unmask_env.denoiser import HUGGING_FACE, load_denoiser
 from unmask_env.language_models import HFDenoiser
@@ -157,7 +157,7 @@ class UnmaskLM(TemplateLM):
         block_length: AtLeast1 | None = None,
         likelihood: Likelihood = "bound",
         samples: AtLeast1 = 128,
-        temperature: NotNegative = 0.0,
+        temperature: Temperature = 0.0,
         max_gen_toks: AtLeast1 = GENERATED,
         max_length: AtLeast1 | None = None,
         tokenizer: str | None = None,

@@ -22,7 +22,7 @@ from pretrain.backbone import Backbone, Reader
 from pretrain.card import HubModel
 from pretrain.checkpoint import CheckpointError, load_model
 from tasks import Task, UnmaskError
-from tasks.settings import Depth, NotNegative, Width, validate
+from tasks.settings import Depth, InnerShare, NotNegative, Width, check, validate
 from unmask_env.denoiser import Denoiser
 from unmask_env.distributions import Bernoulli, Categorical, Distribution, PlackettLuce, log_complement, log_odds
 from unmask_env.reference import MaxConfidence, Policy, Reference, SoftThreshold, TopK, reference
@@ -259,6 +259,8 @@ class LearnedPolicy(nn.Module, Policy):
         defer_above: float | None = None,
     ) -> Policy:
         """This policy with another way of decoding; see :class:`agents.decoding.Thresholds`."""
+        check("threshold", threshold, InnerShare)
+        check("remask_threshold", remask_threshold, InnerShare)
         return Decoded(self, Thresholds(threshold, remask_threshold, read, defer_above))
 
 
@@ -346,7 +348,7 @@ class OrderPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
 
     @property
     def values_are_zero(self) -> bool:
-        """Whether it has values and all were shrunk to 0: it plays its base, for more passes."""
+        """Whether it has values and all were shrunk to 0: it plays its base, where it has one without reading."""
         ends = getattr(self.head, "value_range", None)
         return ends is not None and not bool(ends.any())
 
@@ -378,7 +380,8 @@ class OrderPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
     def _to_read(self, seen: Observation, thresholds: Thresholds) -> Tensor:
         """(N,) bool."""
         if self.actions == "single":
-            return self.uncertain(seen)
+            nothing_to_add = self.values_are_zero and self.head.base is not None
+            return self.uncertain(seen) & (not nothing_to_add)
         if thresholds.read == "always":
             return torch.ones_like(seen.masked[:, 0])
         if seen.remaskable is not None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -41,7 +41,7 @@ from pretrain.checkpoint import step_generator
 from pretrain.masking import gumbel
 from pretrain.run import Run, set_learning_rate
 from tasks import Instances, UnmaskError
-from tasks.settings import AtLeast0, AtLeast1, AtLeast2, NotNegative, Positive
+from tasks.settings import AtLeast0, AtLeast1, AtLeast2, NotNegative, Positive, Temperature
 from unmask_env.distributions import Categorical, ranked
 from unmask_env.process import Unmasking
 from unmask_env.reference import Policy, Reference, SoftmaxConfidence
@@ -61,10 +61,11 @@ class PolicyIterationConfig(TrainConfig):
     """Policy iteration from rewards alone, against a reference policy."""
 
     reference: str | None = None
-    """the reference policy g, with its options; default: softmax_confidence, and soft_threshold for sets"""
+    """the reference policy g, with its options; default: softmax_confidence; for sets, where
+    validation alone knows it, soft_threshold"""
     beta: Positive = 1e-3
     """weight of the KL from the reference, in units of reward: the temperature of the values (single positions)"""
-    fill_temperature: NotNegative | None = None
+    fill_temperature: Temperature | None = None
     """0 fills greedily; 1 samples the denoiser's distribution, and asks for several ``continuations``; default: the
     task's"""
     iterations: AtLeast1 = 4
@@ -98,7 +99,7 @@ class PolicyIterationConfig(TrainConfig):
     the reward: the values are then those of the regularised objective at any beta"""
     levels: AtLeast1 = 6
     """uncertain states of a board that are evaluated at most, one after the other; spread over the play where there are
-    at least twice as many"""
+    at least twice as many (single positions)"""
     states: AtLeast1 = 1500
     """labelled at most in each iteration, over all processes, where single positions are chosen: on each level half of
     those that are left (the same number, where levels are spread), of boards that are drawn where there are more"""
@@ -661,9 +662,35 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
         drawn = config.sampled or process.temperature > 0
         several = not (sets or process.task.one_answer)
         labels = "values" if (drawn or several) and not remasks else "boards"
-    candidates = config.candidates or (8 if sets else 16)
-    config = replace(config, labels=labels, candidates=candidates)
+    config = replace(config, labels=labels)
+    _require_used(config)
+    config = replace(config, candidates=config.candidates or _most_candidates(sets))
     return ready._replace(config=config)
+
+
+def _most_candidates(sets: bool) -> int:
+    return 8 if sets else 16
+
+
+def _require_used(config: PolicyIterationConfig) -> None:
+    """Raises :class:`tasks.UnmaskError` for a setting, other than the default, that nothing in this run would read."""
+    sets = config.rules.actions != "single"
+    if sets and config.rules.speed > 0:
+        raise UnmaskError(
+            "policy iteration over sets does not count forwards, which its threshold trades for reward; leave --speed "
+            "out, or train by unmask train upo --speed"
+        )
+    use = dict.fromkeys(("beta", "levels", "states"), "single positions") if sets else {"error_cost": "sets"}
+    if config.labels == "boards":
+        use |= dict.fromkeys(("candidates", "continuations"), "labels of values")
+    else:
+        use["retries"] = "labels of boards"
+    defaults = {option.name: option.default for option in fields(PolicyIterationConfig)}
+    for name, what in use.items():
+        ordinary = (defaults[name], _most_candidates(sets)) if name == "candidates" else (defaults[name],)
+        if getattr(config, name) not in ordinary:
+            these = "sets" if sets else "single positions"
+            raise UnmaskError(f"{name} is of {what}; this run has labels of {config.labels}, of {these}: leave it out")
 
 
 def _play(

@@ -17,7 +17,18 @@ from agents.remask_policy import RemaskPolicy
 from pretrain import processes
 from pretrain.run import decayed_groups, resolve_device
 from tasks import Instances, Task, UnmaskError
-from tasks.settings import AtLeast0, AtLeast1, NotNegative, Positive, Seed, Share, ShareBelow1, Threads, validate
+from tasks.settings import (
+    AtLeast0,
+    AtLeast1,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    ShareBelow1,
+    Temperature,
+    Threads,
+    validate,
+)
 from unmask_env import make_process
 from unmask_env.process import Unmasking
 from unmask_env.reference import Learned, Reference, default_reference, reference, require_full_support, require_learned
@@ -71,7 +82,7 @@ class RLConfig(TrainConfig):
     soft_threshold for sets"""
     beta: NotNegative = 1e-4
     """weight of the divergence from the reference (UPO's value); 0 switches it off"""
-    fill_temperature: NotNegative | None = None
+    fill_temperature: Temperature | None = None
     """0 fills greedily, as UPO's released code does; 1 samples the denoiser's distribution; default: the task's"""
     iterations: AtLeast1 = 100
     """rounds of sampling and updating; the first five warm the learning rate up"""
@@ -192,6 +203,13 @@ def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPo
         raise UnmaskError(f"order policy {config.init} has values of 0: it is its reference; leave --init out")
     if (policy.actions == "single") != (config.rules.actions == "single"):
         raise UnmaskError(f"order policy {config.init} is for actions {policy.actions!r}, not {config.rules.actions!r}")
+    own = getattr(policy, "fill", policy).config
+    for name in ("num_passes", "dim", "layers", "heads", "read_hidden", "distribution"):
+        given = getattr(config.policy, name)
+        if given not in (getattr(PolicyConfig(), name), getattr(own, name)):
+            raise UnmaskError(
+                f"order policy {config.init} has {name} {getattr(own, name)}, not {given}; with --init leave it out"
+            )
     return policy
 
 

@@ -73,6 +73,8 @@ def load_model(cls: type[Model] | tuple[type[Model], ...], name: str | Path, pac
         UnknownNameError: a plain name that is neither packaged nor a folder.
     """
     name = str(name)
+    if not name.strip():
+        raise UnknownNameError(kind, name, packaged(packaged_root))
     folder = packaged_root / name if name in packaged(packaged_root) else Path(name)
     if not folder.exists():
         hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.exists()

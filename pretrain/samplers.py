@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain import masking
 from pretrain.orders import NoOrder
 from tasks import UnmaskError
+from tasks.settings import LEAST
 
 if TYPE_CHECKING:  # reference policies read Remasking, and need no model
     from pretrain.backbone import Backbone
@@ -215,7 +216,7 @@ def _remasking_step(
 
 def nucleus(log_probs: Tensor, temperature: float, top_p: float) -> Tensor:
     """(..., V) log-probabilities at a temperature above 0, cut to the nucleus and renormalised."""
-    log_probs = (log_probs / temperature).log_softmax(-1)
+    log_probs = (log_probs / max(temperature, LEAST)).log_softmax(-1)
     if top_p == 1:
         return log_probs
     values, indices = log_probs.sort(-1, descending=True)

@@ -19,6 +19,7 @@ from pretrain.objectives.uniform import ALPHA_MAX
 from pretrain.samplers import Samples, nucleus
 from pretrain.uniform import Prediction, Uniform, tilt
 from tasks import UnmaskError
+from tasks.settings import LEAST
 
 Method = Literal["ancestral", "coupling", "audm", "reaudm"]
 Selection = Literal["random", "margin", "current", "confidence"]
@@ -107,7 +108,7 @@ class Corrector:
             score = -conditional.max(-1).values
         else:
             score = torch.zeros_like(present)
-        return (score / self.tau).masked_fill(~free, -torch.inf).log_softmax(-1)
+        return (score / max(self.tau, LEAST)).masked_fill(~free, -torch.inf).log_softmax(-1)
 
 
 def budget(nfe: int, corrector: Corrector | None) -> tuple[int, int]:

@@ -93,7 +93,8 @@ def _guarded(path: str | Path, error: type[UnmaskError], read: Callable[[], Read
     try:
         return read()
     except (OSError, ValueError) as reason:  # UnicodeDecodeError is a ValueError; so is a name with a null
-        raise error(f"cannot read {path} as UTF-8 text ({reason.__class__.__name__})") from None
+        why = ": there is no such file" if isinstance(reason, FileNotFoundError) else f" ({reason.__class__.__name__})"
+        raise error(f"cannot read {path} as UTF-8 text{why}") from None
 
 
 # ---------------------------------------------------------------------- writing

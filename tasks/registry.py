@@ -187,7 +187,7 @@ def read_options(
     options = dict(given or {})
     for place, detail in enumerate(UNQUOTED_COMMA.split(text) if text is not None else []):
         option, equals, value = ("", "", "") if detail.startswith('"') else detail.partition("=")
-        if not equals and place == 0:
+        if not equals and place == 0 and "source" in known:
             option, value = "source", detail
         elif not equals:
             raise UnmaskError(f'{what}: {detail!r} is not of the form option=value; quote names with commas: "a,b"')

@@ -22,23 +22,27 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 from tasks.errors import UnmaskError
 
 P, R = ParamSpec("P"), TypeVar("R")
-# Beyond these nothing is meant: what is larger is a slip, and would run out of memory or never end.
+# Beyond these nothing is meant: what is larger is a slip, and would run out of memory or never end; what is smaller,
+# and divides, would leave float32.
 MOST, MOST_WIDE, MOST_DEEP, MOST_THREADS = 10**9, 2**16, 1000, 1024
+LEAST = 1e-9
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be: from ``least`` to ``most``, and strictly ``above`` and ``below``. Messages
-    mention a ``most`` of :data:`MOST` only to who exceeds it."""
+    """The numbers that a setting may be: from ``least`` to ``most``, and strictly ``above`` and ``below``, but not
+    between 0 and a ``gap``. Messages mention a ``most`` of :data:`MOST` and the gap only to who meets them."""
 
     least: float = -math.inf
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
+    gap: float = 0.0
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is in the range."""
-        return self.least <= value <= self.most and self.above < value < self.below
+        inside = self.least <= value <= self.most and self.above < value < self.below
+        return inside and not 0 < value < self.gap
 
     def __str__(self) -> str:
         most = math.inf if self.most == MOST else self.most
@@ -57,7 +61,8 @@ Depth = Annotated[int, Range(least=1, most=MOST_DEEP)]
 Threads = Annotated[int, Range(least=1, most=MOST_THREADS)]
 Seed = Annotated[int, Range(least=0, below=2**63)]
 NotNegative = Annotated[float, Range(least=0, most=MOST)]
-Positive = Annotated[float, Range(above=0, most=MOST)]
+Positive = Annotated[float, Range(above=0, most=MOST, gap=LEAST)]
+Temperature = Annotated[float, Range(least=0, most=MOST, gap=LEAST)]
 Share = Annotated[float, Range(least=0, most=1)]
 InnerShare = Annotated[float, Range(above=0, below=1)]
 ShareBelow1 = Annotated[float, Range(least=0, below=1)]
@@ -128,5 +133,7 @@ def check(name: str, value: Any, kind: Any) -> None:
     if not (number and (isinstance(value, int) or math.isfinite(value)) and bounds.holds(value)):
         what = "a whole number" if base is int else "a number"
         said = f"at most {MOST:g}" if number and math.inf > value > bounds.most == MOST else str(bounds)
+        if number and 0 < value < bounds.gap:
+            said = f"at least {bounds.gap:g}{', or 0' if bounds.holds(0) else ''}"
         joint = " of " if said.startswith("at ") else " "
         raise UnmaskError(f"{name} must be {what}{joint if said else ''}{said}, not {value!r}")

@@ -107,6 +107,13 @@ def test_messages_by_hand() -> None:
         (upo.UPOConfig, {"lr": 1e300}, "lr must be a number of at most 1e+09, not 1e+300"),
         (upo.UPOConfig, {"temperature": 1e10}, "temperature must be a number of at most 1e+09, not 10000000000.0"),
         (upo.UPOConfig, {"grad_clip": 0.0}, "grad_clip must be a number above 0, not 0.0"),
+        (upo.UPOConfig, {"temperature": 1e-300}, "temperature must be a number of at least 1e-09, not 1e-300"),
+        (
+            upo.UPOConfig,
+            {"fill_temperature": 1e-45},
+            "fill_temperature must be a number of at least 1e-09, or 0, not 1e-45",
+        ),
+        (upo.UPOConfig, {"fill_temperature": -1.0}, "fill_temperature must be a number of at least 0, not -1.0"),
         (upo.UPOConfig, {"puzzles": 2**63}, f"puzzles must be a whole number of at most 1e+09, not {2**63}"),
         (upo.UPOConfig, {"threads": 2**31}, f"threads must be a whole number between 1 and 1024, not {2**31}"),
         (OBJECTIVES["mdm"], {"dim": 10**7}, "dim must be a whole number between 1 and 65536, not 10000000"),

@@ -143,6 +143,16 @@ def check_denoised(denoiser: Denoiser, denoised: Denoised, task: Task, tokens: T
         )
 
 
+def check_numbers(denoiser: Denoiser, denoised: Denoised, where: Tensor) -> None:
+    """Raises :class:`IncompatibleDenoiserError` where the most likely symbol of a position of ``where`` (N, L) has a
+    log-probability that is no number: what a forward in half precision comes to when it overflows."""
+    if bool((denoised.best_log_prob.isnan() & where).any()):
+        raise IncompatibleDenoiserError(
+            f"the denoiser {type(denoiser).__name__} returned log-probabilities that are no numbers (NaN) after "
+            "forwards that were fine; float16 overflows so: load it in float32 or bfloat16"
+        )
+
+
 def check_protocol(denoiser: object) -> None:
     """Raises :class:`IncompatibleDenoiserError` for what has not the parts of a :class:`Denoiser`."""
     fine = callable(denoiser) and isinstance(getattr(denoiser, "device", None), torch.device)
@@ -269,17 +279,20 @@ class TableDenoiser:
         joint: (V,) * L probabilities; they are normalised.
 
     Raises:
-        IncompatibleDenoiserError: the table's shape is not the task's.
+        IncompatibleDenoiserError: the table's shape is not the task's, or it holds no probabilities.
     """
 
     hidden_dim: int | None = None
 
     def __init__(self, joint: Tensor, task: Task | None = None) -> None:
-        vocab_size, length = joint.shape[0], joint.ndim
-        if joint.shape != (vocab_size,) * length:
+        joint = torch.as_tensor(joint)
+        vocab_size, length = (joint.shape or (0,))[0], joint.ndim
+        if not length or joint.shape != (vocab_size,) * length:
             raise IncompatibleDenoiserError(
                 f"a joint has one axis of the same size per position, not {tuple(joint.shape)}"
             )
+        if not bool((joint >= 0).all() and joint.isfinite().all() and joint.any()):
+            raise IncompatibleDenoiserError("a joint holds probabilities: finite, none below 0, and not all 0")
         if task is not None:
             task.check_denoiser(vocab_size, length)
         self.vocab_size, self.length, self.mask_id = vocab_size, length, vocab_size

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from tasks import Instances, Task, UnmaskError
-from tasks.settings import AtLeast1, NotNegative, validate
+from tasks.settings import AtLeast1, Temperature, validate
 from tasks.task import check_instances, fill_temperature_of
 from unmask_env.canvas import after_end, begin, check_canvas, followed
-from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised, check_protocol
+from unmask_env.denoiser import CanvasDenoiser, Denoiser, check_denoised, check_numbers, check_protocol
 from unmask_env.reference import Policy
 from unmask_env.state import (
     SINGLE,
@@ -95,7 +95,7 @@ class Unmasking:
     task: Task
     denoiser: Denoiser | CanvasDenoiser
     rules: Rules = SINGLE
-    temperature: NotNegative | None = None
+    temperature: Temperature | None = None
     forward_batch: AtLeast1 | None = None
 
     def __post_init__(self) -> None:
@@ -229,6 +229,8 @@ class Unmasking:
         check_denoised(self.denoiser, denoised, self.task, state.tokens, fillable if first else None)
         if first:
             self._looked_at.append(True)
+        else:
+            check_numbers(self.denoiser, denoised, fillable)
         left = None
         if self.rules.remask_budget is not None:
             left = self.rules.remask_budget - state.remask_count.sum(1)
@@ -412,7 +414,7 @@ class Unmasking:
     ) -> Rollout:
         """Fill every mask of ``instances``, one denoiser forward per step for all rows together.
 
-        Rows that end earlier idle until the batch is done.
+        Rows that end earlier idle until the batch is done. An instance without a mask takes no step, and so earns 0.
 
         Args:
             policy: one that sees the answers is told them here.
@@ -427,8 +429,15 @@ class Unmasking:
 
         Raises:
             UnmaskError: a fill_generator at temperature 0, or none above it; a canvas needs one in any case. Rows that
-                are not whole groups.
+                are not whole groups. No policy, or one of sets under rules of single positions.
         """
+        if not isinstance(policy, Policy):
+            raise UnmaskError(f"a policy is played, not {policy!r:.60}; make one by reference() or load_policy()")
+        if self.rules.actions == "single" and policy.actions != "single":
+            raise UnmaskError(
+                f"{policy.name or 'this policy'} is for actions {policy.actions!r}, and the rules are 'single'; give "
+                f"make_process(..., actions={policy.actions!r}), or Rules({policy.actions!r})"
+            )
         if group < 1 or len(instances) % group:
             raise UnmaskError(f"group must divide the rows, {len(instances)}, not {group}")
         if self.draws != (fill_generator is not None):

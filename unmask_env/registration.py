@@ -89,6 +89,8 @@ def resolve(
     task = registered.task if task is None and registered is not None else task
     denoiser = registered.denoiser if denoiser is None and registered is not None else denoiser
     task = tasks.get(task, **options) if isinstance(task, str) else task
+    if not isinstance(task, tasks.Task | None):
+        raise UnmaskError(f"a task is a name or a tasks.Task, not {type(task).__name__}")
     if task is None or denoiser is None:
         what, missing = ("this environment", "task") if task is None else (f"task {task.name}", "denoiser")
         raise UnmaskError(f"{what} needs a {missing}; give one ({missing}=..., --{missing}) or an environment's id")

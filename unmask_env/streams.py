@@ -144,7 +144,8 @@ class Streams:
     ) -> None:
         check("num_envs", n := whole(n), AtLeast1)
         check("split", split, Split)
-        if unknown := [part for part in show if part not in get_args(Extra)]:
+        named = isinstance(show, list | tuple)
+        if unknown := [part for part in (show if named else [show]) if not named or part not in get_args(Extra)]:
             raise UnmaskError(f"show takes {' and '.join(get_args(Extra))}, not {unknown[0]!r}")
         self.process: Unmasking = make_process(device=device, **options)
         if self.process.rules.actions == "accept":

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
 from tasks import UnmaskError
-from tasks.settings import AtLeast1, check
+from tasks.settings import AtLeast1, NotNegative, check
 from unmask_env import render
 from unmask_env.distributions import regularised_reward
 from unmask_env.encoding import (
@@ -31,6 +32,8 @@ from unmask_env.process import checked_metrics
 from unmask_env.reference import require_full_support
 from unmask_env.state import State
 from unmask_env.streams import Seen, Streams, read_options, read_seeds, whole
+
+ROUNDING = 1e-3  # that a log-probability may be above 0
 
 
 class UnmaskVectorEnv(VectorEnv):
@@ -197,7 +200,8 @@ class RegularisedReward(VectorWrapper):
 
     Raises:
         UnmaskError: the reference is deterministic (its KL would be infinite), or the mode is ``NEXT_STEP``, whose
-            resetting steps belong to no episode; in a step, an action to which the reference gives probability 0.
+            resetting steps belong to no episode; in a step, an action to which the reference gives probability 0, or a
+            ``log_prob`` that is no log-probability.
     """
 
     def __init__(self, envs: VectorEnv, beta: float) -> None:
@@ -205,9 +209,11 @@ class RegularisedReward(VectorWrapper):
         require_full_support(envs.unwrapped.streams.reference)
         if envs.unwrapped.autoreset_mode == AutoresetMode.NEXT_STEP:
             raise UnmaskError("RegularisedReward needs autoreset_mode SAME_STEP or DISABLED, not NEXT_STEP")
-        if not beta >= 0:
+        if isinstance(beta, int | float) and beta < 0:
             raise UnmaskError(f"beta must be at least 0, not {beta}")
+        check("beta", beta, NotNegative)
         self.beta = beta
+        self._log_reference: np.ndarray | None = None
 
     def reset(
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
@@ -219,12 +225,18 @@ class RegularisedReward(VectorWrapper):
     def step(
         self, actions: np.ndarray, log_prob: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        if self._log_reference is None:
+            raise UnmaskError("call reset() before step()")
         encoded = to_numpy(read_actions(actions, self.unwrapped.process, self.num_envs))
         at_actions = log_reference_of(self._log_reference, encoded)
         require_possible(at_actions)
+        log_prob = log_prob.detach().cpu() if isinstance(log_prob, torch.Tensor) else log_prob
         log_prob = np.asarray(log_prob, dtype=np.float32)
         if log_prob.shape != (self.num_envs,):
             raise UnmaskError(f"log_prob must be of shape ({self.num_envs},), not {log_prob.shape}")
+        if not (np.isfinite(log_prob) & (log_prob < ROUNDING)).all():
+            shown = f"{log_prob.tolist()!r:.60}"
+            raise UnmaskError(f"log_prob must be finite and at most 0, as of actions that were drawn, not {shown}")
         observation, reward, terminated, truncated, info = self.env.step(actions)
         regularised = regularised_reward(reward, log_prob, at_actions, self.beta)
         self._log_reference = observation["log_reference"]

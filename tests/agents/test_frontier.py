@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from tests.toys import rollout
 from unmask_env.denoiser import load_denoiser
 from unmask_env.process import Unmasking
 from unmask_env.reference import Threshold, reference, sweeps
-from unmask_env.state import Rules
+from unmask_env.state import Rollout, Rules
 
 
 def point(nfe: float, solved: float, learned: bool = False) -> Point:
@@ -246,6 +248,36 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch) -> None:
             main([command, *common, *options])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["evaluate", "frontier"])
+def test_what_was_played_before_a_stop_is_kept(command: str, number: signal.Signals, tmp_path, capsys, monkeypatch):
+    """Its rows are those of a run that was not stopped."""
+    monkeypatch.chdir(tmp_path)
+    orders = [f"threshold:theta={theta}" for theta in (0.6, 0.7, 0.8)] if command == "evaluate" else ["threshold"]
+    files = {"evaluate": "--json", "frontier": "--out"}
+    play, played = Unmasking.rollout, []
+
+    def stopped(*args: Any, **options: Any) -> Rollout:
+        if len(played) == 2:
+            signal.raise_signal(number)
+        played.append(1)
+        return play(*args, **options)
+
+    line = [command, "--task", "sudoku4", "--denoiser", "sudoku4", "--limit", "20", "--actions", "set"]
+    main([*line, "--orders", *orders, files[command], "whole.json" if command == "evaluate" else "whole.png"])
+    monkeypatch.setattr(Unmasking, "rollout", stopped)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*line, "--orders", *orders, files[command], "cut.json" if command == "evaluate" else "cut.png"])
+    assert stop.value.code == 130
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == f"unmask {command}: stopped"
+    whole, cut = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "cut"))
+    assert len(cut) == 2
+    for before, after in zip(cut, whole, strict=False):
+        assert before | {"seconds": 0} == after | {"seconds": 0}
 
 
 @pytest.mark.trains

@@ -539,6 +539,16 @@ def test_a_run_goes_on_from_a_policy_with_values_of_the_same_beta(tmp_path) -> N
         ({"candidates": 1}, "candidates must be a whole number of at least 2, not 1"),
         ({"labels": "answers"}, "labels must be auto or values or boards, not 'answers'"),
         ({"reference": "oracle"}, "is no reference for actions 'single'"),
+        ({"rules": Rules("set", speed=1.0)}, "over sets does not count forwards"),
+        ({"rules": Rules("set", speed=1.0, speed_bonus=True)}, "over sets does not count forwards"),
+        ({"rules": Rules("set"), "beta": 0.1}, "beta is of single positions; .* of sets: leave it out"),
+        ({"rules": Rules("set"), "levels": 2}, "levels is of single positions"),
+        ({"rules": Rules("set"), "states": 20}, "states is of single positions"),
+        ({"rules": Rules("set"), "candidates": 2}, "candidates is of labels of values; this run has labels of boards"),
+        ({"labels": "boards", "candidates": 2}, "candidates is of labels of values"),
+        ({"labels": "boards", "continuations": 2}, "continuations is of labels of values"),
+        ({"labels": "values", "retries": 2}, "retries is of labels of boards"),
+        ({"error_cost": 2.0}, "error_cost is of sets"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, changes, message) -> None:
@@ -802,6 +812,20 @@ def test_while_all_values_are_0_the_reference_plays(tmp_path, monkeypatch, slope
     policy = policy_iteration.train(config(tmp_path / "drawn", **settings), table(Likely, temperature=1.0))
     assert policy.values_are_zero == (slope == 0)
     assert players == ([None, None, None] if slope == 0 else [None, policy, policy])
+
+
+def test_a_policy_whose_values_are_0_plays_its_base_without_reading() -> None:
+    """The same distribution as where it reads; one without a base has only what it reads."""
+    process = table()
+    seen = process.observe(process.reset(process.task.sample(8, generator())))
+    for base in ("softmax_confidence", "none"):
+        shape = replace(SMALL, defer_above=2.0)
+        policy = new_policy(shape, process.task, process.denoiser, 0, base, belief_weight=1.0, beta=1e-3)
+        assert policy(seen).passes.tolist() == [SMALL.num_passes] * 8
+        policy.head.value_range.mul_(0.0)
+        decided, read = policy(seen), policy._head_at(seen)
+        torch.testing.assert_close(decided.log_probs, read.log_probs)
+        assert decided.passes.tolist() == [0 if base == "softmax_confidence" else SMALL.num_passes] * 8
 
 
 def test_a_policy_whose_values_are_0_is_no_start(tmp_path) -> None:

@@ -833,6 +833,12 @@ def test_mistakes_with_regularised_rewards() -> None:
         RegularisedReward(vector(2, reference="margin"), BETA)
     with pytest.raises(UnmaskError, match="beta must be at least 0, not -1"):
         RegularisedReward(vector(2), -1.0)
+    for beta in (float("inf"), 1e308, float("nan"), "x", None, True):
+        with pytest.raises(UnmaskError, match="beta must be a number of at"):
+            RegularisedReward(vector(2), beta)
+    early = RegularisedReward(vector(2), BETA)
+    with pytest.raises(UnmaskError, match=r"call reset\(\) before step"):
+        early.step(np.zeros(2, dtype=np.int64), np.zeros(2))
     with pytest.raises(UnmaskError, match="SAME_STEP or DISABLED, not NEXT_STEP"):
         RegularisedReward(vector(2, AutoresetMode.NEXT_STEP), BETA)
 
@@ -844,6 +850,15 @@ def test_regularised_rewards_need_actions_and_a_log_probability_per_row() -> Non
         envs.step(np.zeros(2), np.zeros(2))
     with pytest.raises(UnmaskError, match=r"log_prob must be of shape \(2,\), not \(2, 1\)"):
         envs.step(np.zeros(2, int), np.zeros((2, 1)))
+    for wrong in (np.nan, -np.inf, np.inf, 1.0):
+        with pytest.raises(UnmaskError, match="log_prob must be finite and at most 0"):
+            envs.step(np.zeros(2, int), np.array([-1.0, wrong]))
+    trained = torch.full((2,), -1.0, requires_grad=True)  # as it comes out of a training loop
+    legal = envs.reset(seed=0)[0]["action_mask"].argmax(1)
+    again = RegularisedReward(vector(2), BETA)
+    again.reset(seed=0)
+    rewards = [run.step(legal, given)[1] for run, given in ((envs, trained), (again, np.full(2, -1.0)))]
+    np.testing.assert_array_equal(*rewards)
 
 
 def test_an_action_that_the_reference_excludes_is_refused() -> None:

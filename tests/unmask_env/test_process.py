@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -379,6 +380,37 @@ def test_rollout_idles_short_rows_and_records_what_was_done() -> None:
     expected = task.reward(done.tokens, instances)
     assert done.reward.tolist() == [*expected[:2].tolist(), 0.0]  # the last row was complete from the start
     assert not done.state.masked.any()
+
+
+def test_rollouts_refuse_what_does_not_suit_the_rules() -> None:
+    process = make_process("sudoku4", "sudoku4")
+    instances = process.task.heldout(4, "validation")
+    for name in ("fixed_k", "remdm"):
+        order = reference(name)
+        with pytest.raises(UnmaskError, match=re.escape(f"{name} is for actions '{order.actions}', and the rules")):
+            process.rollout(order, instances, torch.Generator().manual_seed(0))
+    with pytest.raises(UnmaskError, match="a policy is played, not 'margin'"):
+        process.rollout("margin", instances)
+    sets = make_process("sudoku4", "sudoku4", actions="set")
+    assert sets.rollout(reference("margin"), instances).reward.tolist() == [1.0] * 4  # one at a time is a set, too
+
+
+class Overflowing(FavouriteDenoiser):
+    """Fine in its first forward, no numbers at one position from then on."""
+
+    def __call__(self, tokens: Tensor, where: Tensor | None = None) -> Denoised:
+        denoised = super().__call__(tokens, where)
+        if self.calls == 1:
+            return denoised
+        return Denoised.of(denoised.log_probs.index_fill(1, torch.tensor([2]), torch.nan))
+
+
+def test_numbers_that_a_later_forward_loses_are_told() -> None:
+    process = Unmasking(Line(), Overflowing(FAVOURITE, CONFIDENCE, vocab_size=4))
+    assert process.rollout(MaxConfidence(), INSTANCES).nfe.tolist() == [2, 1]  # position 2 is filled by then
+    process = Unmasking(Line(), Overflowing(FAVOURITE, CONFIDENCE, vocab_size=4))
+    with pytest.raises(IncompatibleDenoiserError, match=r"no numbers \(NaN\) after forwards that were fine; float16"):
+        process.rollout(LeftToRight(), INSTANCES)
 
 
 def test_rollout_gives_the_oracle_its_answers() -> None:
