@@ -166,7 +166,7 @@ def check_architecture(
     kinds = ("denoiser",) if noise == "mask" else get_args(Prediction)
     sizes = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "heads": heads, "num_passes": num_passes}
     for name, size in sizes.items():
-        if type(size) is not int:
+        if not isinstance(size, int):
             raise ValueError(f"{name} must be a whole number, not {size!r:.60}")
     if min(vocab_size, dim, layers, heads) < 1 or dim % heads or predicts not in kinds:
         raise ValueError(

@@ -187,7 +187,7 @@ def read_options(
     options = dict(given or {})
     for place, detail in enumerate(UNQUOTED_COMMA.split(text) if text is not None else []):
         option, equals, value = ("", "", "") if detail.startswith('"') else detail.partition("=")
-        if not equals and place == 0 and "source" in known:
+        if not equals and place == 0:
             option, value = "source", detail
         elif not equals:
             raise UnmaskError(f'{what}: {detail!r} is not of the form option=value; quote names with commas: "a,b"')
@@ -197,7 +197,8 @@ def read_options(
         options[option] = _converted(what, option, value, _kind(known[option])) if option in known else value
     unknown = sorted(options.keys() - known.keys())
     if unknown:
-        raise UnmaskError(f"{what} takes {', '.join(known) or 'no options'}; not {', '.join(unknown)}")
+        bare = f" ({options['source']!r:.60} is not of the form option=value)" if "source" in unknown else ""
+        raise UnmaskError(f"{what} takes {', '.join(known) or 'no options'}; not {', '.join(unknown)}{bare}")
     return options
 
 

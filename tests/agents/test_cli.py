@@ -433,7 +433,10 @@ def check_mistake(done: Outcome, *parts: str) -> None:
         ),
         (["evaluate", *TINY, "--orders", f"{SETS}:remask_threshold=0.3"], ["was not trained to mask again; leave"]),
         (["evaluate", *TINY, "--orders", f"{SETS}:defer_above=0.99"], ["defer_above is of boards that are not read"]),
-        (["evaluate", *TINY, "--orders", f"{SETS}:0.7"], ["'0.7' is not of the form option=value"]),
+        (
+            ["evaluate", *TINY, "--orders", f"{SETS}:0.7"],
+            ["defer_above; not source ('0.7' is not of the form option=value)"],
+        ),
         (["evaluate", *TINY, "--orders", "margin", "margin"], ["two orders are called margin; leave one out"]),
         (["evaluate", *TINY, "--orders", ""], ["unknown order ''; known: "]),
         (["evaluate", *TINY, "--env", "sudoku4"], ["--task and --env mean the same; give one of them"]),

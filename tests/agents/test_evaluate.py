@@ -238,6 +238,9 @@ def test_what_compare_refuses(tiny) -> None:
         ({"split": "dev"}, "unknown split 'dev'; known: train, validation, test"),
         ({"limit": 0}, "limit must be a whole number of at least 1, not 0"),
         ({"limit": 3, "instances": tiny.task.heldout(3)}, "limit and split choose among the held-out instances"),
+        ({"instances": tiny.task.heldout(3)[:0]}, "there is no instance to play"),
+        ({"seed": 1.5}, "seed must be a whole number of at least 0"),
+        ({"seed": 2**63}, "seed must be a whole number of at least 0 and below 2"),
     ):
         with pytest.raises(UnmaskError, match=message):
             compare(tiny, **arguments)

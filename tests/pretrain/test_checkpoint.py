@@ -236,6 +236,8 @@ def test_a_config_beyond_reading(folder, content):
         {"dim": 2**80},
         {"vocab_size": 10**12},
         {"heads": 0},
+        {"heads": 1.0},
+        {"num_passes": 1.5},
         {"coordinates": [[10**15, 0]] * 4},
         {"coordinates": None},
         {"coordinates": [[0], [0, 1]]},

@@ -345,7 +345,8 @@ def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy():
     model = backbone(1)
     greedy = sample(model, prompts(200), generator(), temperature=0.0).tokens
     assert torch.equal(sample(model, prompts(200), generator(), top_p=1e-6).tokens, greedy)
-    assert torch.equal(sample(model, prompts(200), generator(), temperature=1e-4).tokens, greedy)
+    for temperature in (1e-4, 1e-45, 1e-300):
+        assert torch.equal(sample(model, prompts(200), generator(), temperature=temperature).tokens, greedy)
 
 
 # ---------------------------------------------------------------------- draws and errors

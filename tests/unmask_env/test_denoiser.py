@@ -4,6 +4,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,20 @@ def test_incompatible_sizes_are_refused_with_both_sizes() -> None:
         load_denoiser("sudoku6-tiny", sudoku4)
     with pytest.raises(IncompatibleDenoiserError, match="3 symbols and 2 positions"):
         TableDenoiser(torch.ones(3, 3), sudoku4)
+
+
+def test_a_table_holds_probabilities() -> None:
+    for joint in (-torch.eye(2), [[2.0, -1.0], [-0.5, 0.5]], torch.zeros(2, 2), torch.full((2, 2), torch.nan)):
+        with pytest.raises(
+            IncompatibleDenoiserError, match="a joint holds probabilities: finite, none below 0, and not"
+        ):
+            TableDenoiser(joint)
+    with pytest.raises(IncompatibleDenoiserError, match="a joint has one axis of the same size per position"):
+        TableDenoiser(torch.tensor(1.0))
+    board = torch.tensor([[2, 0]])
+    for joint in ([[0.3, 0.1], [0.2, 0.4]], np.array([[0.3, 0.1], [0.2, 0.4]])):
+        log_probs = TableDenoiser(joint)(board).log_probs
+        torch.testing.assert_close(log_probs[0, 0].exp(), torch.tensor([0.6, 0.4]))
 
 
 def test_wrong_prediction_unknown_name_and_missing_folder_are_one_clear_line(tmp_path) -> None:
