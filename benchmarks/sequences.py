@@ -197,7 +197,8 @@ def main(
             wider = PolicyConfig(copy=False, layers=2, read_hidden=True, defer_above=2.0)
             policy = upo.train(upo.UPOConfig(policy=wider, **shared), process)
         else:
-            more = {"steps": steps, "labels": labels, "retries": retries, "candidates": candidates, "levels": levels}
+            more = {"steps": steps, "labels": labels, "levels": levels}
+            more |= {"retries": retries} if labels == "boards" else {"candidates": candidates}
             policy = policy_iteration.train(PolicyIterationConfig(policy=shape, **more, **shared), process)
             orders[f"its belief fills, seed {seed}"] = BeliefFills(policy)
         orders[f"learned, seed {seed}"] = policy

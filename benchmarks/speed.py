@@ -80,7 +80,7 @@ def checkpoint(folder: Path, published: dict[str, Any]) -> int:
 
 def trained(process: Unmasking, out: Path, puzzles: int) -> LearnedPolicy:
     """A policy over sets after a few steps of policy iteration: its time is that of any of its size."""
-    short = {"iterations": 1, "puzzles": puzzles, "steps": 10, "batch": 4, "levels": 1, "retries": 0}
+    short = {"iterations": 1, "puzzles": puzzles, "steps": 10, "batch": 4, "retries": 0}
     config = PolicyIterationConfig(out=str(out), rules=process.rules, validate_every=0, **short)
     return train_policy(config, process)
 
