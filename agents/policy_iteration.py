@@ -584,6 +584,8 @@ def train(config: PolicyIterationConfig, process: Unmasking | None = None) -> Or
     publish = publisher(policy, monitor, lambda: "rewards" if len(states) else "")
     run = Run(config, total, parts, title, publish, round_length=config.steps)
     with run:
+        if idle := _not_used(config):
+            run.say(f"{title}: {idle}")
         for step in run.loop():
             iteration, within = divmod(step, config.steps)
             if within == 0:
@@ -642,6 +644,13 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
     sets, remasks = config.rules.actions != "single", config.rules.actions == "set+remask"
     if sets and config.sampled:
         raise UnmaskError("sampled is for single positions; over sets leave it out")
+    if sets and config.beta != PolicyIterationConfig.beta:
+        raise UnmaskError("beta is for single positions; over sets leave it out, or train by unmask train upo --beta")
+    if sets and config.rules.speed > 0:
+        raise UnmaskError(
+            "policy iteration over sets does not count forwards, which its threshold trades for reward; leave --speed "
+            "out, or train by unmask train upo --speed"
+        )
     if remasks and config.labels == "values":
         raise UnmaskError("values of single decisions say nothing of masking again; leave --labels out, or take boards")
     if config.rules.remask_budget is not None:
@@ -662,35 +671,27 @@ def _start(config: PolicyIterationConfig, process: Unmasking | None) -> Setup:
         drawn = config.sampled or process.temperature > 0
         several = not (sets or process.task.one_answer)
         labels = "values" if (drawn or several) and not remasks else "boards"
-    config = replace(config, labels=labels)
-    _require_used(config)
-    config = replace(config, candidates=config.candidates or _most_candidates(sets))
-    return ready._replace(config=config)
+    candidates = config.candidates or _most_candidates(sets)
+    return ready._replace(config=replace(config, labels=labels, candidates=candidates))
 
 
 def _most_candidates(sets: bool) -> int:
     return 8 if sets else 16
 
 
-def _require_used(config: PolicyIterationConfig) -> None:
-    """Raises :class:`tasks.UnmaskError` for a setting, other than the default, that nothing in this run would read."""
+def _not_used(config: PolicyIterationConfig) -> str:
+    """One line on settings, other than their defaults, that nothing in this run reads; empty: there are none."""
     sets = config.rules.actions != "single"
-    if sets and config.rules.speed > 0:
-        raise UnmaskError(
-            "policy iteration over sets does not count forwards, which its threshold trades for reward; leave --speed "
-            "out, or train by unmask train upo --speed"
-        )
-    use = dict.fromkeys(("beta", "levels", "states"), "single positions") if sets else {"error_cost": "sets"}
+    use = dict.fromkeys(("levels", "states"), "single positions") if sets else {"error_cost": "sets"}
     if config.labels == "boards":
         use |= dict.fromkeys(("candidates", "continuations"), "labels of values")
     else:
         use["retries"] = "labels of boards"
-    defaults = {option.name: option.default for option in fields(PolicyIterationConfig)}
-    for name, what in use.items():
-        ordinary = (defaults[name], _most_candidates(sets)) if name == "candidates" else (defaults[name],)
-        if getattr(config, name) not in ordinary:
-            these = "sets" if sets else "single positions"
-            raise UnmaskError(f"{name} is of {what}; this run has labels of {config.labels}, of {these}: leave it out")
+    ordinary = {option.name: option.default for option in fields(PolicyIterationConfig)}
+    ordinary["candidates"] = _most_candidates(sets)
+    idle = [f"{name} (of {what})" for name, what in use.items() if getattr(config, name) != ordinary[name]]
+    these = "sets" if sets else "single positions"
+    return f"not used with {these} and labels of {config.labels}: {', '.join(idle)}" if idle else ""
 
 
 def _play(

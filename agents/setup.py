@@ -203,13 +203,6 @@ def load_init(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskPo
         raise UnmaskError(f"order policy {config.init} has values of 0: it is its reference; leave --init out")
     if (policy.actions == "single") != (config.rules.actions == "single"):
         raise UnmaskError(f"order policy {config.init} is for actions {policy.actions!r}, not {config.rules.actions!r}")
-    own = getattr(policy, "fill", policy).config
-    for name in ("num_passes", "dim", "layers", "heads", "read_hidden", "distribution"):
-        given = getattr(config.policy, name)
-        if given not in (getattr(PolicyConfig(), name), getattr(own, name)):
-            raise UnmaskError(
-                f"order policy {config.init} has {name} {getattr(own, name)}, not {given}; with --init leave it out"
-            )
     return policy
 
 

@@ -268,13 +268,7 @@ def new_backbone(config: PretrainConfig, task: tasks.Task) -> Backbone:
     base = None if config.init is None else load_init(config.init, task)
     sizes = (config.dim, config.layers, config.heads)
     if base is not None:
-        own = (base.dim, len(base.blocks), base.blocks[0].heads)
-        for name, size, given in zip(("dim", "layers", "heads"), own, sizes, strict=True):
-            if given not in (size, getattr(PretrainConfig, name)):
-                raise tasks.UnmaskError(
-                    f"denoiser {config.init} has {name} {size}, not {given}; with --init leave it out"
-                )
-        sizes = own
+        sizes = (base.dim, len(base.blocks), base.blocks[0].heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Backbone(

@@ -541,20 +541,38 @@ def test_a_run_goes_on_from_a_policy_with_values_of_the_same_beta(tmp_path) -> N
         ({"reference": "oracle"}, "is no reference for actions 'single'"),
         ({"rules": Rules("set", speed=1.0)}, "over sets does not count forwards"),
         ({"rules": Rules("set", speed=1.0, speed_bonus=True)}, "over sets does not count forwards"),
-        ({"rules": Rules("set"), "beta": 0.1}, "beta is of single positions; .* of sets: leave it out"),
-        ({"rules": Rules("set"), "levels": 2}, "levels is of single positions"),
-        ({"rules": Rules("set"), "states": 20}, "states is of single positions"),
-        ({"rules": Rules("set"), "candidates": 2}, "candidates is of labels of values; this run has labels of boards"),
-        ({"labels": "boards", "candidates": 2}, "candidates is of labels of values"),
-        ({"labels": "boards", "continuations": 2}, "continuations is of labels of values"),
-        ({"labels": "values", "retries": 2}, "retries is of labels of boards"),
-        ({"error_cost": 2.0}, "error_cost is of sets"),
+        ({"rules": Rules("set"), "beta": 0.1}, "beta is for single positions; over sets leave it out"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, changes, message) -> None:
     with pytest.raises(UnmaskError, match=message):
         policy_iteration.train(config(tmp_path / "x", **changes), table())
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        (
+            {"rules": Rules("set"), "levels": 2, "states": 9},
+            "sets and labels of boards: levels (of single positions), st",
+        ),
+        ({"rules": Rules("set"), "candidates": 2}, "sets and labels of boards: candidates (of labels of values)"),
+        (
+            {"labels": "boards", "continuations": 2},
+            "single positions and labels of boards: continuations (of labels of",
+        ),
+        ({"labels": "values", "retries": 2}, "single positions and labels of values: retries (of labels of boards)"),
+        ({"error_cost": 2.0}, "single positions and labels of boards: error_cost (of sets)"),
+        ({"labels": "values", "candidates": 16, "levels": 2}, ""),
+        ({"rules": Rules("set"), "retries": 2, "error_cost": 3.0}, ""),
+    ],
+)
+def test_settings_that_nothing_reads_are_told(changes: dict[str, object], idle: str, tmp_path, capsys) -> None:
+    policy_iteration.train(config(tmp_path / "run", **changes), table())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not used with" in line]
+    assert len(lines) == (1 if idle else 0)
+    assert all(f"not used with {idle}" in line for line in lines)
 
 
 def test_policies_over_sets_play_one_by_one() -> None:
