@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 
@@ -217,6 +217,19 @@ def dispatch(name: str, rest: Sequence[str]) -> None:
     processes.leave()
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt, as Ctrl-C is, unless somebody heeds it already."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: exit code 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
@@ -229,11 +242,10 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"unmask {__version__}")
         return
     name, rest = split(words)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop like Ctrl-C
     try:
         try:
-            dispatch(name, rest)
+            with terminable():
+                dispatch(name, rest)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
