@@ -239,8 +239,7 @@ def load_order(name: str, task: Task, denoiser: Denoiser | None = None) -> Polic
     if policy.actions == "single":
         raise UnmaskError(f"order {name!r}: {source} chooses single positions and takes no options")
     options = read_options(f"order {name!r}", text, policy.at)
-    fills_alone = isinstance(policy, OrderPolicy) and not bool(policy.remaskable_embedding.any())
-    if "remask_threshold" in options and fills_alone:
+    if "remask_threshold" in options and isinstance(policy, OrderPolicy) and not policy.masks_again:
         raise UnmaskError(f"order {name!r}: {source} was not trained to mask again; leave remask_threshold out")
     try:
         return policy.at(**options)

@@ -228,7 +228,7 @@ def start_sets(config: TrainConfig, process: Unmasking) -> OrderPolicy | RemaskP
         return new_policy(config.policy, *arguments, belief_weight=1.0, sets=actions != "single").to(process.device)
     policy = load_init(config, process)
     if isinstance(policy, OrderPolicy) and actions == "set+remask":
-        if bool(policy.remaskable_embedding.any()):
+        if policy.masks_again:
             raise UnmaskError(
                 f"{config.init} masks positions again with the network that fills them; start from a policy that "
                 "was trained with --actions set"

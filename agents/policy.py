@@ -347,8 +347,13 @@ class OrderPolicy(LearnedPolicy, HubModel, tags=[*TAGS]):
         return self.config.num_passes
 
     @property
+    def masks_again(self) -> bool:
+        """Whether it was trained to mask positions again."""
+        return self.actions != "single" and bool(self.remaskable_embedding.any())
+
+    @property
     def values_are_zero(self) -> bool:
-        """Whether it has values and all were shrunk to 0: it plays its base, where it has one without reading."""
+        """Whether it has values and all were shrunk to 0: it plays its base and, where it has one, reads nothing."""
         ends = getattr(self.head, "value_range", None)
         return ends is not None and not bool(ends.any())
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -687,9 +687,8 @@ def _not_used(config: PolicyIterationConfig) -> str:
         use |= dict.fromkeys(("candidates", "continuations"), "labels of values")
     else:
         use["retries"] = "labels of boards"
-    ordinary = {option.name: option.default for option in fields(PolicyIterationConfig)}
-    ordinary["candidates"] = _most_candidates(sets)
-    idle = [f"{name} (of {what})" for name, what in use.items() if getattr(config, name) != ordinary[name]]
+    ordinary = replace(PolicyIterationConfig(config.out), candidates=_most_candidates(sets))
+    idle = [f"{name} (of {what})" for name, what in use.items() if getattr(config, name) != getattr(ordinary, name)]
     these = "sets" if sets else "single positions"
     return f"not used with {these} and labels of {config.labels}: {', '.join(idle)}" if idle else ""
 

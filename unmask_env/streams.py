@@ -6,7 +6,7 @@ the row's seed and actions only, not on how many rows play beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
@@ -144,8 +144,8 @@ class Streams:
     ) -> None:
         check("num_envs", n := whole(n), AtLeast1)
         check("split", split, Split)
-        named = isinstance(show, list | tuple)
-        if unknown := [part for part in (show if named else [show]) if not named or part not in get_args(Extra)]:
+        several = isinstance(show, Iterable) and not isinstance(show, str)
+        if unknown := [part for part in show if part not in get_args(Extra)] if several else [show]:
             raise UnmaskError(f"show takes {' and '.join(get_args(Extra))}, not {unknown[0]!r}")
         self.process: Unmasking = make_process(device=device, **options)
         if self.process.rules.actions == "accept":

@@ -230,7 +230,7 @@ class RegularisedReward(VectorWrapper):
         encoded = to_numpy(read_actions(actions, self.unwrapped.process, self.num_envs))
         at_actions = log_reference_of(self._log_reference, encoded)
         require_possible(at_actions)
-        log_prob = log_prob.detach().cpu() if isinstance(log_prob, torch.Tensor) else log_prob
+        log_prob = to_numpy(log_prob) if isinstance(log_prob, torch.Tensor) else log_prob
         log_prob = np.asarray(log_prob, dtype=np.float32)
         if log_prob.shape != (self.num_envs,):
             raise UnmaskError(f"log_prob must be of shape ({self.num_envs},), not {log_prob.shape}")
