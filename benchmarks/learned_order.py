@@ -12,9 +12,10 @@ Text: windows of 32 byte-pair pieces of 512, State of the Union addresses; there
 per window, on windows of the test years, evenly spread.
 
 Rows: masked diffusion (mdm), with as many parameters as LoMDM (mdm-wider), with as many masks in a step as RLOO draws
-(mdm-batch, twice the sequences) and for more steps (mdm-longer, mdm-longest); a learned schedule per position; LoMDM
-with its order learned from the first step, after half and after 0.8 of the steps; the first of these by the paper's
-estimator (lomdm-0-rloo); and the best order given (best-order: autoregression on the sequence written along its chain).
+(mdm-batch, twice the sequences) and for more steps (mdm-longer, mdm-longest); a learned schedule per position, and per
+symbol (genmd4, and by RLOO's two masks a step); LoMDM with its order learned from the first step, after half and after
+0.8 of the steps; the first of these by the paper's estimator (lomdm-0-rloo); autoregression and block diffusion; and
+the best order given (best-order: autoregression on the sequence written along its chain).
 And, on each LoMDM that was trained, the variance of the masking weights' gradient by both estimators (Hong et al. 2026,
 arXiv 2602.02112, eq. 8, is RLOO).
 """
@@ -38,7 +39,15 @@ import tasks
 from pretrain import likelihood
 from pretrain.backbone import Backbone, parameter_count
 from pretrain.objectives.learned_order import ESTIMATORS, learned_order_loss
-from pretrain.train import ARConfig, LearnedScheduleConfig, LoMDMConfig, MDMConfig, PretrainConfig
+from pretrain.train import (
+    ARConfig,
+    BlockConfig,
+    GenMD4Config,
+    LearnedScheduleConfig,
+    LoMDMConfig,
+    MDMConfig,
+    PretrainConfig,
+)
 from tasks import Instances, Task
 
 LENGTH, SYMBOLS, SHARPNESS = 13, 6, 2.0
@@ -109,10 +118,14 @@ ROWS: dict[str, tuple[type[PretrainConfig], dict[str, Any]]] = {
     "mdm-longer": (MDMConfig, {}),
     "mdm-longest": (MDMConfig, {}),
     "learned-schedule": (LearnedScheduleConfig, {}),
+    "genmd4": (GenMD4Config, {}),
+    "genmd4-rloo": (GenMD4Config, {"estimator": "rloo"}),
     "lomdm-0": (LoMDMConfig, {"order_start": 0.0}),
     "lomdm-0-rloo": (LoMDMConfig, {"order_start": 0.0, "estimator": "rloo"}),
     "lomdm-0.5": (LoMDMConfig, {"order_start": 0.5}),
     "lomdm-0.8": (LoMDMConfig, {"order_start": 0.8}),
+    "ar": (ARConfig, {}),
+    "block": (BlockConfig, {}),
     "best-order": (ARConfig, {}),
 }
 
@@ -138,14 +151,20 @@ DATA = {
     "chain": Data(
         {"task": "chain", "batch": 64, "lr": 3e-3, "dim": 48, "layers": 2, "ema": 0.998},
         samples=4 * LENGTH,
-        rows=tuple(row for row in ROWS if row != "mdm-batch"),
+        rows=(
+            *("mdm", "mdm-wider", "mdm-longer", "mdm-longest", "learned-schedule"),
+            *("lomdm-0", "lomdm-0-rloo", "lomdm-0.5", "lomdm-0.8", "best-order"),
+        ),
         longer={"mdm-longer": 1.8, "mdm-longest": 3.1},
         wider=64,
     ),
     "text": Data(
         {"task": "text:level=bpe,pieces=512,length=32", "batch": 16, "lr": 3e-3, "dim": 64, "layers": 3, "ema": 0.998},
         samples=16,
-        rows=("mdm", "mdm-wider", "mdm-batch", "mdm-longer", "mdm-longest", "lomdm-0-rloo", "lomdm-0.5"),
+        rows=(
+            *("mdm", "mdm-wider", "mdm-batch", "mdm-longer", "mdm-longest", "lomdm-0-rloo", "lomdm-0.5"),
+            *("learned-schedule", "genmd4", "genmd4-rloo", "ar", "block"),
+        ),
         longer={"mdm-longer": 2.0, "mdm-longest": 2.8},
         wider=80,
     ),
@@ -163,6 +182,10 @@ PAIRS = [
     ("lomdm-0", "learned-schedule"),
     ("lomdm-0", "mdm-wider"),
     ("lomdm-0.5", "mdm-longer"),
+    ("lomdm-0.5", "genmd4"),
+    ("lomdm-0-rloo", "genmd4-rloo"),
+    ("lomdm-0-rloo", "block"),
+    ("genmd4-rloo", "mdm-batch"),
     ("lomdm-0", "lomdm-0.5"),
 ]
 
