@@ -21,5 +21,5 @@ for seed in 0 1 2; do
     fi
     learned="$learned $last"
 done
-python benchmarks/frontier.py --task "$task" --denoiser "$denoiser" --limit "${LIMIT:-2000}" --orders heuristics $learned \
+python benchmarks/frontier.py --task "$task" --denoiser "$denoiser" --limit "${LIMIT:-2000}" --until "${UNTIL:-6}" --orders heuristics $learned \
     --out "benchmarks/results/frontier-$(basename "$denoiser").png"
