@@ -152,7 +152,7 @@ DATA = {
         {"task": "chain", "batch": 64, "lr": 3e-3, "dim": 48, "layers": 2, "ema": 0.998},
         samples=4 * LENGTH,
         rows=(
-            *("mdm", "mdm-wider", "mdm-longer", "mdm-longest", "learned-schedule"),
+            *("mdm", "mdm-wider", "mdm-longer", "mdm-longest", "learned-schedule", "genmd4", "genmd4-rloo"),
             *("lomdm-0", "lomdm-0-rloo", "lomdm-0.5", "lomdm-0.8", "best-order"),
         ),
         longer={"mdm-longer": 1.8, "mdm-longest": 3.1},
