@@ -4,7 +4,7 @@
         --limit 2000 --out benchmarks/results/NAME.json
 
 ``unmask evaluate`` with paired differences. The oracles are no rivals. A sets' policy is played at each of
-``--thresholds``, and compared with the first policy named at equal forwards.
+``--thresholds``, and compared with the first policy named at equal forwards. Ctrl-C keeps the orders that were played.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Compare(evaluate.PlayCommand):
 
 
 def main(command: Compare) -> None:
-    process, instances, _ = evaluate.prepare(command, "single")
+    process, instances, title = evaluate.prepare(command, "single")
     orders = evaluate.read_orders(command.orders, process)
     rules = {name for name, order in orders.items() if isinstance(order, Reference)}
     played = dict(orders)
@@ -45,7 +45,9 @@ def main(command: Compare) -> None:
         played |= {f"{name} at {threshold}": orders[name].at(threshold) for threshold in command.thresholds}
     if missing := set(command.against) - played.keys():
         raise UnmaskError(f"--against names {', '.join(sorted(missing))}, which is not among --orders")
-    results = evaluate.compare(process, played, instances, command.seed, command.batch, progress=True)
+    play = evaluate.play(process, played, instances, command.seed, command.batch, progress=True)
+    done, stopped = evaluate.until_stopped(play)
+    results = evaluate.Comparison(tuple(done), title)
     rivals = [result for result in results if result.order in rules and not orders[result.order].sees_answers]
     if command.metric not in (None, *results[0].metrics):
         print(results)
@@ -71,6 +73,8 @@ def main(command: Compare) -> None:
     print(results)
     for pair in pairs:
         print(pair)
+    if stopped:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
