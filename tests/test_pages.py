@@ -64,6 +64,8 @@ ELSEWHERE = {  # how commands begin that cannot run here, or that another test r
     "benchmarks/stairs.sh": "a script of measurements, ten minutes",
     "benchmarks/haste.sh": "likewise",
     "benchmarks/narrow.sh": "likewise, half an hour",
+    "benchmarks/orders.sh": "likewise, half an hour",
+    "LIMIT=400 benchmarks/": "likewise, half an hour",
     "benchmarks/defaults.sh": "likewise, an hour",
     "python benchmarks/": "measurements of minutes to days; their options are looked up in a test below",
 }

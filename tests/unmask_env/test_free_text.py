@@ -1,6 +1,7 @@
 """Free text: the scorer's likelihood against the exact bound, and what repetition earns."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from agents.policy_iteration import PolicyIterationConfig
 from pretrain.backbone import Backbone
 from pretrain.likelihood import bound
 from tasks import IncompatibleDenoiserError
-from tasks.free_text import FreeText
+from tasks.free_text import FreeText, unigram_entropy
 from tasks.text import Corpus, Text
 from tests.oracles.enumeration import TableTask, random_joint
 from unmask_env import make_process
@@ -38,6 +39,13 @@ def model_of(text: Text, block_length: int | None = 1, **options) -> Backbone:
     torch.manual_seed(0)
     shape = {"dim": 16, "layers": 2, "heads": 2, "block_length": block_length} | options
     return Backbone(text.vocab_size, text.coordinates.tolist(), fingerprint=text.fingerprint, **shape)
+
+
+def test_unigram_entropy_by_hand() -> None:
+    tokens = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 2, 3], [5, 5, 5, 1]])
+    third = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    expected = torch.tensor([0.0, math.log(2), math.log(4), third], dtype=torch.float64)
+    torch.testing.assert_close(unigram_entropy(tokens), expected)
 
 
 def test_the_likelihood_is_the_exact_one(text: Text) -> None:
