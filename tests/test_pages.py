@@ -64,13 +64,14 @@ ELSEWHERE = {  # how commands begin that cannot run here, or that another test r
     "benchmarks/stairs.sh": "a script of measurements, ten minutes",
     "benchmarks/haste.sh": "likewise",
     "benchmarks/narrow.sh": "likewise, half an hour",
+    "benchmarks/ablations.sh": "likewise",
     "benchmarks/orders.sh": "likewise, half an hour",
     "LIMIT=400 benchmarks/": "likewise, half an hour",
     "benchmarks/defaults.sh": "likewise, an hour",
     "python benchmarks/": "measurements of minutes to days; their options are looked up in a test below",
 }
 THEN = re.compile(r"\b(of|in) [0-9a-f]{7}\b|as of that commit")  # says that a block has the options of another commit
-MOVED = ("orders", "ablations", "denoiser_strength", "remasking", "text", "frontier")  # results/README.md
+MOVED = ("orders", "denoiser_strength", "remasking", "frontier")  # results/README.md
 
 
 def name(page: Path) -> str:
