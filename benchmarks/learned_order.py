@@ -152,7 +152,7 @@ DATA = {
         {"task": "chain", "batch": 64, "lr": 3e-3, "dim": 48, "layers": 2, "ema": 0.998},
         samples=4 * LENGTH,
         rows=(
-            *("mdm", "mdm-wider", "mdm-longer", "mdm-longest", "learned-schedule", "genmd4", "genmd4-rloo"),
+            *("mdm", "mdm-wider", "mdm-longer", "mdm-longest", "learned-schedule"),
             *("lomdm-0", "lomdm-0-rloo", "lomdm-0.5", "lomdm-0.8", "best-order"),
         ),
         longer={"mdm-longer": 1.8, "mdm-longest": 3.1},
@@ -184,6 +184,7 @@ PAIRS = [
     ("lomdm-0.5", "mdm-longer"),
     ("lomdm-0.5", "genmd4"),
     ("lomdm-0-rloo", "genmd4-rloo"),
+    ("lomdm-0.5", "block"),
     ("lomdm-0-rloo", "block"),
     ("genmd4-rloo", "mdm-batch"),
     ("lomdm-0", "lomdm-0.5"),

@@ -10,9 +10,9 @@ and the gene's part of CDR3, all of them hidden) of the human V genes of IMGT th
 RXNMapper's ALBERT (Schwaller et al. 2021) fills half of the tokens of amide couplings and esterifications, every acid
 of a list with every amine and alcohol. Both packages' weights are read where pip put them and loaded without running
 pickled code. Rewarded is the share of hidden tokens that come back right. A policy of one narrow block, which sees the
-model's hidden states, learns by policy iteration, once for each of ``--seeds``: of reactions neither acids nor amines
-nor alcohols of the table were trained on, of antibodies a third of the genes. Intervals are over acids, or genes'
-sequences, drawn with replacement.
+model's hidden states, learns by policy iteration, once for each of ``--seeds``. The table has no acid, amine or alcohol
+that was trained on; of antibodies a third of the genes is for training, and the table is of the others. Intervals are
+over acids, or genes' sequences, drawn with replacement.
 """
 
 from __future__ import annotations

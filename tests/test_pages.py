@@ -71,7 +71,7 @@ ELSEWHERE = {  # how commands begin that cannot run here, or that another test r
     "python benchmarks/": "measurements of minutes to days; their options are looked up in a test below",
 }
 THEN = re.compile(r"\b(of|in) [0-9a-f]{7}\b|as of that commit")  # says that a block has the options of another commit
-MOVED = ("orders", "denoiser_strength", "remasking", "frontier")  # results/README.md
+MOVED = ("orders", "denoiser_strength")  # results/README.md
 
 
 def name(page: Path) -> str:
